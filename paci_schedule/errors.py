@@ -1,0 +1,48 @@
+"""The exceptions of paci_schedule.  Every message names the value, the rule it breaks and the remedy.
+
+    PaciError
+    ├── ConfigError (ValueError)         a value in a config or a spec that the rules do not allow
+    ├── UnsupportedError                 a feature, version or topology that PACI does not run with
+    ├── ScheduleError                    a stream of ops that is not a valid pipeline schedule
+    ├── DataEndedError (StopIteration)   the data iterator ended before a whole batch
+    └── LinkError (RuntimeError)         a neighbouring stage did not answer in time, or is gone
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ConfigError", "DataEndedError", "LinkError", "PaciError", "ScheduleError", "UnsupportedError"]
+
+
+class PaciError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(PaciError, ValueError):
+    """A value that the rules do not allow."""
+
+
+class UnsupportedError(PaciError):
+    """Something that cannot run under PACI (yet), refused before training starts."""
+
+
+class ScheduleError(PaciError):
+    """A stream of ops that is not a valid pipeline schedule."""
+
+
+class DataEndedError(PaciError, StopIteration):
+    """The data ended before a whole batch could be read.  A ``StopIteration``, as DeepSpeed's own loop raises."""
+
+
+class LinkError(PaciError, RuntimeError):
+    """A neighbouring stage did not answer in time, or its process is gone."""
+
+
+def nearest(value: str, valid: Iterable[str]) -> str:
+    """Names in `valid`, the likeliest one first suggested: ``"'paci', '1f1b'; did you mean 'paci'?"``."""
+    names = sorted(valid)
+    listed = ", ".join(repr(name) for name in names)
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    return f"{listed}; did you mean {close[0]!r}?" if close else listed
