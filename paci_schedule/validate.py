@@ -72,7 +72,8 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
             if op.index != backwards or backwards >= forwards:
                 raise fail(position, f"{op} where B{backwards} is next and {forwards} forwards are done")
             if meter.version != due:
-                raise fail(position, f"{op} before STEP{due - 1}: a step belongs after every {spec.accumulation}-th backward")
+                rule = f"{op} before STEP{due - 1}: a step belongs after every {spec.accumulation}-th backward"
+                raise fail(position, rule)
             backwards += 1
         elif op.kind is OpKind.STEP:
             if op.index != meter.version or (op.index + 1) * spec.accumulation != backwards:
@@ -81,8 +82,11 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
             raise fail(position, f"{op} is not a compute op of this schedule")
         drift = meter.record(op)
         if drift is not None and not drift == drift_of(spec, stage, op.index) <= drift_bound(spec, stage):
-            raise fail(position, f"drift {drift} at {op}, closed form {drift_of(spec, stage, op.index)}, "
-                                 f"bound {drift_bound(spec, stage)}")
+            raise fail(
+                position,
+                f"drift {drift} at {op}, closed form {drift_of(spec, stage, op.index)}, "
+                f"bound {drift_bound(spec, stage)}",
+            )
         if meter.in_flight > spec.in_flight(stage):
             raise fail(position, f"{meter.in_flight} micro-batches in flight, at most {spec.in_flight(stage)} allowed")
     if backwards != forwards:
@@ -155,6 +159,10 @@ def _marked(rows: dict[int, Program], marks: dict[int, int], context: int = 6) -
         mark = marks[stage]
         window = range(max(0, mark - context), min(len(ops), mark + context + 1))
         cells = [f">{ops[at]}<" if at == mark else str(ops[at]) for at in window]
-        lines.append(f"  stage {stage:<3} " + ("... " if window.start else "") + " ".join(cells)
-                     + (" ..." if window.stop < len(ops) else ""))
+        lines.append(
+            f"  stage {stage:<3} "
+            + ("... " if window.start else "")
+            + " ".join(cells)
+            + (" ..." if window.stop < len(ops) else "")
+        )
     return "\n".join(lines)
