@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from paci_schedule.runtime.message import Layout, Payload
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["Links"]
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,11 @@ class _Outbox:
 class Links:
     """All links of one stage of one pipeline.
 
-    Every rank of the pipeline constructs its own at the same time; construction sets up the communicators.
+    Every rank of the job constructs its own at the same time; construction sets up the communicators.
 
     Args:
         spec: the pipeline.
-        stage: this rank's stage.
-        ranks: global rank of every stage of this pipeline, in stage order.
+        pipelines: for every pipeline of the job, the global rank of each stage, in stage order; the same on every rank.
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
 
@@ -158,45 +160,41 @@ class Links:
     """
 
     def __init__(
-        self, spec: PipelineSpec, stage: int, ranks: list[int], device: torch.device, timeout: timedelta
+        self, spec: PipelineSpec, pipelines: list[list[int]], device: torch.device, timeout: timedelta
     ) -> None:
-        self._inboxes: list[_Inbox] = []
-        self._outboxes: list[_Outbox] = []
-        cpu = torch.device("cpu")
-
-        def end(below: int, content: str, where: torch.device, backend: str | None = None) -> _End:
-            pair = [ranks[below], ranks[below + 1]]
-            group = dist.new_group(
-                pair,
-                timeout=timeout,
-                backend=backend,
-                use_local_synchronization=True,
-                group_desc=f"paci {content} link of stages {below} and {below + 1}",
-            )
-            other = below + 1 if stage == below else below
-            return _End(group, ranks[other], stage, other, content, where, timeout)
-
-        def inbox(at: _End) -> _Inbox:
-            self._inboxes.append(_Inbox(at))
-            return self._inboxes[-1]
-
-        def outbox(at: _End, on_wire: int) -> _Outbox:
-            self._outboxes.append(_Outbox(at, on_wire))
-            return self._outboxes[-1]
-
-        self._activation_in = self._gradient_out = self._word_in = None
-        self._activation_out = self._gradient_in = self._word_out = None
-        if stage > 0:
-            self._activation_in = inbox(end(stage - 1, "activation", device))
-            self._gradient_out = outbox(end(stage - 1, "gradient", device), spec.gradients_on_wire(stage))
-            self._word_in = inbox(end(stage - 1, "batch announcement", cpu, "gloo"))
-            for box in (self._activation_in, self._gradient_out, self._word_in):
-                box.warm_up()
-        if stage < spec.stages - 1:
-            self._activation_out = outbox(end(stage, "activation", device), 1)
-            self._gradient_in = inbox(end(stage, "gradient", device))
-            self._word_out = outbox(end(stage, "batch announcement", cpu, "gloo"), 1)
-            for box in (self._activation_out, self._gradient_in, self._word_out):
+        self._activation_in: _Inbox | None = None
+        self._activation_out: _Outbox | None = None
+        self._gradient_in: _Inbox | None = None
+        self._gradient_out: _Outbox | None = None
+        self._word_in: _Inbox | None = None
+        self._word_out: _Outbox | None = None
+        for ranks in pipelines:
+            stage = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else None
+            words = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc="paci batch announcements")
+            for below in range(spec.stages - 1):
+                pair = ranks[below : below + 2]
+                name = f"of stages {below} and {below + 1}"
+                # Created by every rank of the job in this one order, members or not, as new_group demands.
+                down = dist.new_group(pair, timeout=timeout, group_desc=f"paci activation link {name}")
+                up = dist.new_group(pair, timeout=timeout, group_desc=f"paci gradient link {name}")
+                if stage == below:
+                    end = partial(_End, peer=pair[1], stage=stage, peer_stage=stage + 1, timeout=timeout)
+                    self._activation_out = _Outbox(end(group=down, content="activation", device=device), 1)
+                    self._gradient_in = _Inbox(end(group=up, content="gradient", device=device))
+                    self._word_out = _Outbox(end(group=words, content="announcement", device=_HOST), 1)
+                elif stage == below + 1:
+                    end = partial(_End, peer=pair[0], stage=stage, peer_stage=below, timeout=timeout)
+                    self._activation_in = _Inbox(end(group=down, content="activation", device=device))
+                    self._gradient_out = _Outbox(
+                        end(group=up, content="gradient", device=device), spec.gradients_on_wire(stage)
+                    )
+                    self._word_in = _Inbox(end(group=words, content="announcement", device=_HOST))
+        self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._word_in) if box]
+        self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._word_out) if box]
+        # From the first pair of stages to the last, each pair in the same order: nobody waits in a circle.
+        order = (self._activation_in, self._gradient_out, self._word_in)
+        for box in (*order, self._activation_out, self._gradient_in, self._word_out):
+            if box is not None:
                 box.warm_up()
 
     def expect_activation(self, op: Op) -> None:

@@ -71,9 +71,8 @@ class PaciPipelineEngine(PipelineEngine):
             else None
         )
         spec = self._spec()
-        self._links = Links(
-            spec, self.stage_id, list(self.grid.pp_group), self.device, timedelta(seconds=options.timeout)
-        )
+        pipelines = self.grid.topology().get_axis_comm_lists("pipe")
+        self._links = Links(spec, pipelines, self.device, timedelta(seconds=options.timeout))
         self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, Timeline(self.device))
         if self.global_rank == 0 and self.gradient_clipping() > 0 and self.num_stages > 1:
             logger.warning(
