@@ -26,6 +26,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{script!r} is not a file: write the training script right after the module, "
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
+    # Here, so that a word about a wrong argument does not wait for torch.
+    from paci_schedule.runtime.staged import share_gpus
+
+    share_gpus()
     register()
     sys.argv = [script, *leading, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
