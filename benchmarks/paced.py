@@ -1,4 +1,4 @@
-"""Stock 1F1B against PACI on paced stages: every forward and backward takes a fixed time, so any machine shows the schedule.
+"""Stock 1F1B against PACI on paced stages: a forward and a backward take fixed times, so any machine shows the schedule.
 
     python -m benchmarks.paced                                     # the table in docs/results.md
     python -m benchmarks.paced --stages 8 --accumulation 8 --forward 40 --backward 80
@@ -10,6 +10,7 @@ is (a + P - 1) / a: what a flushed batch takes, against a batch without any bubb
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -17,9 +18,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engines import SCHEDULES, engine_for
 from integration_tests.ranks import run_ranks
 
 
@@ -62,38 +65,13 @@ class PacedLayer(torch.nn.Module):
 
 def build(job: Job, schedule: str) -> Any:
     """A DeepSpeed engine over `job.stages` paced stages."""
-    import deepspeed
-    from deepspeed.pipe import LayerSpec, PipelineModule
-
-    import paci_schedule
-
-    deepspeed.init_distributed()
-    paci_schedule.register()
-    module = PipelineModule(
-        layers=[LayerSpec(PacedLayer, job.forward, job.backward) for _ in range(job.stages)],
-        num_stages=job.stages,
-        loss_fn=torch.nn.MSELoss(),
-        partition_method="uniform",
-    )
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": job.accumulation,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "pipeline_schedule": schedule,
-    }
-    engine, *_ = deepspeed.initialize(model=module, config=config)
-    return engine
+    layers = [LayerSpec(PacedLayer, job.forward, job.backward) for _ in range(job.stages)]
+    return engine_for(layers, schedule, accumulation=job.accumulation)
 
 
 def _worker(job: Job) -> dict[str, Any]:
-    def endless() -> Any:
-        while True:
-            yield torch.ones(1, 8), torch.zeros(1, 8)
-
-    engines = {schedule: build(job, schedule) for schedule in ("1f1b", "paci")}
-    data = endless()
+    engines = {schedule: build(job, schedule) for schedule in SCHEDULES}
+    data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
     seconds: dict[str, list[float]] = {schedule: [] for schedule in engines}
     compute = 0.0
     for engine in engines.values():
@@ -126,7 +104,7 @@ def measure(job: Job) -> dict[str, Any]:
     ranks = run_ranks(_worker, job.stages, (job,), timeout=deadline)
     milliseconds = {
         schedule: statistics.median(s for rank in ranks for s in rank["seconds"][schedule]) / job.accumulation * 1e3
-        for schedule in ("1f1b", "paci")
+        for schedule in SCHEDULES
     }
     ideal = (job.accumulation + job.stages - 1) / job.accumulation
     ratio = milliseconds["1f1b"] / milliseconds["paci"]
