@@ -9,12 +9,12 @@ every stage learns the loss of what it finished without a collective.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from paci_schedule.drift import DriftMeter, drift_bound
-from paci_schedule.errors import LinkError
+from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
@@ -70,6 +70,7 @@ class StageRunner:
 
     Attributes:
         admitted: micro-batches taken in since the pipe was last empty.
+        finished: backwards done by every stage since then, at the end of a `lead_batch`.
         forwards, backwards: ops done since construction.
         peak_in_flight: the most micro-batches that were live at once.
         meter: drift and version counted so far.
@@ -79,10 +80,11 @@ class StageRunner:
     def __init__(self, spec: PipelineSpec, stage: int, compute: StageCompute, links: Links, timeline: Timeline) -> None:
         self.spec = spec
         self.stage = stage
-        self.admitted = 0
+        self.admitted = self.finished = 0
         self.interrupted = False
         self.forwards = self.backwards = self.peak_in_flight = 0
         self.meter = DriftMeter()
+        self._seconds_told = 0.0, 0.0
         self._compute, self._links, self._timeline = compute, links, timeline
         self._received: dict[int, Payload] = {}
         self._outputs: dict[int, Payload] = {}
@@ -112,6 +114,28 @@ class StageRunner:
         self.admitted += self.spec.accumulation
         return losses
 
+    def lead_batch(self, last: int | None = None) -> torch.Tensor:
+        """Finish a micro-batches, forwards leading, and return their mean losses.
+
+        Args:
+            last: micro-batches, counted since the pipe was last empty, after which it shall be empty again.
+
+        Raises:
+            ConfigError: the pipe has taken in more than `last` already.
+        """
+        if last is not None and last < self.admitted:
+            raise ConfigError(
+                f"the pipe cannot be empty after {last} micro-batches: {self.admitted} were taken in already; plan the "
+                f"end {self.spec.look_ahead(0)} micro-batches ahead"
+            )
+        segment = paci.lead_batch(self.spec, self.finished, last)
+        losses = self._run(segment)
+        self.finished, self.admitted = segment.stop, segment.admitted
+        if self.finished == self.admitted:
+            self.finished = self.admitted = 0
+            self._links.finish()
+        return losses
+
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
         losses = self._run(paci.drain(self.spec, self.admitted))
@@ -123,6 +147,30 @@ class StageRunner:
         """Go on with another spec, from an empty pipe."""
         assert self.admitted == 0, "drain before changing the spec"
         self.spec = spec
+
+    def stats(self) -> dict[str, Any]:
+        """What this stage has done since construction, but for the seconds: those are since the last call to this.
+
+        Returns:
+            stage, stages, accumulation, version, forwards, backwards, in_flight, peak_in_flight, max_drift,
+            drift_bound, drift_histogram, compute_seconds, wait_seconds; the adapters document them.
+        """
+        since, self._seconds_told = self._seconds_told, self.seconds()
+        return {
+            "stage": self.stage,
+            "stages": self.spec.stages,
+            "accumulation": self.spec.accumulation,
+            "version": self.meter.version,
+            "forwards": self.forwards,
+            "backwards": self.backwards,
+            "in_flight": self.meter.in_flight,
+            "peak_in_flight": self.peak_in_flight,
+            "max_drift": self.meter.largest,
+            "drift_bound": self.drift_bound,
+            "drift_histogram": dict(sorted(self.meter.histogram.items())),
+            "compute_seconds": self._seconds_told[0] - since[0],
+            "wait_seconds": self._seconds_told[1] - since[1],
+        }
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""

@@ -64,7 +64,6 @@ class PaciPipelineEngine(PipelineEngine):
         self._stage_mpu = StageMpu(module.mpu())
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
         self._compute_loss = True
-        self._seconds_told = 0.0, 0.0
         self._reporter = (
             Reporter(self.monitor, self.steps_per_print(), self.train_batch_size(), speaks=self.global_rank == 0)
             if self.is_first_stage()
@@ -154,24 +153,7 @@ class PaciPipelineEngine(PipelineEngine):
             compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
             that the device has finished).
         """
-        runner = self._runner
-        compute, wait = runner.seconds()
-        since, self._seconds_told = self._seconds_told, (compute, wait)
-        return {
-            "stage": self.stage_id,
-            "stages": self.num_stages,
-            "accumulation": runner.spec.accumulation,
-            "version": self.global_steps,
-            "forwards": runner.forwards,
-            "backwards": runner.backwards,
-            "in_flight": runner.meter.in_flight,
-            "peak_in_flight": runner.peak_in_flight,
-            "max_drift": runner.meter.largest,
-            "drift_bound": runner.drift_bound,
-            "drift_histogram": dict(sorted(runner.meter.histogram.items())),
-            "compute_seconds": compute - since[0],
-            "wait_seconds": wait - since[1],
-        }
+        return {**self._runner.stats(), "version": self.global_steps}
 
     def take_update(self, losses: torch.Tensor) -> None:
         """This stage's update: reduce over its replicas, step, and say what there is to say.

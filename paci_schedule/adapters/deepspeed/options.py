@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
 
-__all__ = ["SCHEDULES", "PaciOptions", "read_schedule"]
-
-SCHEDULES = ("1f1b", "paci")
+__all__ = ["PaciOptions", "read_schedule"]
 
 
 class PaciOptions(BaseModel):
@@ -52,6 +51,4 @@ def read_schedule(config: Mapping[str, Any]) -> str:
         ConfigError: an unknown name, with the nearest valid one.
     """
     name = config.get("pipeline_schedule", "1f1b")
-    if name not in SCHEDULES:
-        raise ConfigError(f'"pipeline_schedule": {name!r}: unknown; valid are {nearest(str(name), SCHEDULES)}')
-    return name
+    return check_schedule(name, f'"pipeline_schedule": {name!r}')

@@ -1,0 +1,54 @@
+"""Megatron-core: ``config.pipeline_schedule = "paci"``; Megatron-LM: ``--pipeline-schedule paci``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from paci_schedule.adapters.megatron.hooks import probe
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["pipeline_stats", "probe", "register"]
+
+
+def register(default: str | None = None) -> None:
+    """Let ``get_forward_backward_func`` choose by the model config's ``pipeline_schedule``.  Idempotent.
+
+    Call it before anything imports ``get_forward_backward_func`` by name, as Megatron-LM's ``megatron.training`` does.
+
+    Args:
+        default: the schedule of a model whose config names none; "1f1b" unless some call has set it.
+
+    Raises:
+        ConfigError: `default` is not a schedule.
+        UnsupportedError: this Megatron-core is outside the tested range, a hook that we rely on is gone, or the stock
+            selector was imported by name already.
+    """
+    from paci_schedule.adapters.megatron.dispatch import install
+
+    install(default)
+
+
+def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:
+    """What this rank's stage of `model` has done under PACI, counted as it happened.
+
+    Args:
+        model: as given to the forward-backward function.
+
+    Returns:
+        stage, stages, accumulation: where it stands in which pipeline;
+        version: updates handed to the training loop;
+        forwards, backwards: micro-batches done;
+        in_flight, peak_in_flight: micro-batches between their forward and backward, now and at most;
+        max_drift, drift_bound, drift_histogram: in updates; micro-batches for each drift;
+        loss: mean over the micro-batches finished in the last call, on every stage (waits for the device);
+        compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
+        that the device has finished).
+
+    Raises:
+        ConfigError: the model has not been trained under PACI.
+    """
+    from paci_schedule.adapters.megatron.dispatch import stream_of
+
+    return stream_of(model).stats()

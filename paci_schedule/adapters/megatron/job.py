@@ -1,0 +1,41 @@
+"""A Megatron-LM job: what its arguments say, and what its training loop does across stages in every iteration.
+
+Nothing here imports Megatron-LM: with megatron-core alone there is no such job.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from megatron.core import parallel_state
+
+__all__ = ["current_args", "iteration", "make_local"]
+
+
+def current_args() -> Namespace | None:
+    """Megatron-LM's arguments; None outside a Megatron-LM job."""
+    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+
+
+def iteration() -> int | None:
+    """Iterations that the job has done; None outside a Megatron-LM job."""
+    return getattr(current_args(), "curr_iteration", None)
+
+
+def make_local(config: Any) -> None:
+    """Keep what the training loop does in every iteration inside the stage.
+
+    * Success of the update, gradient norm and learning rate are reduced over all model-parallel ranks, though every
+      rank of a stage agrees on them already: no reduction.
+    * The timer of the log line waits for the whole world: for the stage's tensor-parallel ranks alone.
+    """
+    training = sys.modules["megatron.training.training"]
+    training.reduce_max_stat_across_model_parallel_group = _as_it_is
+    training.logical_and_across_model_parallel_group = _as_it_is
+    config.timers("interval-time").set_barrier_group(parallel_state.get_tensor_model_parallel_group())
+
+
+def _as_it_is(value: Any, group: Any = None) -> Any:
+    return value
