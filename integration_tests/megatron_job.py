@@ -13,7 +13,7 @@ import torch.distributed as dist
 from integration_tests.megatron_cpu import shim
 from integration_tests.ranks import on_gpus
 
-__all__ = ["GptJob", "Trained", "build", "micro_batch", "prepare", "train", "train_all"]
+__all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all"]
 
 VOCABULARY, SEQUENCE, HIDDEN = 24, 6, 16
 
@@ -28,7 +28,6 @@ class GptJob:
     schedule: str = "paci"
     data_parallel: int = 1
     tensor_parallel: int = 1
-    sequence_parallel: bool = False
     bf16: bool = False
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
@@ -38,10 +37,13 @@ class GptJob:
     optimizer: str = "adam"
     lr: float = 0.01
     clip_grad: float = 0.0
+    tied: bool = False
+    missing: int = 0
+    """Micro-batches that the data has fewer than the calls need."""
     evaluate_after: tuple[int, ...] = ()
     """Calls after which the loop evaluates one batch of 2 micro-batches."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Attributes to set on the model's config, whatever they mean."""
+    """Attributes to set on the config of the model or of its DDP once it is built, whatever they mean."""
     paci: dict[str, Any] = field(default_factory=dict)
     """Options of the schedule."""
 
@@ -109,16 +111,13 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
     config = TransformerConfig(
         num_layers=layers, hidden_size=HIDDEN, num_attention_heads=2, attention_dropout=0.0, hidden_dropout=0.0,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        tensor_model_parallel_size=job.tensor_parallel, sequence_parallel=job.sequence_parallel,
-        bf16=job.bf16, params_dtype=dtype, pipeline_dtype=dtype, deallocate_pipeline_outputs=job.deallocate,
-        **recompute,
+        tensor_model_parallel_size=job.tensor_parallel, bf16=job.bf16, params_dtype=dtype,
+        pipeline_dtype=dtype, deallocate_pipeline_outputs=job.deallocate, **recompute,
     )
     config.pipeline_schedule, config.paci = job.schedule, job.paci
-    for name, value in job.changes.items():
-        setattr(config, name, value)
     model = GPTModel(
         config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE,
-        pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=False,
+        pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=job.tied,
     ).cuda().to(dtype)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in model.named_parameters():
@@ -191,12 +190,14 @@ def train(job: GptJob) -> Trained:
     config = model.config
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
+    for name, value in job.changes.items():
+        setattr(model.ddp_config if hasattr(model.ddp_config, name) else config, name, value)
     if job.overlap_grad_reduce:
         config.no_sync_func = model.no_sync
         config.grad_sync_func = model.start_grad_sync if job.align_grad_reduce else None
     seen = Trained()
     count = job.calls * job.accumulation + (job.stages if "train_iters" not in job.paci else 0)
-    data = Counted(micro_batch(index, replica) for index in range(count))
+    data = Counted(micro_batch(index, replica) for index in range(count - job.missing))
     validation = (micro_batch(10_000 + index, replica) for index in range(2 * len(job.evaluate_after)))
     shape = {"seq_length": SEQUENCE, "micro_batch_size": 2}
     for call in range(job.calls):
@@ -236,6 +237,22 @@ def train_all(jobs: list[GptJob]) -> list[Trained]:
         set_up(job)
         results.append(train(job))
     return results
+
+
+def refusals(jobs: list[GptJob]) -> list[str]:
+    """Train several jobs that should be refused; returns what each was refused with, or "" if it was not."""
+    prepare()
+    from paci_schedule import PaciError
+
+    said = []
+    for job in jobs:
+        set_up(job)
+        try:
+            train(job)
+            said.append("")
+        except PaciError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def set_up(job: GptJob) -> None:

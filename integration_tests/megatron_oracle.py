@@ -7,6 +7,8 @@ megatron-core's own, so that equality can be asked for to the last bit.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from integration_tests.megatron_job import SEQUENCE, GptJob, Trained, build, mean_loss, micro_batch, prepare, set_up
@@ -19,7 +21,8 @@ class _Stage:
 
     def __init__(self, job: GptJob, number: int) -> None:
         self.job, self.number, self.last = job, number, number == job.stages - 1
-        self.model, self.optimizer = build(job, number, job.stages, 1)
+        alone = dataclasses.replace(job, overlap_grad_reduce=False)
+        self.model, self.optimizer = build(alone, number, job.stages, 1)
         self.seen = Trained()
         self.live: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
         self.version = 0
