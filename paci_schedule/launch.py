@@ -2,21 +2,35 @@
 
 torchrun --nproc-per-node 8 -m paci_schedule.launch train.py --deepspeed_config ds_config.json
 deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.json
+torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
+
+DeepSpeed reads the schedule from its config.  For Megatron-LM, which has no flag for it, these are ours and are taken
+out of the script's arguments:
+
+    --pipeline-schedule {1f1b,paci}    [1f1b]
+    --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
+from typing import Any
 
 from paci_schedule import ConfigError, register
+from paci_schedule.registration import installed
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Register, then run the script named first in `argv` as ``__main__`` with the rest as its arguments."""
+    """Register, then run the script named first in `argv` as ``__main__`` with the rest as its arguments.
+
+    Raises:
+        ConfigError: there is no such script, or a flag of ours without the framework that it is for.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher puts --local_rank in front of the module's arguments; the script expects it among its own.
     leading = [argument for argument in arguments[:1] if argument.startswith("--local_rank")]
@@ -26,14 +40,35 @@ def main(argv: list[str] | None = None) -> None:
             f"{script!r} is not a file: write the training script right after the module, "
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
+    ours, rest = _our_flags().parse_known_args(rest)
+    sys.argv = [script, *leading, *rest]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.staged import share_gpus
 
     share_gpus()
     register()
-    sys.argv = [script, *leading, *rest]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if vars(ours):
+        _register_with_megatron(**vars(ours))
     runpy.run_path(script, run_name="__main__")
+
+
+def _our_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    flags.add_argument("--pipeline-schedule")
+    flags.add_argument("--paci-timeout", type=float)
+    return flags
+
+
+def _register_with_megatron(pipeline_schedule: str = "1f1b", **options: Any) -> None:
+    if "megatron" not in installed():
+        raise ConfigError(
+            "--pipeline-schedule is for Megatron-LM, which is not installed; DeepSpeed reads the schedule from its "
+            'config: "pipeline_schedule": "paci"'
+        )
+    from paci_schedule.adapters import megatron
+
+    megatron.register(pipeline_schedule, {name.removeprefix("paci_"): value for name, value in options.items()})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paci_schedule.adapters.megatron.hooks import probe
@@ -12,22 +13,23 @@ if TYPE_CHECKING:
 __all__ = ["pipeline_stats", "probe", "register"]
 
 
-def register(default: str | None = None) -> None:
+def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
     """Let ``get_forward_backward_func`` choose by the model config's ``pipeline_schedule``.  Idempotent.
 
     Call it before anything imports ``get_forward_backward_func`` by name, as Megatron-LM's ``megatron.training`` does.
 
     Args:
         default: the schedule of a model whose config names none; "1f1b" unless some call has set it.
+        options: likewise, of a model whose config has no dictionary ``paci``.
 
     Raises:
-        ConfigError: `default` is not a schedule.
+        ConfigError: `default` is not a schedule, or an option that the rules do not allow.
         UnsupportedError: this Megatron-core is outside the tested range, a hook that we rely on is gone, or the stock
             selector was imported by name already.
     """
     from paci_schedule.adapters.megatron.dispatch import install
 
-    install(default)
+    install(default, options)
 
 
 def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:

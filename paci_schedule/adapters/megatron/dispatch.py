@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
 from paci_schedule.adapters.megatron.hooks import check_installed
-from paci_schedule.adapters.megatron.options import read_schedule
+from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import ModelStream
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, UnsupportedError
@@ -32,15 +32,17 @@ class Selector:
 
     Args:
         stock: Megatron-core's own.
-        default: the schedule of a model whose config names none.
 
     Attributes:
+        default: the schedule of a model whose config names none.
+        options: of a model whose config has none.
         streams: of the models that are trained under PACI, by their first chunk.
     """
 
-    def __init__(self, stock: Callable[..., Callable[..., list]], default: str) -> None:
+    def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
         self.stock = stock
-        self.default = default
+        self.default = "1f1b"
+        self.options: Mapping[str, Any] = {}
         self.streams: WeakKeyDictionary[torch.nn.Module, ModelStream] = WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., list]:
@@ -61,24 +63,31 @@ class Selector:
         if name == "1f1b" or forward_only or group.size() == 1:
             return stock(model=model, forward_only=forward_only, **call)
         if first not in self.streams:
-            self.streams[first] = ModelStream(_chunks(model), group, call)
+            options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
+            self.streams[first] = ModelStream(_chunks(model), group, options, call)
         return self.streams[first].train_batch(**call)
 
 
-def install(default: str | None) -> None:
-    """Put the selector in Megatron-core's place; a `default` of None leaves the one that is set, at first "1f1b"."""
+def install(default: str | None, options: Mapping[str, Any] | None) -> None:
+    """Put the selector in Megatron-core's place; None leaves what is set."""
     if default is not None:
-        check_schedule(default, f"register(default={default!r})")
-    current = schedules.get_forward_backward_func
-    if isinstance(current, Selector):
-        current.default = default or current.default
-        return
+        check_schedule(default, f"pipeline schedule {default!r}")
+    if options is not None:
+        PaciOptions.read(options)
+    selector = schedules.get_forward_backward_func
+    if not isinstance(selector, Selector):
+        selector = _replace(selector)
+    selector.default = default or selector.default
+    selector.options = selector.options if options is None else options
+
+
+def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
     check_installed()
     early = sorted(
         name
         for name, module in list(sys.modules.items())
         if module not in (schedules, pipeline_parallel)
-        and getattr(module, "__dict__", {}).get("get_forward_backward_func") is current
+        and getattr(module, "__dict__", {}).get("get_forward_backward_func") is stock
     )
     if early:
         raise UnsupportedError(
@@ -86,8 +95,9 @@ def install(default: str | None) -> None:
             "on with the stock schedule: call paci_schedule.register() before that import, or start the script with "
             "`-m paci_schedule.launch`"
         )
-    selector = Selector(current, default or "1f1b")
+    selector = Selector(stock)
     pipeline_parallel.get_forward_backward_func = schedules.get_forward_backward_func = selector
+    return selector
 
 
 def stream_of(model: Model) -> ModelStream:

@@ -28,13 +28,12 @@ class PaciOptions:
     Megatron-LM's own --save-interval and --exit-interval are known without it."""
 
     @classmethod
-    def read(cls, config: Any) -> PaciOptions:
-        """The options on a model's config.
+    def read(cls, block: Any) -> PaciOptions:
+        """The options in such a dictionary.
 
         Raises:
             ConfigError: an unknown option, with the nearest valid one, or a value outside its range.
         """
-        block = getattr(config, "paci", {})
         if not isinstance(block, Mapping):
             raise ConfigError(f"config.paci = {block!r}: must be a dictionary of options, like {{'timeout': 60}}")
         names = [field.name for field in fields(cls)]

@@ -34,15 +34,17 @@ class ModelStream:
     Args:
         chunks: the model as the training loop holds it.
         group: the pipeline's process group.
+        options: of the schedule.
         call: the other arguments of the first call.
 
     Raises:
         UnsupportedError: with every reason why this job cannot run under PACI.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], group: dist.ProcessGroup, call: dict[str, Any]) -> None:
+    def __init__(
+        self, chunks: list[torch.nn.Module], group: dist.ProcessGroup, options: PaciOptions, call: dict[str, Any]
+    ) -> None:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
-        options = PaciOptions.read(self._config)
         args = job.current_args()
         pipelines = agree(chunks, self._config, args, call, dist.get_process_group_ranks(group))
         self._plan = Plan.of_options(options) if args is None else Plan.of_job(args)
