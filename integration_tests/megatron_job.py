@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from integration_tests.collectives import record
 from integration_tests.megatron_cpu import shim
 from integration_tests.ranks import on_gpus
 
-__all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all"]
+__all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all",
+           "train_recorded"]
 
 VOCABULARY, SEQUENCE, HIDDEN = 24, 6, 16
 
@@ -61,6 +63,7 @@ class Trained:
         pulled: micro-batches taken from the training iterator, after each call.
         parked: micro-batches in flight, after each call.
         norms: the gradient norm that each optimizer.step() returned.
+        collectives: name and global ranks of every collective of the last call and the update after it.
     """
 
     losses: list[list[float]] = field(default_factory=list)
@@ -71,6 +74,7 @@ class Trained:
     pulled: list[int] = field(default_factory=list)
     parked: list[int] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
+    collectives: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
 def prepare() -> None:
@@ -176,8 +180,13 @@ class Counted:
         return item
 
 
-def train(job: GptJob) -> Trained:
-    """Train on this rank, with the process groups of the job set up."""
+def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trained:
+    """Train on this rank, with the process groups of the job set up.
+
+    Args:
+        job: what to train.
+        begins: told of every call before it begins.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -201,6 +210,7 @@ def train(job: GptJob) -> Trained:
     validation = (micro_batch(10_000 + index, replica) for index in range(2 * len(job.evaluate_after)))
     shape = {"seq_length": SEQUENCE, "micro_batch_size": 2}
     for call in range(job.calls):
+        begins(call)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reduced = get_forward_backward_func()(
@@ -227,6 +237,17 @@ def train(job: GptJob) -> Trained:
     if job.schedule == "paci" and job.stages > 1:
         seen.stats = pipeline_stats(model)
     return seen
+
+
+def train_recorded(job: GptJob) -> Trained:
+    """Train one job, with the collectives of its last call recorded."""
+    prepare()
+    set_up(job)
+    begun: list[int] = []
+    seen = record(lambda: len(begun))
+    trained = train(job, begun.append)
+    trained.collectives = [(each.name, each.ranks) for each in seen if each.label == job.calls]
+    return trained
 
 
 def train_all(jobs: list[GptJob]) -> list[Trained]:

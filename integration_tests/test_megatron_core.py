@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from integration_tests.megatron_job import GptJob, refusals, train_all
+from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
 from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule import PipelineSpec
 from paci_schedule.drift import drift_bound, drift_of
@@ -148,6 +148,20 @@ def test_an_evaluation_changes_nothing_and_sees_the_weights_of_all_stages_at_one
     assert [len(losses) for losses in evaluated.evaluations] == [2, 2]
     assert evaluated.evaluations[0] == ended.evaluations[0]
     assert evaluated.evaluations[0] != evaluated.evaluations[1]
+
+
+@pytest.mark.parametrize("change", [{}, {"distributed_optimizer": True}, {"overlap_grad_reduce": True}])
+def test_no_collective_of_a_steady_call_spans_stages(change):
+    """Each is of one stage's replicas; the recorder does see those of the stock schedule that span stages."""
+    job = GptJob(data_parallel=2, calls=3, clip_grad=1.0, **change)
+    stages = [{0, 1}, {2, 3}]
+    for stage, trained in zip([0, 0, 1, 1], run_ranks(train_recorded, 4, (job,)), strict=True):
+        assert trained.collectives
+        assert all(set(ranks) <= stages[stage] for _, ranks in trained.collectives), trained.collectives
+    if not change:
+        stock = run_ranks(train_recorded, 4, (dataclasses.replace(job, schedule="1f1b"),))
+        assert all(("all_reduce", ranks) in trained.collectives
+                   for trained, ranks in zip(stock, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True))
 
 
 def test_every_stage_knows_the_loss_of_the_last_call():
