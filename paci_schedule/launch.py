@@ -4,8 +4,8 @@ torchrun --nproc-per-node 8 -m paci_schedule.launch train.py --deepspeed_config 
 deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.json
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
-DeepSpeed reads the schedule from its config.  For Megatron-LM, which has no flag for it, these are ours and are taken
-out of the script's arguments:
+DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it: where megatron-core is installed, these
+are ours and are taken out of the script's arguments.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
@@ -17,7 +17,6 @@ import argparse
 import os
 import runpy
 import sys
-from typing import Any
 
 from paci_schedule import ConfigError, register
 from paci_schedule.registration import installed
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     """Register, then run the script named first in `argv` as ``__main__`` with the rest as its arguments.
 
     Raises:
-        ConfigError: there is no such script, or a flag of ours without the framework that it is for.
+        ConfigError: there is no such script, or a flag of ours has a value that the rules do not allow.
     """
     arguments = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher puts --local_rank in front of the module's arguments; the script expects it among its own.
@@ -40,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{script!r} is not a file: write the training script right after the module, "
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
-    ours, rest = _our_flags().parse_known_args(rest)
+    with_megatron = "megatron" in installed()
+    ours, rest = _our_flags().parse_known_args(rest) if with_megatron else (argparse.Namespace(), rest)
     sys.argv = [script, *leading, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
     # Here, so that a word about a wrong argument does not wait for torch.
@@ -49,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     share_gpus()
     register()
     if vars(ours):
-        _register_with_megatron(**vars(ours))
+        from paci_schedule.adapters import megatron
+
+        options = {name.removeprefix("paci_"): value for name, value in vars(ours).items() if name.startswith("paci_")}
+        megatron.register(getattr(ours, "pipeline_schedule", None), options)
     runpy.run_path(script, run_name="__main__")
 
 
@@ -58,17 +61,6 @@ def _our_flags() -> argparse.ArgumentParser:
     flags.add_argument("--pipeline-schedule")
     flags.add_argument("--paci-timeout", type=float)
     return flags
-
-
-def _register_with_megatron(pipeline_schedule: str = "1f1b", **options: Any) -> None:
-    if "megatron" not in installed():
-        raise ConfigError(
-            "--pipeline-schedule is for Megatron-LM, which is not installed; DeepSpeed reads the schedule from its "
-            'config: "pipeline_schedule": "paci"'
-        )
-    from paci_schedule.adapters import megatron
-
-    megatron.register(pipeline_schedule, {name.removeprefix("paci_"): value for name, value in options.items()})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
-"""``python -m integration_tests.megatron_cpu MODULE ARGUMENTS...``: as ``python -m MODULE``, the CPU playing CUDA."""
+"""``python -m integration_tests.megatron_cpu MODULE ARGUMENTS...``: as ``python -m MODULE``, the CPU playing CUDA.
 
+MEGATRON_CPU_TRACE=PATH records the collectives of every rank.
+"""
+
+import atexit
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import runpy
 import sys
 from pathlib import Path
 
+from integration_tests.collectives import record
 from integration_tests.megatron_cpu import shim
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
@@ -31,6 +38,22 @@ def build_nothing() -> None:
             spec.loader.exec_module(helpers)
 
 
+def trace(path: str) -> None:
+    """Write this rank's collectives to `path`.RANK as JSON, each with the iterations that were done when it came."""
+
+    def iteration() -> int | None:
+        job = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+        return getattr(job, "curr_iteration", None)
+
+    seen = record(iteration)
+
+    def write() -> None:
+        listed = [dataclasses.asdict(each) for each in seen]
+        Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(listed), encoding="utf-8")
+
+    atexit.register(write)
+
+
 if __name__ == "__main__":
     shim.install()
     here = Path(__file__).resolve().parent
@@ -38,4 +61,6 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     sys.argv = sys.argv[1:]
     build_nothing()
+    if "MEGATRON_CPU_TRACE" in os.environ:
+        trace(os.environ["MEGATRON_CPU_TRACE"])
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
