@@ -1,9 +1,12 @@
 """PACI on the real megatron-core: weights, losses and drift equal to a single process, to the last bit."""
 
 import dataclasses
+import sys
+import types
 
 import pytest
 
+from integration_tests.megatron_cpu import shim
 from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
 from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule import PipelineSpec
@@ -177,6 +180,7 @@ REFUSED = {
     "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
     "--num-experts": {"changes": {"num_moe_experts": 4}},
     "--context-parallel-size": {"changes": {"context_parallel_size": 2}},
+    "--num-layers-per-virtual-pipeline-stage": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
     "--fp8-format": {"changes": {"fp8": "e4m3"}},
     "--fp16": {"changes": {"fp16": True}},
     "--overlap-param-gather": {"changes": {"overlap_param_gather": True}},
@@ -201,3 +205,31 @@ def test_what_cannot_run_is_refused_on_every_rank_with_the_name_of_the_flag():
         else:
             assert said == echoed
             assert said.startswith(("UnsupportedError", "ConfigError"))
+
+
+def test_a_pipeline_of_one_stage_is_the_stock_schedule():
+    job = GptJob(stages=1, accumulation=3, calls=3)
+    [[paci, stock]] = run_ranks(train_all, 1, ([job, dataclasses.replace(job, schedule="1f1b")],))
+    assert_equal(paci.weights, stock.weights, "weight")
+    assert paci.losses == stock.losses
+
+
+def register_late():
+    """What registration says when a training loop has imported the selector by name."""
+    shim.install()
+    import megatron.core.pipeline_parallel
+
+    import paci_schedule
+
+    loop = types.ModuleType("a_training_loop")
+    loop.get_forward_backward_func = megatron.core.pipeline_parallel.get_forward_backward_func
+    sys.modules[loop.__name__] = loop
+    try:
+        paci_schedule.register()
+    except paci_schedule.UnsupportedError as error:
+        return str(error)
+
+
+def test_a_selector_that_was_imported_before_registration_is_said_so():
+    [said] = run_ranks(register_late, 1)
+    assert "a_training_loop imported get_forward_backward_func before paci_schedule was registered" in said

@@ -79,7 +79,7 @@ class Left(pickle.Unpickler):
 
 def weights(folder):
     """name -> tensor, of a rank's checkpoint in Megatron's format "torch"."""
-    pickled = SimpleNamespace(Unpickler=Left, load=None)
+    pickled = SimpleNamespace(__name__="left", Unpickler=Left, load=None)
     saved = torch.load(f"{folder}/model_optim_rng.pt", weights_only=False, pickle_module=pickled)
     return {name: value for name, value in saved["model"].items() if isinstance(value, torch.Tensor)}
 
