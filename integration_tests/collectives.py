@@ -1,57 +1,42 @@
-"""Recording every collective that a rank takes part in: its name, its group's ranks, and where it was called."""
+"""Recording every collective that a rank starts, where all of them pass, by whatever name it was called."""
 
-from __future__ import annotations
-
-import functools
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import contextlib
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import ProcessGroup
 
-__all__ = ["Collective", "record"]
+__all__ = ["MESSAGES", "recorded"]
 
-_NAMES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced", "all_to_all",
-    "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object",
-    "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter",
+MESSAGES = {"send", "recv", "recv_anysource"}
+QUERIES = {
+    "BackendType", "_enable_collectives_timing", "_end_coalescing", "_get_backend", "_get_backend_name",
+    "_get_sequence_number_for_group", "_has_hooks", "_id", "_pybind11_conduit_v1_", "_register_backend",
+    "_register_on_completion_hook", "_set_default_backend", "_set_group_desc", "_set_group_name",
+    "_set_sequence_number_for_group", "_start_coalescing", "_wait_for_pending_works", "abort", "boxed",
+    "get_group_store", "merge_remote_group", "name", "rank", "set_timeout", "shutdown", "size", "split_group", "unbox",
+    "use_pg_for_symm_mem_rendezvous",
+}
+COLLECTIVES = sorted(  # whatever else a group can do, whichever PyTorch it is
+    name for name, value in vars(ProcessGroup).items()
+    if callable(value) and not name.startswith("__") and name not in MESSAGES | QUERIES
 )
 
 
-@dataclass(frozen=True)
-class Collective:
-    """One call.
+@contextlib.contextmanager
+def recorded(keep):
+    """Within it, `keep(name, ranks of the group)` hears of every collective that this rank starts in any group."""
+    original = {name: vars(ProcessGroup)[name] for name in COLLECTIVES}
 
-    Attributes:
-        name: of the function.
-        ranks: global ranks of its group.
-        label: what the recorder was told to note beside it.
-        site: the functions that led there, innermost first.
-    """
+    def listening(name):
+        def method(group, *args, **kwargs):
+            keep(name, sorted(dist.get_process_group_ranks(group)))
+            return original[name](group, *args, **kwargs)
+        return method
 
-    name: str
-    ranks: tuple[int, ...]
-    label: Any
-    site: tuple[str, ...]
-
-
-def record(label: Callable[[], Any]) -> list[Collective]:
-    """From now on, note every collective of this process, with what `label` gives at the time."""
-    seen: list[Collective] = []
-    for name in _NAMES:
-        function = getattr(dist, name)
-        setattr(dist, name, _noting(function, name, label, seen))
-    return seen
-
-
-def _noting(function: Callable, name: str, label: Callable[[], Any], seen: list[Collective]) -> Callable:
-    @functools.wraps(function)
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        groups = [value for value in (*args, kwargs.get("group")) if isinstance(value, dist.ProcessGroup)]
-        ranks = dist.get_process_group_ranks(groups[0]) if groups else range(dist.get_world_size())
-        calls = traceback.extract_stack(limit=8)[-2::-1]
-        seen.append(Collective(name, tuple(ranks), label(), tuple(call.name for call in calls)))
-        return function(*args, **kwargs)
-
-    return noting
+    for name in COLLECTIVES:
+        setattr(ProcessGroup, name, listening(name))
+    try:
+        yield
+    finally:
+        for name in COLLECTIVES:
+            setattr(ProcessGroup, name, original[name])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from integration_tests.collectives import record
+from integration_tests.collectives import recorded
 from integration_tests.megatron_cpu import shim
 from integration_tests.ranks import on_gpus
 
@@ -244,9 +244,10 @@ def train_recorded(job: GptJob) -> Trained:
     prepare()
     set_up(job)
     begun: list[int] = []
-    seen = record(lambda: len(begun))
-    trained = train(job, begun.append)
-    trained.collectives = [(each.name, each.ranks) for each in seen if each.label == job.calls]
+    seen: list[tuple[int, str, tuple[int, ...]]] = []
+    with recorded(lambda name, ranks: seen.append((len(begun), name, tuple(ranks)))):
+        trained = train(job, begun.append)
+    trained.collectives = [(name, ranks) for call, name, ranks in seen if call == job.calls]
     return trained
 
 

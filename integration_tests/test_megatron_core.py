@@ -163,7 +163,7 @@ def test_no_collective_of_a_steady_call_spans_stages(change):
         assert all(set(ranks) <= stages[stage] for _, ranks in trained.collectives), trained.collectives
     if not change:
         stock = run_ranks(train_recorded, 4, (dataclasses.replace(job, schedule="1f1b"),))
-        assert all(("all_reduce", ranks) in trained.collectives
+        assert all(("allreduce", ranks) in trained.collectives
                    for trained, ranks in zip(stock, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True))
 
 

@@ -3,8 +3,7 @@
 MEGATRON_CPU_TRACE=PATH records the collectives of every rank.
 """
 
-import atexit
-import dataclasses
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,9 +11,10 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from integration_tests.collectives import record
+from integration_tests.collectives import recorded
 from integration_tests.megatron_cpu import shim
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
@@ -38,20 +38,21 @@ def build_nothing() -> None:
             spec.loader.exec_module(helpers)
 
 
-def trace(path: str) -> None:
-    """Write this rank's collectives to `path`.RANK as JSON, each with the iterations that were done when it came."""
+@contextlib.contextmanager
+def trace(path: str | None) -> Iterator[None]:
+    """Write this rank's collectives to `path`.RANK as JSON: iterations done when it came, name, ranks of the group."""
+    seen: list[tuple[int | None, str, list[int]]] = []
 
-    def iteration() -> int | None:
+    def keep(name: str, ranks: list[int]) -> None:
         job = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
-        return getattr(job, "curr_iteration", None)
+        seen.append((getattr(job, "curr_iteration", None), name, ranks))
 
-    seen = record(iteration)
-
-    def write() -> None:
-        listed = [dataclasses.asdict(each) for each in seen]
-        Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(listed), encoding="utf-8")
-
-    atexit.register(write)
+    if path is None:
+        yield
+        return
+    with recorded(keep):
+        yield
+    Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(seen), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -61,6 +62,5 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     sys.argv = sys.argv[1:]
     build_nothing()
-    if "MEGATRON_CPU_TRACE" in os.environ:
-        trace(os.environ["MEGATRON_CPU_TRACE"])
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    with trace(os.environ.get("MEGATRON_CPU_TRACE")):
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
