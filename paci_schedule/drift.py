@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["DriftMeter", "drift_bound", "drift_of"]
+__all__ = ["DriftMeter", "drift_bound", "drift_histogram", "drift_of"]
 
 
 def drift_of(spec: PipelineSpec, stage: int, micro_batch: int) -> int:
@@ -23,6 +23,16 @@ def drift_of(spec: PipelineSpec, stage: int, micro_batch: int) -> int:
 def drift_bound(spec: PipelineSpec, stage: int) -> int:
     """The most that `drift_of` can be at `stage`: ceil(d_s / a)."""
     return -(-spec.look_ahead(stage) // spec.accumulation)
+
+
+def drift_histogram(spec: PipelineSpec, stage: int, micro_batches: int) -> Counter[int]:
+    """Drift -> how many of the first `micro_batches` micro-batches have it at `stage`; from `drift_of`, one window for all."""
+    filling = min(micro_batches, spec.look_ahead(stage))
+    windows, rest = divmod(micro_batches - filling, spec.accumulation)
+    histogram = Counter(drift_of(spec, stage, index) for index in range(filling))
+    for place in range(spec.accumulation):
+        histogram[drift_of(spec, stage, filling + place)] += windows + (place < rest)
+    return +histogram
 
 
 class DriftMeter:
