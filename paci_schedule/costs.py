@@ -62,8 +62,10 @@ class Costs:
         for field in fields(self):
             value = getattr(self, field.name)
             for number in value if isinstance(value, Sequence) else [value]:
-                if number is not None and not (isinstance(number, int | float) and number >= 0):
-                    raise ConfigError(f"{field.name}={number!r}: must be a number of at least 0")
+                if number is None or (field.name == "bandwidth" and number == math.inf):
+                    continue
+                if not isinstance(number, int | float) or not 0 <= number < math.inf:
+                    raise ConfigError(f"{field.name}={number!r}: must be a finite number of at least 0")
         if not self.bandwidth:
             raise ConfigError("bandwidth=0: must be more than 0; leave it out for links of any bandwidth")
 

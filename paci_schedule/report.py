@@ -17,7 +17,7 @@ from paci_schedule.spec import PipelineSpec
 from paci_schedule.timeline import Timeline, busy, peak_in_flight
 from paci_schedule.wavefront import Marks, sweep
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "report", "time_per_micro_batch"]
 
 _AGREE = 1e-9  # the steady state is reached when a run and one of twice its length agree this well
 _MOST_OPS = 600_000  # of one run of the general simulator
@@ -87,6 +87,7 @@ def report(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int | 
         raise ConfigError(f"batches={batches}: must be at least 1")
     steady = _steady(schedule, spec, costs, batches or 0)
     counted = batches or steady.batches
+    makespan = steady.makespan if steady.batches == batches else _makespan(schedule, spec, costs, batches or 1)
     drift = [_drift(schedule, spec, stage, counted) for stage in range(spec.stages)]
     peak = [_peak(schedule, spec, stage, counted) for stage in range(spec.stages)]
     versions = [schedule.weight_versions(spec, stage) for stage in range(spec.stages)]
@@ -96,7 +97,7 @@ def report(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int | 
         spent = np.array([row[-1].end - row[0].start for row in batch.rows])
         bubbles = spent - [busy(row) for row in batch.rows]
     return Report(
-        makespan=_makespan(schedule, spec, costs, batches or 1),
+        makespan=makespan,
         time_per_micro_batch=float(steady.period.max()) / spec.accumulation,
         bubble=_rounded(bubbles.max(), spent.max()),
         bubble_share=_rounded((bubbles / np.maximum(spent, np.finfo(float).tiny)).max(), 1.0),
@@ -111,23 +112,35 @@ def report(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int | 
     )
 
 
+def time_per_micro_batch(schedule: Schedule, spec: PipelineSpec, costs: Costs) -> float:
+    """`Report.time_per_micro_batch` from one short run: for comparing many pipelines."""
+    warm = _warm_up(schedule, spec)
+    return float(_window(schedule, spec, costs, warm, warm + 3).period.max()) / spec.accumulation
+
+
 @dataclass(frozen=True)
 class _Steady:
-    """Per batch and stage in the steady state, shape (stages,); and how many batches it took to see."""
+    """Per batch and stage in the steady state, shape (stages,); and the run that it was seen in."""
 
     period: np.ndarray
     busy: np.ndarray
     batches: int
+    makespan: float
+
+
+def _warm_up(schedule: Schedule, spec: PipelineSpec) -> int:
+    """Batches after which the pipe has certainly been full for a while, and a stage has heard from the others."""
+    return 1 if schedule.flushes else -(-2 * spec.in_flight(0) // spec.accumulation)
 
 
 def _steady(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int) -> _Steady:
     """Run until the time between two batches settles; with jitter, as long as is affordable, or `batches` if they are more."""
-    warm = 1 if schedule.flushes else 2 + -(-2 * spec.in_flight(0) // spec.accumulation)
+    warm = _warm_up(schedule, spec)
     if _has_wavefronts(schedule, costs):
         affordable = _MOST_ROUNDS // spec.accumulation
     else:
         affordable = _MOST_OPS // (3 * spec.stages * schedule.chunks * spec.accumulation)
-    least, most = warm + 3, max(warm + 3, affordable)
+    least, most = warm + 2, max(warm + 2, affordable)
     if costs.jitter or batches > least:
         return _window(schedule, spec, costs, warm, max(batches, least if batches > least else most))
     count = least
@@ -150,7 +163,8 @@ def _window(schedule: Schedule, spec: PipelineSpec, costs: Costs, warm: int, bat
     else:
         marks = _marks(simulate(schedule, spec, costs, batches), window)
     between = window[1] - window[0]
-    return _Steady((marks.window[1] - marks.window[0]) / between, marks.window_busy / between, batches)
+    return _Steady((marks.window[1] - marks.window[0]) / between, marks.window_busy / between, batches,
+                   float(marks.end.max() - marks.start.min()))
 
 
 def _has_wavefronts(schedule: Schedule, costs: Costs) -> bool:

@@ -15,13 +15,15 @@ import numpy as np
 
 from paci_schedule import grid
 from paci_schedule.costs import Costs
-from paci_schedule.errors import ScheduleError
+from paci_schedule.errors import ConfigError, ScheduleError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.spec import PipelineSpec
 from paci_schedule.timeline import Span, Timeline
 
 __all__ = ["execute", "simulate"]
+
+_MOST_OPS = 10_000_000
 
 
 def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int = 1) -> Timeline:
@@ -31,6 +33,10 @@ def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int 
         ConfigError: the schedule does not exist for `spec`, or a list of costs has another length than the stages.
     """
     schedule.check(spec)
+    count = 3 * spec.stages * schedule.chunks * spec.accumulation * batches
+    if count > _MOST_OPS:
+        raise ConfigError(f"{spec.stages} stages x {spec.accumulation} micro-batches x {batches} batches: up to {count} ops, and "
+                          f"the general simulator holds {_MOST_OPS}; take fewer, or paci, which is summed up at any size")
     programs = [list(schedule.calls(spec, stage, batches)) for stage in range(spec.stages)]
     return execute(schedule, programs, costs)
 
@@ -73,7 +79,7 @@ def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs:
     free, synced = [0.0] * stages, [0] * stages
     rows: list[list[Span]] = [[] for _ in ops]
 
-    def deliver(stage: int, kind: OpKind, at: int, index: int, end: float) -> int | None:
+    def deliver(stage: int, kind: OpKind, at: int, index: int, end: float) -> int:
         """Send what an op made to position `at`; returns the stage that may now go on."""
         there = home[at]
         if there != stage:
