@@ -6,6 +6,7 @@ Bad input is one line on standard error that names the value, the rule and the r
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +20,8 @@ from paci_schedule import __version__, grid, trace
 from paci_schedule.costs import Costs
 from paci_schedule.doctor import examine
 from paci_schedule.errors import ConfigError, PaciError, ScheduleError
+from paci_schedule.model import from_config, from_layers, load_config
+from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, plan
 from paci_schedule.render import chrome_trace, picture, text
 from paci_schedule.report import report
 from paci_schedule.schedules.base import Schedule
@@ -176,7 +179,76 @@ def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float,
     for key, value in found.items():
         if not isinstance(value, list) or any(value):
             table.add_row(key.replace("_", " "), _brief(value))
-    Console().print(table)
+    _console().print(table)
+
+
+@_paci.command("plan")
+@click.option("--model", metavar="NAME", help="A Hugging Face config: a name, a config.json or its folder.")
+@click.option("--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Measured layers (JSON).")
+@click.option("--devices", type=int, required=True, metavar="N", help="How many devices.")
+@click.option("--memory", type=float, required=True, metavar="GIB", help="Of one device.")
+@click.option("--global-batch", type=int, required=True, metavar="G", help="Sequences of an update.")
+@click.option("--sequence-length", type=int, metavar="TOKENS", help="Of a sequence (the model's longest).")
+@click.option("--tflops", type=float, default=100.0, metavar="T", help="What a device really does in a second (100).")
+@click.option("--measured", type=float, metavar="RATE",
+              help="Samples a second and device of 1f1b with --stages and --micro-batch-size; instead of --tflops.")
+@click.option("--bandwidth", type=float, default=float("inf"), metavar="GB", help="Of a link in a second (no limit).")
+@click.option("--latency", type=float, default=0.0, metavar="SECONDS", help="Of a message (0).")
+@click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (1).")
+@click.option("--max-drift", type=int, default=1, metavar="D", help="Updates between a forward and its backward (1).")
+@click.option("--schedule", "schedules", multiple=True, metavar="NAME", help="Only these; can be repeated.")
+@click.option("--stages", type=int, multiple=True, metavar="P", help="Only these; can be repeated.")
+@click.option("--micro-batch-size", "sizes", type=int, multiple=True, metavar="S", help="Only these; can be repeated.")
+@click.option("--recompute", type=click.Choice(["none", "full", "both"]), default="both", help="Search which (both).")
+@click.option("--top", type=int, default=10, metavar="N", help="Rows to print of those that run (10).")
+@_json
+def plan_(model: str | None, layers: Path | None, sequence_length: int | None, tflops: float, measured: float | None,
+          memory: float, bandwidth: float, schedules: Sequence[str], sizes: Sequence[int], recompute: str, top: int,
+          as_json: bool, **given: object) -> None:
+    """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest way to train a model."""
+    if (model is None) == (layers is None):
+        raise ConfigError("the model is missing or there twice: give either --model NAME or --layers FILE")
+    shape = from_config(load_config(model), sequence_length) if layers is None else from_layers(layers)
+    job = Job(model=shape, memory=memory * 2**30, flops=tflops * 1e12, bandwidth=bandwidth * 1e9,
+              schedules=schedules or tuple(SCHEDULES), micro_batch_sizes=sizes,
+              recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute], **given)
+    if measured is not None:
+        job = calibrated(job, measured)
+    rows = plan(job)
+    best = next((row for row in rows if not row.refused and row.schedule in ("paci", "1f1b")), None)
+    if as_json:
+        settings = best and {"row": asdict(best), "deepspeed": deepspeed_config(job, best),
+                             "megatron": megatron_flags(job, best)}
+        _print_json({"parameters": shape.parameters, "rows": [asdict(row) for row in rows], "settings": settings})
+        return
+    console = _console()
+    console.print(f"{shape.parameters / 1e9:.2f} B parameters, {len(shape.layers)} layers, {job.devices} devices, "
+                  f"{job.global_batch} sequences of {shape.sequence_length} tokens an update")
+    running = [row for row in rows if not row.refused]
+    table = Table("schedule", "stages x replicas", "size x accum.", "recompute", "tokens/s", "samples/s/device", "vs 1f1b",
+                  "GiB", "drift", box=None)
+    for row in running[:top]:
+        table.add_row(*_place(row), f"{row.tokens_per_second:,.0f}", f"{row.samples_per_second_per_device:.4g}",
+                      f"{row.speedup:.3f}" if row.speedup else "", f"{row.memory / 2**30:.1f}", str(row.drift))
+    console.print(table)
+    reasons: dict[tuple[str, str], list[Row]] = {}
+    for row in rows[len(running):]:
+        reasons.setdefault((row.schedule, re.sub(r"[\d.]+", "#", row.refused)), []).append(row)
+    if reasons:
+        console.print(f"\n{len(rows) - len(running)} of {len(rows)} rows refused; the first for each reason:")
+        refused = Table("schedule", "stages x replicas", "size x accum.", "recompute", "rows", "refused because", box=None)
+        for like in reasons.values():
+            refused.add_row(*_place(like[0]), str(len(like)), like[0].refused)
+        console.print(refused)
+    if best:
+        click.echo(f"\nThe fastest that runs with paci_schedule: {best.schedule}, PipelineModule(num_stages={best.stages})\n"
+                   f"DeepSpeed  {json.dumps(deepspeed_config(job, best))}\n"
+                   f"Megatron   {' '.join(megatron_flags(job, best))}")
+
+
+def _place(row: Row) -> tuple[str, str, str, str]:
+    return (row.schedule, f"{row.stages} x {row.replicas}", f"{row.micro_batch_size} x {row.accumulation}",
+            "full" if row.recompute else "none")
 
 
 @_paci.command("trace")
@@ -204,7 +276,7 @@ def trace_(files: Sequence[Path], last: float | None, width: int | None, output:
     for stage, times in enumerate(spent):
         total = sum(times.values()) or 1.0
         table.add_row(str(stage), *(f"{seconds:.3f} ({seconds / total:4.0%})" for seconds in times.values()))
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(f"recorded {recorded.makespan:.3f} s, simulated with the medians of its ops {expected.makespan:.3f} s")
     if output is None:
@@ -226,7 +298,7 @@ def doctor(as_json: bool) -> None:
         for finding in findings:
             mark = "[green]ok[/]" if finding.ok else "[red]missing[/]" if finding.required else "[yellow]no[/]"
             table.add_row(mark, finding.name, finding.detail)
-        Console().print(table)
+        _console().print(table)
     if not healthy:
         raise click.exceptions.Exit(1)
 
@@ -288,7 +360,7 @@ def _draw(timelines: dict[str, Timeline], output: Path | None, as_json: bool, wi
     if as_json:
         _print_json(chrome_trace(next(iter(timelines.values()))))
     elif not output:
-        console = Console()
+        console = _console()
         for timeline in timelines.values():
             _print_grid(console, timeline, width)
 
@@ -319,6 +391,12 @@ def _brief(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {count}" for key, count in value.items()) + "}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _console() -> Console:
+    """Standard output, as wide as the terminal, or wide where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def _print_json(value: object) -> None:

@@ -26,12 +26,19 @@ def drift_bound(spec: PipelineSpec, stage: int) -> int:
 
 
 def drift_histogram(spec: PipelineSpec, stage: int, micro_batches: int) -> Counter[int]:
-    """Drift -> how many of the first `micro_batches` micro-batches have it at `stage`; from `drift_of`, one window for all."""
-    filling = min(micro_batches, spec.look_ahead(stage))
-    windows, rest = divmod(micro_batches - filling, spec.accumulation)
-    histogram = Counter(drift_of(spec, stage, index) for index in range(filling))
-    for place in range(spec.accumulation):
-        histogram[drift_of(spec, stage, filling + place)] += windows + (place < rest)
+    """Drift -> how many of the first `micro_batches` micro-batches have it at `stage`: `drift_of`, summed up."""
+    window, ahead = spec.accumulation, spec.look_ahead(stage)
+    filling = min(micro_batches, ahead)
+    histogram = Counter({number: min(window, filling - number * window) for number in range(-(-filling // window))})
+    whole, rest = divmod(ahead, window)
+
+    def early(count: int) -> int:
+        """How many of the first `count` stand among the first `rest` of their window."""
+        return count // window * rest + min(count % window, rest)
+
+    one_more = early(max(micro_batches, ahead)) - early(ahead)
+    histogram[whole + 1] += one_more
+    histogram[whole] += micro_batches - filling - one_more
     return +histogram
 
 

@@ -163,13 +163,13 @@ def _legend(figure: object, timelines: Mapping[str, Timeline]) -> None:
     from matplotlib.patches import Patch
 
     kinds = {span.op.kind for timeline in timelines.values() for row in timeline.rows for span in row}
-    newest = max((sum(span.op.kind is OpKind.STEP for span in row) for timeline in timelines.values()
-                  for row in timeline.rows), default=0)
+    used = [version for timeline in timelines.values() for row in timeline.rows
+            for span, version, _ in versions(row) if span.op.kind is not OpKind.STEP]
     names = {OpKind.FORWARD: "F", OpKind.BACKWARD: "B", OpKind.WEIGHT: "W"}
     patches = [Patch(color=_colour(kind, 0), label=name) for kind, name in names.items() if kind in kinds]
     patches += [Patch(color=_STEP, label="step"), Patch(color="#f0f0f0", label="wait")]
     patches += [Patch(color=_colour(OpKind.BACKWARD, version), label=f"version {version}")
-                for version in range(min(newest + 1, len(_HUES)))]
+                for version in range(min(max(used, default=0) + 1, len(_HUES)))]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=7)
 
 
