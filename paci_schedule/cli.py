@@ -64,16 +64,22 @@ class _Pair(click.ParamType):
 
 def _options(*options: Callable) -> Callable:
     """One decorator out of several."""
+
     def decorate(command: Callable) -> Callable:
         for option in reversed(options):
             command = option(command)
         return command
+
     return decorate
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_output = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-                       help="Write a picture: .svg, .png, .txt, or .json for a Chrome trace (ui.perfetto.dev).")
+_output = click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a picture: .svg, .png, .txt, or .json for a Chrome trace (ui.perfetto.dev).",
+)
 
 _pipeline = _options(
     click.option("--schedule", "name", required=True, metavar="NAME", help=", ".join(SCHEDULES) + "."),
@@ -81,24 +87,38 @@ _pipeline = _options(
     click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch."),
     click.option("--chunks", type=int, metavar="V", help="Model chunks a stage (interleaved-1f1b; 2)."),
     click.option("--cut", type=click.Choice(["lagging", "leading"]), help="Where a call of PACI returns (lagging)."),
-    click.option("--extra-in-flight", type=int, default=0, metavar="K", help="Further micro-batches in flight (paci; 0)."),
+    click.option(
+        "--extra-in-flight", type=int, default=0, metavar="K", help="Further micro-batches in flight (paci; 0)."
+    ),
 )
 
 _costs = _options(
-    click.option("--forward", type=_Numbers(), default=1.0, metavar="F", help="Time of a forward; commas: of each stage."),
-    click.option("--backward", type=_Numbers(), default=2.0, metavar="B",
-                 help="Time of the whole backward, or of its input half where --weight is given."),
+    click.option(
+        "--forward", type=_Numbers(), default=1.0, metavar="F", help="Time of a forward; commas: of each stage."
+    ),
+    click.option(
+        "--backward",
+        type=_Numbers(),
+        default=2.0,
+        metavar="B",
+        help="Time of the whole backward, or of its input half where --weight is given.",
+    ),
     click.option("--weight", type=_Numbers(), metavar="W", help="Time of the weight half of the backward."),
     click.option("--step", type=_Numbers(), default=0.0, metavar="S", help="Time of an optimizer update."),
     click.option("--latency", type=_Numbers(), default=0.0, metavar="L", help="Of a message; commas: of each link."),
-    click.option("--bandwidth", type=float, default=float("inf"), metavar="BYTES", help="Of a link, in a unit of time."),
+    click.option(
+        "--bandwidth", type=float, default=float("inf"), metavar="BYTES", help="Of a link, in a unit of time."
+    ),
     click.option("--message-bytes", type=float, default=0.0, metavar="BYTES", help="Of one activation or gradient."),
     click.option("--jitter", type=float, default=0.0, metavar="J", help="Coefficient of variation of F, B and W."),
     click.option("--seed", type=int, default=0, metavar="N", help="Which jitter."),
-    click.option("--sync", type=float, metavar="C", help="Time of a collective over all stages after every call (none)."),
+    click.option(
+        "--sync", type=float, metavar="C", help="Time of a collective over all stages after every call (none)."
+    ),
     click.option("--straggler", type=_Pair(), multiple=True, metavar="STAGE:FACTOR", help="A stage that is slower."),
-    click.option("--slow-link", type=_Pair(), multiple=True, metavar="LINK:LATENCY",
-                 help="Another latency behind a stage."),
+    click.option(
+        "--slow-link", type=_Pair(), multiple=True, metavar="LINK:LATENCY", help="Another latency behind a stage."
+    ),
 )
 
 
@@ -153,8 +173,11 @@ def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **
         shape = {"schedule": chosen.name, "stages": spec.stages, "micro_batches": spec.accumulation}
         _print_json({"ok": not fault, "error": fault or None} | shape)
     else:
-        click.echo(fault or f"ok: {file or chosen.name} is a valid {chosen.name} schedule of {spec.stages} stages and "
-                            f"{spec.accumulation} micro-batches a batch")
+        click.echo(
+            fault
+            or f"ok: {file or chosen.name} is a valid {chosen.name} schedule of {spec.stages} stages and "
+            f"{spec.accumulation} micro-batches a batch"
+        )
     if fault:
         raise click.exceptions.Exit(1)
 
@@ -162,12 +185,18 @@ def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **
 @_paci.command("simulate")
 @_pipeline
 @_costs
-@click.option("--batches", type=int, metavar="N",
-              help="Batches that makespan, peaks and drift are of (one, and the steady state).")
+@click.option(
+    "--batches",
+    type=int,
+    metavar="N",
+    help="Batches that makespan, peaks and drift are of (one, and the steady state).",
+)
 @click.option("--activation-bytes", type=float, default=0.0, metavar="BYTES", help="Of one micro-batch on one stage.")
 @click.option("--weight-bytes", type=float, default=0.0, metavar="BYTES", help="Of one stage.")
 @_json
-def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float, as_json: bool, **options: object) -> None:
+def simulate_(
+    batches: int | None, activation_bytes: float, weight_bytes: float, as_json: bool, **options: object
+) -> None:
     """Simulate a schedule and print its figures.  Times are in the unit of --forward and --backward."""
     chosen, spec, costs = _job(options)
     found = asdict(report(chosen, spec, costs, batches, activation_bytes=activation_bytes, weight_bytes=weight_bytes))
@@ -184,14 +213,20 @@ def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float,
 
 @_paci.command("plan")
 @click.option("--model", metavar="NAME", help="A Hugging Face config: a name, a config.json or its folder.")
-@click.option("--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Measured layers (JSON).")
+@click.option(
+    "--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Measured layers (JSON)."
+)
 @click.option("--devices", type=int, required=True, metavar="N", help="How many devices.")
 @click.option("--memory", type=float, required=True, metavar="GIB", help="Of one device.")
 @click.option("--global-batch", type=int, required=True, metavar="G", help="Sequences of an update.")
 @click.option("--sequence-length", type=int, metavar="TOKENS", help="Of a sequence (the model's longest).")
 @click.option("--tflops", type=float, default=100.0, metavar="T", help="What a device really does in a second (100).")
-@click.option("--measured", type=float, metavar="RATE",
-              help="Samples a second and device of 1f1b with --stages and --micro-batch-size; instead of --tflops.")
+@click.option(
+    "--measured",
+    type=float,
+    metavar="RATE",
+    help="Samples a second and device of 1f1b with --stages and --micro-batch-size; instead of --tflops.",
+)
 @click.option("--bandwidth", type=float, default=float("inf"), metavar="GB", help="Of a link in a second (no limit).")
 @click.option("--latency", type=float, default=0.0, metavar="SECONDS", help="Of a message (0).")
 @click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (1).")
@@ -202,53 +237,101 @@ def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float,
 @click.option("--recompute", type=click.Choice(["none", "full", "both"]), default="both", help="Search which (both).")
 @click.option("--top", type=int, default=10, metavar="N", help="Rows to print of those that run (10).")
 @_json
-def plan_(model: str | None, layers: Path | None, sequence_length: int | None, tflops: float, measured: float | None,
-          memory: float, bandwidth: float, schedules: Sequence[str], sizes: Sequence[int], recompute: str, top: int,
-          as_json: bool, **given: object) -> None:
-    """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest way to train a model."""
+def plan_(
+    model: str | None,
+    layers: Path | None,
+    sequence_length: int | None,
+    tflops: float,
+    measured: float | None,
+    memory: float,
+    bandwidth: float,
+    schedules: Sequence[str],
+    sizes: Sequence[int],
+    recompute: str,
+    top: int,
+    as_json: bool,
+    **given: object,
+) -> None:
+    """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest pipeline of a model."""
     if (model is None) == (layers is None):
         raise ConfigError("the model is missing or there twice: give either --model NAME or --layers FILE")
     shape = from_config(load_config(model), sequence_length) if layers is None else from_layers(layers)
-    job = Job(model=shape, memory=memory * 2**30, flops=tflops * 1e12, bandwidth=bandwidth * 1e9,
-              schedules=schedules or tuple(SCHEDULES), micro_batch_sizes=sizes,
-              recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute], **given)
+    job = Job(
+        model=shape,
+        memory=memory * 2**30,
+        flops=tflops * 1e12,
+        bandwidth=bandwidth * 1e9,
+        schedules=schedules or tuple(SCHEDULES),
+        micro_batch_sizes=sizes,
+        recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute],
+        **given,
+    )
     if measured is not None:
         job = calibrated(job, measured)
     rows = plan(job)
     best = next((row for row in rows if not row.refused and row.schedule in ("paci", "1f1b")), None)
     if as_json:
-        settings = best and {"row": asdict(best), "deepspeed": deepspeed_config(job, best),
-                             "megatron": megatron_flags(job, best)}
+        settings = best and {
+            "row": asdict(best),
+            "deepspeed": deepspeed_config(job, best),
+            "megatron": megatron_flags(job, best),
+        }
         _print_json({"parameters": shape.parameters, "rows": [asdict(row) for row in rows], "settings": settings})
         return
     console = _console()
-    console.print(f"{shape.parameters / 1e9:.2f} B parameters, {len(shape.layers)} layers, {job.devices} devices, "
-                  f"{job.global_batch} sequences of {shape.sequence_length} tokens an update")
+    console.print(
+        f"{shape.parameters / 1e9:.2f} B parameters, {len(shape.layers)} layers, {job.devices} devices, "
+        f"{job.global_batch} sequences of {shape.sequence_length} tokens an update"
+    )
     running = [row for row in rows if not row.refused]
-    table = Table("schedule", "stages x replicas", "size x accum.", "recompute", "tokens/s", "samples/s/device", "vs 1f1b",
-                  "GiB", "drift", box=None)
+    table = Table(
+        "schedule",
+        "stages x replicas",
+        "size x accum.",
+        "recompute",
+        "tokens/s",
+        "samples/s/device",
+        "vs 1f1b",
+        "GiB",
+        "drift",
+        box=None,
+    )
     for row in running[:top]:
-        table.add_row(*_place(row), f"{row.tokens_per_second:,.0f}", f"{row.samples_per_second_per_device:.4g}",
-                      f"{row.speedup:.3f}" if row.speedup else "", f"{row.memory / 2**30:.1f}", str(row.drift))
+        table.add_row(
+            *_place(row),
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.samples_per_second_per_device:.4g}",
+            f"{row.speedup:.3f}" if row.speedup else "",
+            f"{row.memory / 2**30:.1f}",
+            str(row.drift),
+        )
     console.print(table)
     reasons: dict[tuple[str, str], list[Row]] = {}
-    for row in rows[len(running):]:
+    for row in rows[len(running) :]:
         reasons.setdefault((row.schedule, re.sub(r"[\d.]+", "#", row.refused)), []).append(row)
     if reasons:
         console.print(f"\n{len(rows) - len(running)} of {len(rows)} rows refused; the first for each reason:")
-        refused = Table("schedule", "stages x replicas", "size x accum.", "recompute", "rows", "refused because", box=None)
+        refused = Table(
+            "schedule", "stages x replicas", "size x accum.", "recompute", "rows", "refused because", box=None
+        )
         for like in reasons.values():
             refused.add_row(*_place(like[0]), str(len(like)), like[0].refused)
         console.print(refused)
     if best:
-        click.echo(f"\nThe fastest that runs with paci_schedule: {best.schedule}, PipelineModule(num_stages={best.stages})\n"
-                   f"DeepSpeed  {json.dumps(deepspeed_config(job, best))}\n"
-                   f"Megatron   {' '.join(megatron_flags(job, best))}")
+        click.echo(
+            f"\nThe fastest that runs with paci_schedule: {best.schedule}, PipelineModule(num_stages={best.stages})\n"
+            f"DeepSpeed  {json.dumps(deepspeed_config(job, best))}\n"
+            f"Megatron   {' '.join(megatron_flags(job, best))}"
+        )
 
 
 def _place(row: Row) -> tuple[str, str, str, str]:
-    return (row.schedule, f"{row.stages} x {row.replicas}", f"{row.micro_batch_size} x {row.accumulation}",
-            "full" if row.recompute else "none")
+    return (
+        row.schedule,
+        f"{row.stages} x {row.replicas}",
+        f"{row.micro_batch_size} x {row.accumulation}",
+        "full" if row.recompute else "none",
+    )
 
 
 @_paci.command("trace")
@@ -258,7 +341,7 @@ def _place(row: Row) -> tuple[str, str, str, str]:
 @_output
 @_json
 def trace_(files: Sequence[Path], last: float | None, width: int | None, output: Path | None, as_json: bool) -> None:
-    """Read a recorded run, one FILE a stage or a folder of them: where the time went, and its picture beside the simulated."""
+    """Read a recorded run (a FILE a stage, or their folder): where the time went, with a simulated run beside it."""
     paths = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
     if not paths:
         raise ConfigError("no trace files: name the files (or the folder of *.jsonl files) that the ranks wrote")
@@ -269,8 +352,14 @@ def trace_(files: Sequence[Path], last: float | None, width: int | None, output:
         drawn = {"recorded": _end_of(recorded, last), "simulated": _end_of(expected, last)}
         picture(drawn, output, unit="s")
     if as_json:
-        _print_json({"stages": len(recordings), "makespan": recorded.makespan, "simulated_makespan": expected.makespan,
-                     "spent": spent})
+        _print_json(
+            {
+                "stages": len(recordings),
+                "makespan": recorded.makespan,
+                "simulated_makespan": expected.makespan,
+                "spent": spent,
+            }
+        )
         return
     table = Table("stage", *spent[0], title="Where the time went (s)", box=None, title_justify="left")
     for stage, times in enumerate(spent):
@@ -278,7 +367,9 @@ def trace_(files: Sequence[Path], last: float | None, width: int | None, output:
         table.add_row(str(stage), *(f"{seconds:.3f} ({seconds / total:4.0%})" for seconds in times.values()))
     console = _console()
     console.print(table)
-    console.print(f"recorded {recorded.makespan:.3f} s, simulated with the medians of its ops {expected.makespan:.3f} s")
+    console.print(
+        f"recorded {recorded.makespan:.3f} s, simulated with the medians of its ops {expected.makespan:.3f} s"
+    )
     if output is None:
         for title, drawn in (("recorded", recorded), ("simulated", expected)):
             console.print(title)
@@ -288,7 +379,7 @@ def trace_(files: Sequence[Path], last: float | None, width: int | None, output:
 @_paci.command()
 @_json
 def doctor(as_json: bool) -> None:
-    """Say what is installed, what is supported and whether each hook exists; exit code 1 where something required is not."""
+    """Say what is installed and supported and whether each hook exists; exit code 1 if not."""
     findings = list(examine())
     healthy = all(finding.ok for finding in findings if finding.required)
     if as_json:
@@ -310,26 +401,39 @@ def _job(options: dict[str, object]) -> tuple[Schedule, PipelineSpec, Costs]:
     stragglers, slow_links = options.pop("straggler"), options.pop("slow_link")
     for name in ("forward", "backward", "weight"):
         if options[name] is not None:
-            options[name] = _with(name, options[name], spec.stages, stragglers, lambda old, factor: old * factor, "straggler")
-    options["latency"] = _with("latency", options["latency"], spec.stages - 1, slow_links, lambda old, new: new, "slow_link")
+            options[name] = _with(
+                name, options[name], spec.stages, stragglers, lambda old, factor: old * factor, "straggler"
+            )
+    options["latency"] = _with(
+        "latency", options["latency"], spec.stages - 1, slow_links, lambda old, new: new, "slow_link"
+    )
     return chosen, spec, Costs(**options)
 
 
-def _with(name: str, value: float | list[float], count: int, changes: Sequence[tuple[int, float]],
-          change: Callable[[float, float], float], option: str) -> float | list[float]:
+def _with(
+    name: str,
+    value: float | list[float],
+    count: int,
+    changes: Sequence[tuple[int, float]],
+    change: Callable[[float, float], float],
+    option: str,
+) -> float | list[float]:
     """`value` for all of `count`, changed at the indices of `changes`."""
     if not changes:
         return value
     values = list(value) if isinstance(value, list) else [value] * count
     for index, number in changes:
         if not 0 <= index < min(count, len(values)):
-            raise ConfigError(f"{option}={index}:{number}: there are {count} of them, 0 to {count - 1}; name one of those")
+            raise ConfigError(
+                f"{option}={index}:{number}: there are {count} of them, 0 to {count - 1}; name one of those"
+            )
         values[index] = change(values[index], number)
     return values
 
 
-def _shape(name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None,
-           extra_in_flight: int) -> tuple[Schedule, PipelineSpec]:
+def _shape(
+    name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
+) -> tuple[Schedule, PipelineSpec]:
     """The schedule and the pipeline, checked."""
     varied = {"chunks": chunks} if chunks is not None else {}
     varied |= {"leading": cut == "leading"} if cut is not None else {}

@@ -1,4 +1,4 @@
-"""How long things take: ops, messages and their jitter.  Seconds, or any other unit as long as it is the same everywhere."""
+"""How long things take: ops, messages and their jitter.  In seconds, or in any other unit that all of them share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PerStage = float | Sequence[float]
 class Costs:
     """What every op and message costs; a list gives every stage its own, a number holds for all.
 
-    F, B and W are those of one micro-batch through everything that a stage holds; a schedule with several chunks a stage
-    spreads them evenly over the chunks.
+    F, B and W are those of one micro-batch through everything that a stage holds; a schedule with several chunks a
+    stage spreads them evenly over the chunks.
 
     Raises:
         ConfigError: a cost is negative or not a number.
@@ -56,7 +56,7 @@ class Costs:
     """Which jitter."""
 
     sync: float | None = None
-    """What a collective over all stages at the end of every call costs, waiting for the slowest apart; None: there is none."""
+    """Time of a collective over all stages at the end of every call, once all are there; None: there is none."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -87,11 +87,13 @@ class Costs:
         }
 
     def latencies(self, stages: int) -> np.ndarray:
-        """The latency of the link behind each stage, shape (stages,); that behind the last one, to stage 0, is the longest."""
+        """The latency of the link behind each stage, shape (stages,); from the last stage to the first, the longest."""
         if isinstance(self.latency, Sequence):
             if len(self.latency) != stages - 1:
-                raise ConfigError(f"latency={list(self.latency)}: {len(self.latency)} values for the {stages - 1} links of "
-                                  f"{stages} stages; give one for each, or a single one for all")
+                raise ConfigError(
+                    f"latency={list(self.latency)}: {len(self.latency)} values for the {stages - 1} links of "
+                    f"{stages} stages; give one for each, or a single one for all"
+                )
             return np.array([*self.latency, max(self.latency, default=0.0)], dtype=float)
         return np.full(stages, float(self.latency))
 
@@ -109,8 +111,10 @@ class Costs:
         value = getattr(self, name)
         if isinstance(value, Sequence):
             if len(value) != stages:
-                raise ConfigError(f"{name}={list(value)}: {len(value)} values for {stages} stages; give one for each, or a "
-                                  "single one for all")
+                raise ConfigError(
+                    f"{name}={list(value)}: {len(value)} values for {stages} stages; give one for each, or a "
+                    "single one for all"
+                )
             return np.array(value, dtype=float)
         return np.full(stages, float(value))
 

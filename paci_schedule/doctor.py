@@ -42,7 +42,9 @@ def examine() -> Iterator[Finding]:
     yield from _torch()
     installed = [adapter for adapter, distribution in _FRAMEWORKS.items() if _version(distribution)]
     if not installed:
-        yield Finding("framework", False, "neither deepspeed nor megatron-core is installed: install the one that your job uses")
+        yield Finding(
+            "framework", False, "neither deepspeed nor megatron-core is installed: install the one that your job uses"
+        )
     for adapter in installed:
         yield Finding(adapter, True, _version(_FRAMEWORKS[adapter]))
         yield from _hooks(adapter)
@@ -69,9 +71,13 @@ def _torch() -> Iterator[Finding]:
     from torch import cuda, distributed
 
     available = distributed.is_available()
-    yield Finding("torch.distributed", available, "available" if available else "this build of torch has none: install another")
+    yield Finding(
+        "torch.distributed", available, "available" if available else "this build of torch has none: install another"
+    )
     if available:
-        yield Finding("gloo", distributed.is_gloo_available(), "for CPU ranks and for ranks that share a GPU", required=False)
+        yield Finding(
+            "gloo", distributed.is_gloo_available(), "for CPU ranks and for ranks that share a GPU", required=False
+        )
         yield Finding("nccl", distributed.is_nccl_available(), "for GPU ranks", required=False)
     count = cuda.device_count()
     yield Finding("gpus", count > 0, f"{count} visible", required=False)

@@ -1,11 +1,11 @@
 """The exceptions of paci_schedule.  Every message names the value, the rule it breaks and the remedy.
 
-    PaciError
-    ├── ConfigError (ValueError)         a value in a config or a spec that the rules do not allow
-    ├── UnsupportedError                 a feature, version or topology that PACI does not run with
-    ├── ScheduleError                    a stream of ops that is not a valid pipeline schedule
-    ├── DataEndedError (StopIteration)   the data iterator ended before a whole batch
-    └── LinkError (RuntimeError)         a neighbouring stage did not answer in time, or is gone
+PaciError
+├── ConfigError (ValueError)         a value in a config or a spec that the rules do not allow
+├── UnsupportedError                 a feature, version or topology that PACI does not run with
+├── ScheduleError                    a stream of ops that is not a valid pipeline schedule
+├── DataEndedError (StopIteration)   the data iterator ended before a whole batch
+└── LinkError (RuntimeError)         a neighbouring stage did not answer in time, or is gone
 """
 
 from __future__ import annotations

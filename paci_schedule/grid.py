@@ -16,7 +16,8 @@ _LABEL = re.compile(r"\s*stage\s+\d+\s*[,;:]?\s*", re.IGNORECASE)
 def read(text: str) -> list[list[Op]]:
     """The ops of every stage of a grid.
 
-    A line may begin with its label (`stage 3`).  `.`, empty cells, empty lines and lines that begin with # do not count.
+    A line may begin with its label (`stage 3`).  `.`, empty cells, empty lines and lines that begin with # do not
+    count.
 
     Raises:
         ScheduleError: something that is not an op, with the line it stands in; or no line at all.
@@ -46,6 +47,10 @@ def marked(rows: Mapping[int, Sequence[Op]], marks: Mapping[int, int], context: 
         mark = marks[stage]
         window = range(max(0, mark - context), min(len(ops), mark + context + 1))
         cells = [f">{ops[at]}<" if at == mark else str(ops[at]) for at in window]
-        lines.append(f"  stage {stage:<3} " + ("... " if window.start else "") + " ".join(cells)
-                     + (" ..." if window.stop < len(ops) else ""))
+        lines.append(
+            f"  stage {stage:<3} "
+            + ("... " if window.start else "")
+            + " ".join(cells)
+            + (" ..." if window.stop < len(ops) else "")
+        )
     return "\n".join(lines)

@@ -2,8 +2,9 @@
 
 * A receive is posted (EA, EG) before the compute op that precedes its consumer, steps not counted, so that the transfer
   overlaps that op; it is waited for (RA, RG) right before its consumer.
-* A send (SA, SG) starts right after the op that made its content, and goes on behind the next ops.  Buffers are bounded:
-  before it starts, the activation before it, or the gradient `PipelineSpec.gradients_on_wire` before it, must be done.
+* A send (SA, SG) starts right after the op that made its content, and goes on behind the next ops.  Buffers are
+  bounded: before it starts, the activation before it, or the gradient `PipelineSpec.gradients_on_wire` before it, must
+  be done.
 * A message whose receiver takes it only in the next segment is sent at the start of that segment.  Nothing is on the
   wire, and no receive is posted, while the caller has control: a device synchronisation, an evaluation or an exit
   between two calls finds quiet links.

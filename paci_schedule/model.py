@@ -1,8 +1,8 @@
 """What the planner must know of a model: a row of layers, each with its time, parameters and activations.
 
 From a Hugging Face config the figures are computed: 2 operations for each matrix parameter and token plus 4 s h for the
-attention of a token, backward twice the forward; activations as in arXiv 2205.05198, equation 2, without the s x s terms that
-flash attention does not keep.
+attention of a token, backward twice the forward; activations as in arXiv 2205.05198, equation 2, without the s x s
+terms that flash attention does not keep.
 """
 
 from __future__ import annotations
@@ -58,28 +58,33 @@ class Model:
         return sum(layer.parameters for layer in self.layers)
 
 
-_KEYS = MappingProxyType({  # what we need -> the names that model families give it
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "heads": ("num_attention_heads", "n_head", "num_heads"),
-    "vocabulary": ("vocab_size",),
-    "sequence": ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
-})
+_KEYS = MappingProxyType(
+    {  # what we need -> the names that model families give it
+        "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+        "hidden": ("hidden_size", "n_embd", "d_model"),
+        "heads": ("num_attention_heads", "n_head", "num_heads"),
+        "vocabulary": ("vocab_size",),
+        "sequence": ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
+    }
+)
 
-_SIZES = MappingProxyType({  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
-    "gpt2": (12, 768, 12),
-    "gpt2-medium": (24, 1024, 16),
-    "gpt2-large": (36, 1280, 20),
-    "gpt2-xl": (48, 1600, 25),
-    "gpt-1.5b": (22, 2304, 24),
-    "gpt-6.2b": (30, 4096, 32),
-    "gpt-14.6b": (46, 5120, 40),
-    "gpt-28.3b": (62, 6144, 48),
-})
+_SIZES = MappingProxyType(
+    {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
+        "gpt2": (12, 768, 12),
+        "gpt2-medium": (24, 1024, 16),
+        "gpt2-large": (36, 1280, 20),
+        "gpt2-xl": (48, 1600, 25),
+        "gpt-1.5b": (22, 2304, 24),
+        "gpt-6.2b": (30, 4096, 32),
+        "gpt-14.6b": (46, 5120, 40),
+        "gpt-28.3b": (62, 6144, 48),
+    }
+)
 
 
 def load_config(name: str) -> dict[str, object]:
-    """The config called `name`: a built-in size, a JSON file, a folder with a config.json, or a model of the Hugging Face hub.
+    """The config called `name`: a built-in size, a JSON file, a folder with a config.json, or a model of the Hugging
+    Face hub.
 
     Raises:
         ConfigError: it is none of them, or cannot be read.
@@ -97,8 +102,10 @@ def load_config(name: str) -> dict[str, object]:
         return AutoConfig.from_pretrained(name).to_dict()
     except (ImportError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"model={name!r}: not one of {', '.join(_SIZES)}, not a file, and not to be had from the hub "
-                          f"({reason}); give a config.json") from None
+        raise ConfigError(
+            f"model={name!r}: not one of {', '.join(_SIZES)}, not a file, and not to be had from the hub "
+            f"({reason}); give a config.json"
+        ) from None
 
 
 def from_config(config: dict[str, object], sequence_length: int | None = None) -> Model:
@@ -126,18 +133,28 @@ def from_config(config: dict[str, object], sequence_length: int | None = None) -
     block_work = sequence * (2 * matrices + 4 * sequence * hidden)
     head_work = sequence * 2 * hidden * vocabulary
     block = Layer(
-        forward=block_work, backward=2 * block_work, parameters=matrices + 4 * hidden,
-        activation_bytes=sequence * (18 * hidden + 4 * inner), input_bytes=row)
+        forward=block_work,
+        backward=2 * block_work,
+        parameters=matrices + 4 * hidden,
+        activation_bytes=sequence * (18 * hidden + 4 * inner),
+        input_bytes=row,
+    )
     embedding = Layer(forward=0.0, backward=0.0, parameters=hidden * vocabulary, activation_bytes=0.0, input_bytes=row)
     head = Layer(
-        forward=head_work, backward=2 * head_work, parameters=hidden * vocabulary,
-        activation_bytes=4 * sequence * vocabulary + row, input_bytes=row)
+        forward=head_work,
+        backward=2 * head_work,
+        parameters=hidden * vocabulary,
+        activation_bytes=4 * sequence * vocabulary + row,
+        input_bytes=row,
+    )
     return Model([embedding, *[block] * found["layers"], head], sequence, measured=False)
 
 
 def from_layers(path: Path) -> Model:
-    """The layers that were measured: {"sequence_length": n, "layers": [{"forward": seconds, "backward": seconds, "parameters":
-    n, "activation_bytes": n, "input_bytes": n}, ...]}, times and bytes of one sequence; "count" repeats a layer.
+    """The layers that were measured, from a JSON file; times in seconds and bytes are those of one sequence.
+
+    `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
+    "input_bytes": 2e6, "count": 24}, ...]}`; "count" repeats a layer and may be left out.
 
     Raises:
         ConfigError: the file cannot be read, or a key is missing or not a number of at least 0.
@@ -152,8 +169,10 @@ def from_layers(path: Path) -> Model:
             layers += [Layer(**values)] * int(entry.get("count", 1))
         sequence = int(content["sequence_length"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs "
-                          f"{', '.join(Layer.__annotations__)}, and the file a sequence_length") from None
+        raise ConfigError(
+            f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs "
+            f"{', '.join(Layer.__annotations__)}, and the file a sequence_length"
+        ) from None
     if not layers or sequence < 1:
         raise ConfigError(f"layers={str(path)!r}: needs at least one layer and a sequence_length of at least 1")
     return Model(layers, sequence, measured=True)

@@ -1,8 +1,9 @@
-"""Which pipeline for this job?  Every division of the devices, every schedule: predicted speed, memory, drift, and why not.
+"""Which pipeline for this job?  Every division of the devices and every schedule, with speed, memory and drift.
 
 A stage's time is the sum of its layers', cut so that the slowest stage is as fast as possible.  Data-parallel replicas
-average their gradients in a ring when a stage steps.  Memory is weights (bf16), gradients and optimizer state (fp32; AdamW's
-two moments and the master copy, divided over the replicas under ZeRO-1), stashed weights, and the activations in flight.
+average their gradients in a ring when a stage steps.  Memory is weights (bf16), gradients and optimizer state (fp32;
+AdamW's two moments and the master copy, divided over the replicas under ZeRO-1), stashed weights, and the activations
+in flight.
 """
 
 from __future__ import annotations
@@ -125,17 +126,21 @@ def plan(job: Job) -> list[Row]:
 
     Jobs without a pipeline, on one stage, appear as 1f1b.
     """
-    rows = [_row(job, name, *shape) for shape in _shapes(job) for name in job.schedules
-            if shape[0] > 1 or name == "1f1b"]  # on one stage all schedules are gradient accumulation
+    rows = [
+        _row(job, name, *shape) for shape in _shapes(job) for name in job.schedules if shape[0] > 1 or name == "1f1b"
+    ]  # on one stage all schedules are gradient accumulation
     baseline = {_place(row): row.tokens_per_second for row in rows if row.schedule == "1f1b" and not row.refused}
-    rows = [replace(row, speedup=row.tokens_per_second / baseline[_place(row)])
-            if _place(row) in baseline and not row.refused else row for row in rows]
+    rows = [
+        replace(row, speedup=row.tokens_per_second / baseline[_place(row)])
+        if _place(row) in baseline and not row.refused
+        else row
+        for row in rows
+    ]
     return sorted(rows, key=lambda row: (bool(row.refused), -row.tokens_per_second, row.memory, row.drift))
 
 
 def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
-    """The job on devices as fast as was measured with 1f1b: with the rest of the job, `stages` and `micro_batch_sizes` name
-    that run.
+    """The job on devices as fast as a run with 1f1b showed; the job's `stages` and `micro_batch_sizes` name that run.
 
     Raises:
         ConfigError: the job does not name one run, or 1f1b cannot run there, or links alone take longer than measured.
@@ -146,7 +151,9 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
         raise ConfigError(f"measured={samples_per_second_per_device}: must be more than 0")
     shapes = [shape for shape in _shapes(job) if not shape[-1]]
     if len(shapes) != 1:
-        raise ConfigError(f"measured: {len(shapes)} pipelines match; name the measured one's stages and micro-batch size")
+        raise ConfigError(
+            f"measured: {len(shapes)} pipelines match; name the measured one's stages and micro-batch size"
+        )
     for _ in range(60):
         row = _row(replace(job, memory=float("inf")), "1f1b", *shapes[0])
         if row.refused:
@@ -173,8 +180,10 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
 def megatron_flags(job: Job, row: Row) -> list[str]:
     """The Megatron-LM flags of a row."""
     flags = {
-        "--pipeline-model-parallel-size": row.stages, "--micro-batch-size": row.micro_batch_size,
-        "--global-batch-size": job.global_batch, "--seq-length": job.model.sequence_length,
+        "--pipeline-model-parallel-size": row.stages,
+        "--micro-batch-size": row.micro_batch_size,
+        "--global-batch-size": job.global_batch,
+        "--seq-length": job.model.sequence_length,
         "--pipeline-schedule": row.schedule,
     }
     words = [word for flag, value in flags.items() for word in (flag, str(value))] + ["--bf16"]
@@ -204,8 +213,15 @@ def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompu
     """One row, simulated unless it is refused."""
     chosen, spec = schedule(name), PipelineSpec(stages=stages, accumulation=accumulation)
     replicas = job.devices // stages
-    row = Row(schedule=name, stages=stages, replicas=replicas, micro_batch_size=size, accumulation=accumulation,
-              recompute=recompute, drift=chosen.drift_bound(spec, 0))
+    row = Row(
+        schedule=name,
+        stages=stages,
+        replicas=replicas,
+        micro_batch_size=size,
+        accumulation=accumulation,
+        recompute=recompute,
+        drift=chosen.drift_bound(spec, 0),
+    )
     reason = _impossible(job, chosen, spec, row)
     if reason:
         return replace(row, refused=reason)
@@ -216,8 +232,9 @@ def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompu
         return replace(row, refused=f"needs {memory / _GIB:.1f} GiB of {job.memory / _GIB:.1f}")
     seconds = time_per_micro_batch(chosen, spec, _costs(job, row, cut))
     samples = replicas * size / seconds if seconds else float("inf")
-    return replace(row, tokens_per_second=samples * job.model.sequence_length,
-                   samples_per_second_per_device=samples / job.devices)
+    return replace(
+        row, tokens_per_second=samples * job.model.sequence_length, samples_per_second_per_device=samples / job.devices
+    )
 
 
 def _impossible(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row) -> str:
@@ -258,7 +275,9 @@ def _partition(layers: Sequence[Layer], stages: int) -> list[Sequence[Layer]]:
     return cuts[::-1]
 
 
-def _stage_bytes(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row, stage: int, layers: Sequence[Layer]) -> float:
+def _stage_bytes(
+    job: Job, chosen: Schedule, spec: PipelineSpec, row: Row, stage: int, layers: Sequence[Layer]
+) -> float:
     """What one stage needs."""
     parameters = sum(layer.parameters for layer in layers)
     optimizer = _OPTIMIZER / (row.replicas if job.zero else 1)

@@ -1,7 +1,8 @@
 """Timelines as text, pictures and Chrome traces.
 
-Colour is the version of the stage's weights that an op runs with, its depth the kind of op: light F, full B, dark W.  A B
-whose weights are newer than those of its F begins with a stripe in the colour of the older ones, so that drift is visible.
+Colour is the version of the stage's weights that an op runs with, its depth the kind of op: light F, full B, dark W.
+A B whose weights are newer than those of its F begins with a stripe in the colour of the older ones, so that drift is
+visible.
 """
 
 from __future__ import annotations
@@ -22,8 +23,19 @@ if TYPE_CHECKING:
 
 __all__ = ["chrome_trace", "picture", "text", "versions"]
 
-_HUES = ((0.27, 0.51, 0.71), (0.90, 0.55, 0.22), (0.35, 0.63, 0.36), (0.72, 0.36, 0.53), (0.55, 0.47, 0.33), (0.20, 0.62, 0.62))
-_DEPTH = {OpKind.FORWARD: 0.45, OpKind.BACKWARD: 1.0, OpKind.WEIGHT: 1.35}  # below 1 is towards white, above towards black
+_HUES = (
+    (0.27, 0.51, 0.71),
+    (0.90, 0.55, 0.22),
+    (0.35, 0.63, 0.36),
+    (0.72, 0.36, 0.53),
+    (0.55, 0.47, 0.33),
+    (0.20, 0.62, 0.62),
+)
+_DEPTH = {
+    OpKind.FORWARD: 0.45,
+    OpKind.BACKWARD: 1.0,
+    OpKind.WEIGHT: 1.35,
+}  # below 1 is towards white, above towards black
 _STEP = (0.15, 0.15, 0.15)
 _MOST_COLUMNS = 12  # of the shortest op
 _FORMATS = (".svg", ".png", ".json", ".txt")
@@ -62,7 +74,7 @@ def text(timeline: Timeline, width: int | None = None) -> Text:
                 continue
             line.append(".".ljust(cell) * (start - at))
             at, columns = max(start, at), max(1, end - max(start, at))
-            label = str(span.op)[:columns * cell - 1].ljust(columns * cell - 1, "-" if columns > 1 else " ")
+            label = str(span.op)[: columns * cell - 1].ljust(columns * cell - 1, "-" if columns > 1 else " ")
             line.append(label, style=_style(span, version, older))
             line.append(" ")
             at += columns
@@ -81,11 +93,18 @@ def chrome_trace(timeline: Timeline) -> dict[str, object]:
     for stage, row in enumerate(timeline.rows):
         events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": stage, "args": {"name": f"stage {stage}"}})
         for span, version, older in versions(row):
-            events.append({
-                "ph": "X", "name": str(span.op), "cat": names[span.op.kind], "pid": 0, "tid": stage,
-                "ts": (span.start - timeline.start) * scale, "dur": (span.end - span.start) * scale,
-                "args": {"version": version, "drift": version - older},
-            })
+            events.append(
+                {
+                    "ph": "X",
+                    "name": str(span.op),
+                    "cat": names[span.op.kind],
+                    "pid": 0,
+                    "tid": stage,
+                    "ts": (span.start - timeline.start) * scale,
+                    "dur": (span.end - span.start) * scale,
+                    "args": {"version": version, "drift": version - older},
+                }
+            )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -106,11 +125,15 @@ def picture(timelines: Mapping[str, Timeline], path: Path, unit: str = "") -> No
         if path.suffix == ".json":
             path.write_text(json.dumps(chrome_trace(next(iter(timelines.values())))))
         elif path.suffix == ".txt":
-            path.write_text("\n\n".join(f"{title}\n{text(timeline).plain}" for title, timeline in timelines.items()) + "\n")
+            path.write_text(
+                "\n\n".join(f"{title}\n{text(timeline).plain}" for title, timeline in timelines.items()) + "\n"
+            )
         else:
             _draw(timelines, path, unit)
     except OSError as error:
-        raise ConfigError(f"output={str(path)!r}: {error.strerror}; name a file in a folder that can be written") from None
+        raise ConfigError(
+            f"output={str(path)!r}: {error.strerror}; name a file in a folder that can be written"
+        ) from None
 
 
 def _draw(timelines: Mapping[str, Timeline], path: Path, unit: str) -> None:
@@ -127,7 +150,9 @@ def _draw(timelines: Mapping[str, Timeline], path: Path, unit: str) -> None:
         for ax, (title, timeline) in zip(axes, timelines.items(), strict=True):
             for stage, row in enumerate(timeline.rows):
                 _draw_row(ax, stage, row, timeline.start, label_from=longest / inches / 6)
-            ax.set(title=title, yticks=range(len(timeline.rows)), ylim=(len(timeline.rows) - 0.5, -0.5), xlim=(0, longest))
+            ax.set(
+                title=title, yticks=range(len(timeline.rows)), ylim=(len(timeline.rows) - 0.5, -0.5), xlim=(0, longest)
+            )
             ax.set_yticklabels([f"stage {stage}" for stage in range(len(timeline.rows))])
             ax.tick_params(length=0)
             ax.spines[:].set_visible(False)
@@ -153,8 +178,16 @@ def _draw_row(ax: object, stage: int, row: Sequence[Span], origin: float, label_
             ax.plot([start + length] * 2, [stage - 0.45, stage + 0.45], color=_STEP, linewidth=1.2)
         elif length >= label_from:
             white = span.op.kind is not OpKind.FORWARD
-            ax.text(start + length / 2, stage, str(span.op.index) + "'" * span.op.chunk, ha="center", va="center",
-                    fontsize=7, color="white" if white else "black", clip_on=True)
+            ax.text(
+                start + length / 2,
+                stage,
+                str(span.op.index) + "'" * span.op.chunk,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if white else "black",
+                clip_on=True,
+            )
     ax.broken_barh(bars, (stage - 0.4, 0.8), facecolors=colours, edgecolors="white", linewidth=0.5)
     ax.broken_barh(stripes, (stage - 0.4, 0.8), facecolors=stripe_colours, linewidth=0)
 
@@ -163,13 +196,20 @@ def _legend(figure: object, timelines: Mapping[str, Timeline]) -> None:
     from matplotlib.patches import Patch
 
     kinds = {span.op.kind for timeline in timelines.values() for row in timeline.rows for span in row}
-    used = [version for timeline in timelines.values() for row in timeline.rows
-            for span, version, _ in versions(row) if span.op.kind is not OpKind.STEP]
+    used = [
+        version
+        for timeline in timelines.values()
+        for row in timeline.rows
+        for span, version, _ in versions(row)
+        if span.op.kind is not OpKind.STEP
+    ]
     names = {OpKind.FORWARD: "F", OpKind.BACKWARD: "B", OpKind.WEIGHT: "W"}
     patches = [Patch(color=_colour(kind, 0), label=name) for kind, name in names.items() if kind in kinds]
     patches += [Patch(color=_STEP, label="step"), Patch(color="#f0f0f0", label="wait")]
-    patches += [Patch(color=_colour(OpKind.BACKWARD, version), label=f"version {version}")
-                for version in range(min(max(used, default=0) + 1, len(_HUES)))]
+    patches += [
+        Patch(color=_colour(OpKind.BACKWARD, version), label=f"version {version}")
+        for version in range(min(max(used, default=0) + 1, len(_HUES)))
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=7)
 
 
@@ -189,10 +229,12 @@ def _style(span: Span, version: int, older: int) -> str:
 
 
 def _unit(timeline: Timeline) -> float:
-    """The longest time of which every start and end is a multiple; where that makes wide grids, the shortest op's time."""
+    """The longest time of which every start and end is a multiple; where that makes wide grids, the shortest op's
+    time."""
     spans = [span for row in timeline.rows for span in row]
-    moments = {Fraction(moment - timeline.start).limit_denominator(1000)
-               for span in spans for moment in (span.start, span.end)} - {Fraction(0)}
+    moments = {
+        Fraction(moment - timeline.start).limit_denominator(1000) for span in spans for moment in (span.start, span.end)
+    } - {Fraction(0)}
     shortest = min((span.end - span.start for span in spans if span.end > span.start), default=1.0)
     if not moments:
         return shortest

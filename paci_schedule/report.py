@@ -35,8 +35,8 @@ class Report:
     """In the steady state: the time between two batches by the micro-batches of one."""
 
     bubble: float
-    """Of one batch, the largest over the stages of end of last op - start of first op - compute; of a schedule that does not
-    flush, what a stage waits per batch in the steady state."""
+    """Of one batch, the largest over the stages of end of last op - start of first op - compute; of a schedule that
+    does not flush, what a stage waits per batch in the steady state."""
 
     bubble_share: float
     """`bubble` by the time that the batch takes its stage."""
@@ -66,15 +66,23 @@ class Report:
     """Further versions of the weights."""
 
 
-def report(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int | None = None, *,
-           activation_bytes: float = 0.0, weight_bytes: float = 0.0) -> Report:
+def report(
+    schedule: Schedule,
+    spec: PipelineSpec,
+    costs: Costs,
+    batches: int | None = None,
+    *,
+    activation_bytes: float = 0.0,
+    weight_bytes: float = 0.0,
+) -> Report:
     """Simulate and sum up.
 
     Args:
         schedule: which schedule.
         spec: the pipeline.
         costs: what things take.
-        batches: how many batches `makespan`, `peak_in_flight` and the drift are of; None: one for the makespan, and enough
+        batches: how many batches `makespan`, `peak_in_flight` and the drift are of; None: one for the makespan, and
+        enough
             to reach the steady state for the others.
         activation_bytes: activations of one micro-batch on one stage.
         weight_bytes: weights of one stage.
@@ -101,7 +109,9 @@ def report(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int | 
         time_per_micro_batch=float(steady.period.max()) / spec.accumulation,
         bubble=_rounded(bubbles.max(), spent.max()),
         bubble_share=_rounded((bubbles / np.maximum(spent, np.finfo(float).tiny)).max(), 1.0),
-        waiting_share=[_rounded(share, 1.0) for share in 1 - steady.busy / np.maximum(steady.period, np.finfo(float).tiny)],
+        waiting_share=[
+            _rounded(share, 1.0) for share in 1 - steady.busy / np.maximum(steady.period, np.finfo(float).tiny)
+        ],
         peak_in_flight=peak,
         max_drift=[max(histogram, default=0) for histogram in drift],
         drift_histogram=[dict(sorted(histogram.items())) for histogram in drift],
@@ -134,7 +144,8 @@ def _warm_up(schedule: Schedule, spec: PipelineSpec) -> int:
 
 
 def _steady(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int) -> _Steady:
-    """Run until the time between two batches settles; with jitter, as long as is affordable, or `batches` if they are more."""
+    """Run until the time between two batches settles; with jitter, as long as is affordable, or `batches` if they are
+    more."""
     warm = _warm_up(schedule, spec)
     if _has_wavefronts(schedule, costs):
         affordable = _MOST_ROUNDS // spec.accumulation
@@ -163,8 +174,12 @@ def _window(schedule: Schedule, spec: PipelineSpec, costs: Costs, warm: int, bat
     else:
         marks = _marks(simulate(schedule, spec, costs, batches), window)
     between = window[1] - window[0]
-    return _Steady((marks.window[1] - marks.window[0]) / between, marks.window_busy / between, batches,
-                   float(marks.end.max() - marks.start.min()))
+    return _Steady(
+        (marks.window[1] - marks.window[0]) / between,
+        marks.window_busy / between,
+        batches,
+        float(marks.end.max() - marks.start.min()),
+    )
 
 
 def _has_wavefronts(schedule: Schedule, costs: Costs) -> bool:
@@ -180,7 +195,7 @@ def _marks(timeline: Timeline, window: tuple[int, int]) -> Marks:
         end=np.array([row[-1].end for row in timeline.rows]),
         busy=np.array([busy(row) for row in timeline.rows]),
         window=np.array([[timeline.rows[stage][at[stage]].start for stage in stages] for at in (first, last)]),
-        window_busy=np.array([busy(timeline.rows[stage][first[stage]:last[stage]]) for stage in stages]),
+        window_busy=np.array([busy(timeline.rows[stage][first[stage] : last[stage]]) for stage in stages]),
     )
 
 

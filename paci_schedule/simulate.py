@@ -3,7 +3,8 @@
 The simulator executes any schedule.  `wavefront.py` runs PACI's stream many times faster, to the same numbers.
 
 * A stage does one op at a time, in the order of its program.
-* A message starts when its op ends and its link is free, occupies the link for bytes / bandwidth, and arrives one latency
+* A message starts when its op ends and its link is free, occupies the link for bytes / bandwidth, and arrives one
+  latency
   later.  Sends and receives cost the stage nothing.  The two directions of a link do not disturb each other.
 """
 
@@ -35,8 +36,10 @@ def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int 
     schedule.check(spec)
     count = 3 * spec.stages * schedule.chunks * spec.accumulation * batches
     if count > _MOST_OPS:
-        raise ConfigError(f"{spec.stages} stages x {spec.accumulation} micro-batches x {batches} batches: up to {count} ops, and "
-                          f"the general simulator holds {_MOST_OPS}; take fewer, or paci, which is summed up at any size")
+        raise ConfigError(
+            f"{spec.stages} stages x {spec.accumulation} micro-batches x {batches} batches: up to {count} ops, and "
+            f"the general simulator holds {_MOST_OPS}; take fewer, or paci, which is summed up at any size"
+        )
     programs = [list(schedule.calls(spec, stage, batches)) for stage in range(spec.stages)]
     return execute(schedule, programs, costs)
 
@@ -59,8 +62,10 @@ def execute(schedule: Schedule, programs: Sequence[Sequence[Iterable[Op]]], cost
     stuck = [stage for stage in range(stages) if len(rows[stage]) < len(ops[stage])]
     if stuck:
         shown = {stage: ops[stage] for stage in stuck}
-        raise ScheduleError("deadlock: every stage waits for another one at the marked op\n"
-                            + grid.marked(shown, {stage: len(rows[stage]) for stage in stuck}))
+        raise ScheduleError(
+            "deadlock: every stage waits for another one at the marked op\n"
+            + grid.marked(shown, {stage: len(rows[stage]) for stage in stuck})
+        )
     return Timeline(rows, calls)
 
 
@@ -69,7 +74,9 @@ def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs:
     stages, forward, backward = len(ops), OpKind.FORWARD, OpKind.BACKWARD
     takes = _durations(schedule, ops, costs)
     latencies, transfer, last = costs.latencies(stages), costs.transfer, stages * schedule.chunks - 1
-    position = [[schedule.position(stages, stage, chunk) for chunk in range(schedule.chunks)] for stage in range(stages)]
+    position = [
+        [schedule.position(stages, stage, chunk) for chunk in range(schedule.chunks)] for stage in range(stages)
+    ]
     home = {at: stage for stage, row in enumerate(position) for at in row}
     wrap = float(latencies[-1])
     latency = {(low, low + 1): float(latencies[low]) for low in range(stages - 1)}
@@ -135,8 +142,9 @@ def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs:
 
 def _all_at_sync(rows: list[list[Span]], calls: list[list[int]], synced: list[int]) -> bool:
     """True where every stage has done the call that it is in."""
-    return all(number < len(ends) and len(row) == ends[number]
-               for row, ends, number in zip(rows, calls, synced, strict=True))
+    return all(
+        number < len(ends) and len(row) == ends[number] for row, ends, number in zip(rows, calls, synced, strict=True)
+    )
 
 
 def _durations(schedule: Schedule, ops: list[list[Op]], costs: Costs):

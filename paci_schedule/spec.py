@@ -49,7 +49,7 @@ class PipelineSpec:
         return self.look_ahead(stage) + 1
 
     def gradients_on_wire(self, stage: int) -> int:
-        """How many gradients `stage` may be sending at once: the rounds by which the stage before it takes them later."""
+        """How many gradients `stage` may be sending at once: the rounds that the stage before it takes them later."""
         return self.look_ahead(stage - 1) - self.look_ahead(stage) if stage else 0
 
     def check_stage(self, stage: int) -> None:

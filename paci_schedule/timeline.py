@@ -50,7 +50,7 @@ class Timeline:
     def call(self, stage: int, number: int) -> Sequence[Span]:
         """The spans of one call at `stage`."""
         ends = self.calls[stage]
-        return self.rows[stage][ends[number - 1] if number else 0:ends[number]]
+        return self.rows[stage][ends[number - 1] if number else 0 : ends[number]]
 
     def bubble(self, number: int = 0) -> float:
         """The bubble of one call: the largest over the stages of end of last op - start of first op - compute.

@@ -4,13 +4,14 @@ A trace file is JSON lines, written by one rank.  Its first line is the header,
 
     {"stage": 1, "stages": 4, "accumulation": 8, "clock": {"wall": 1760000000.25, "mono": 512.5}}
 
-`clock` is one moment read on both clocks: seconds since 1970, and the monotonic clock (time.perf_counter) of all other lines:
+`clock` is one moment read on both clocks: seconds since 1970, and the monotonic clock (time.perf_counter) of all other
+lines:
 
     {"op": "RA3", "start": 513.001, "end": 513.004}
 
 `op` is an op as it prints: F3, B3, W3 and STEP0 compute; RA3 waits for the activation of micro-batch 3 and RG3 for its
-gradient.  "data" is reading from the data iterator.  Micro-batches and updates are counted from 0 since the pipe was last
-empty, and ops stand in the order of execution; the file may begin anywhere in a run (a ring buffer's content).
+gradient.  "data" is reading from the data iterator.  Micro-batches and updates are counted from 0 since the pipe was
+last empty, and ops stand in the order of execution; the file may begin anywhere in a run (a ring buffer's content).
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ from paci_schedule.timeline import Span, Timeline
 __all__ = ["Recording", "merge", "read", "simulated", "spent", "timeline"]
 
 _CATEGORIES = {
-    OpKind.FORWARD: "compute", OpKind.BACKWARD: "compute", OpKind.WEIGHT: "compute", OpKind.STEP: "step",
-    OpKind.RECV_ACTIVATION: "wait for activation", OpKind.RECV_GRADIENT: "wait for gradient",
+    OpKind.FORWARD: "compute",
+    OpKind.BACKWARD: "compute",
+    OpKind.WEIGHT: "compute",
+    OpKind.STEP: "step",
+    OpKind.RECV_ACTIVATION: "wait for activation",
+    OpKind.RECV_GRADIENT: "wait for gradient",
 }
 
 
@@ -78,7 +83,7 @@ def read(path: Path) -> Recording:
         header = json.loads(lines[0])
         shift = float(header["clock"]["wall"]) - float(header["clock"]["mono"])
         recording = Recording(int(header["stage"]), int(header["stages"]), int(header["accumulation"]), [], [])
-        for number, line in enumerate(lines[1:], start=2):
+        for number, line in enumerate(lines[1:], start=2):  # noqa: B007
             entry = json.loads(line)
             start, end = float(entry["start"]), float(entry["end"])
             if entry["op"] == "data":
@@ -86,8 +91,10 @@ def read(path: Path) -> Recording:
             else:
                 recording.spans.append(Span(Op.parse(entry["op"]), start, end))
     except (IndexError, KeyError, TypeError, ValueError, ScheduleError) as error:
-        raise ConfigError(f"trace={str(path)!r}: line {number} is not of a trace ({type(error).__name__}: {error}); "
-                          "see the format in paci_schedule/trace.py") from None
+        raise ConfigError(
+            f"trace={str(path)!r}: line {number} is not of a trace ({type(error).__name__}: {error}); "
+            "see the format in paci_schedule/trace.py"
+        ) from None
     if not any(span.op.kind is OpKind.FORWARD for span in recording.spans):
         raise ConfigError(f"trace={str(path)!r}: holds no forward; record at least one batch")
     return replace(recording, spans=_numbered_on(recording.spans)).shifted(shift)
@@ -105,10 +112,14 @@ def merge(recordings: Sequence[Recording]) -> list[Recording]:
     ordered = sorted(recordings, key=lambda recording: recording.stage)
     stages = [recording.stage for recording in ordered]
     if len({(recording.stages, recording.accumulation) for recording in ordered}) != 1:
-        raise ConfigError("traces of different jobs: stages and accumulation differ between them; name the files of one run")
+        raise ConfigError(
+            "traces of different jobs: stages and accumulation differ between them; name the files of one run"
+        )
     if stages != list(range(ordered[0].stages)):
-        raise ConfigError(f"traces of stages {stages}: there must be one of each of the {ordered[0].stages} stages; name one "
-                          "file a stage (of one data-parallel replica)")
+        raise ConfigError(
+            f"traces of stages {stages}: there must be one of each of the {ordered[0].stages} stages; name one "
+            "file a stage (of one data-parallel replica)"
+        )
     merged = ordered[:1]
     for recording in ordered[1:]:
         merged.append(recording.shifted(_correction(merged[-1], recording)))
@@ -118,8 +129,9 @@ def merge(recordings: Sequence[Recording]) -> list[Recording]:
 def timeline(recordings: Sequence[Recording]) -> Timeline:
     """The compute ops of merged recordings, the first of them at 0."""
     begin = min(span.start for recording in recordings for span in recording.spans)
-    return Timeline([
-        [span for span in recording.shifted(-begin).spans if span.op.kind.is_compute] for recording in recordings])
+    return Timeline(
+        [[span for span in recording.shifted(-begin).spans if span.op.kind.is_compute] for recording in recordings]
+    )
 
 
 def spent(recording: Recording) -> dict[str, float]:
@@ -144,15 +156,23 @@ def simulated(recordings: Sequence[Recording]) -> Timeline:
         ConfigError: no micro-batch was recorded whole.
     """
     rows = [[span for span in recording.spans if span.op.kind.is_compute] for recording in recordings]
-    whole = set.intersection(*({span.op.index for span in row if span.op.kind is OpKind.FORWARD}
-                               & {span.op.index for span in row if span.op.kind is OpKind.BACKWARD} for row in rows))
+    whole = set.intersection(
+        *(
+            {span.op.index for span in row if span.op.kind is OpKind.FORWARD}
+            & {span.op.index for span in row if span.op.kind is OpKind.BACKWARD}
+            for row in rows
+        )
+    )
     if not whole:
         raise ConfigError("traces without a micro-batch that every stage recorded from F to B; record a longer run")
     programs = [[[span.op for span in row if span.op.kind is OpKind.STEP or span.op.index in whole]] for row in rows]
     split = any(span.op.kind is OpKind.WEIGHT for row in rows for span in row)
     costs = Costs(
-        forward=_medians(rows, OpKind.FORWARD), backward=_medians(rows, OpKind.BACKWARD),
-        weight=_medians(rows, OpKind.WEIGHT), step=_medians(rows, OpKind.STEP))
+        forward=_medians(rows, OpKind.FORWARD),
+        backward=_medians(rows, OpKind.BACKWARD),
+        weight=_medians(rows, OpKind.WEIGHT),
+        step=_medians(rows, OpKind.STEP),
+    )
     return execute(schedule("zb-h1" if split else "paci"), programs, costs)
 
 
@@ -176,6 +196,7 @@ def _numbered_on(spans: Sequence[Span]) -> list[Span]:
 
 def _correction(above: Recording, below: Recording) -> float:
     """What to add to the clock of `below` so that its messages with the stage `above` arrive after they were sent."""
+
     def ends(recording: Recording, kind: OpKind) -> dict[int, float]:
         return {span.op.index: span.end for span in recording.spans if span.op.kind is kind}
 

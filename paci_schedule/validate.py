@@ -46,8 +46,9 @@ def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> 
 def check_grid(schedule: Schedule, spec: PipelineSpec, rows: Sequence[Program]) -> None:
     """Check that the rows keep what `schedule` promises.
 
-    On every stage and chunk every micro-batch has one F, then one B, then, where the backward is split, one W; an update
-    holds exactly its own micro-batches; in flight and drift stay within the schedule's bounds.  Together the stages finish.
+    On every stage and chunk every micro-batch has one F, then one B, then, where the backward is split, one W; an
+    update holds exactly its own micro-batches; in flight and drift stay within the schedule's bounds.  Together the
+    stages finish.
 
     Raises:
         ScheduleError: naming the op, the rule and showing the row.
@@ -75,7 +76,9 @@ def _check_row(schedule: Schedule, spec: PipelineSpec, stage: int, row: Program)
     for position, op in enumerate(row):
         if op.kind is OpKind.STEP:
             if op.index != meter.version or finished != (op.index + 1) * per_update * schedule.chunks:
-                raise fail(position, f"{op} after {finished} backwards, with {per_update * schedule.chunks} to an update")
+                raise fail(
+                    position, f"{op} after {finished} backwards, with {per_update * schedule.chunks} to an update"
+                )
         elif op.kind not in path or op.chunk >= schedule.chunks:
             raise fail(position, f"{op} is not an op of {schedule.name} with {schedule.chunks} chunks a stage")
         else:
@@ -144,7 +147,8 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
             if op.index != backwards or backwards >= forwards:
                 raise fail(position, f"{op} where B{backwards} is next and {forwards} forwards are done")
             if meter.version != due:
-                raise fail(position, f"{op} before STEP{due - 1}: a step belongs after every {spec.accumulation}-th backward")
+                rule = f"{op} before STEP{due - 1}: a step belongs after every {spec.accumulation}-th backward"
+                raise fail(position, rule)
             backwards += 1
         elif op.kind is OpKind.STEP:
             if op.index != meter.version or (op.index + 1) * spec.accumulation != backwards:
@@ -153,8 +157,11 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
             raise fail(position, f"{op} is not a compute op of this schedule")
         drift = meter.record(op)
         if drift is not None and not drift == drift_of(spec, stage, op.index) <= drift_bound(spec, stage):
-            raise fail(position, f"drift {drift} at {op}, closed form {drift_of(spec, stage, op.index)}, "
-                                 f"bound {drift_bound(spec, stage)}")
+            raise fail(
+                position,
+                f"drift {drift} at {op}, closed form {drift_of(spec, stage, op.index)}, "
+                f"bound {drift_bound(spec, stage)}",
+            )
         if meter.in_flight > spec.in_flight(stage):
             raise fail(position, f"{meter.in_flight} micro-batches in flight, at most {spec.in_flight(stage)} allowed")
     if backwards != forwards:

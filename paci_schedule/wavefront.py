@@ -1,9 +1,9 @@
-"""PACI's stream at the scale of clusters: all stages at once, along wavefronts, to the numbers of the general simulator.
+"""PACI's stream at the scale of clusters: all stages at once, along wavefronts, to the general simulator's numbers.
 
 Give F(i) of stage s the level s + 2i, and the B that follows it in round i the level s + 2i + 1.  Everything that an op
-waits for then has a lower level: the activation comes from level - 1, the gradient from level - 1 or, with extra in flight,
-from further below.  So one level is one step of array arithmetic over every second stage, and a run of n micro-batches on P
-stages takes about 2n + P steps.
+waits for then has a lower level: the activation comes from level - 1, the gradient from level - 1 or, with extra in
+flight, from further below.  So one level is one step of array arithmetic over every second stage, and a run of n
+micro-batches on P stages takes about 2n + P steps.
 """
 
 from __future__ import annotations
@@ -75,13 +75,15 @@ class _Sweep:
         self.ahead = np.array([spec.look_ahead(stage) for stage in range(stages)])
         reach = stages + int(self.ahead[0])
         self.forward, self.backward = (
-            _Durations(base[kind], costs.noise(kind, 0, stages), reach) for kind in (OpKind.FORWARD, OpKind.BACKWARD))
+            _Durations(base[kind], costs.noise(kind, 0, stages), reach) for kind in (OpKind.FORWARD, OpKind.BACKWARD)
+        )
         self.step = base[OpKind.STEP]
         self.steps = bool(self.step.any())
         self.free, self.busy = np.zeros(stages), np.zeros(stages)
         self.down_free, self.up_free = np.zeros(stages), np.zeros(stages)
-        # What stage s waits for stands at s of `activation` and at s + 1 of `gradient`.  Where a stage takes gradients more
-        # than one round after they came (extra in flight), there are `depth` rows of them, by micro-batch modulo `depth`.
+        # What stage s waits for stands at s of `activation` and at s + 1 of `gradient`.  Where a stage takes gradients
+        # more than one round after they came (extra in flight), there are `depth` rows of them, by micro-batch modulo
+        # `depth`.
         self.depth = int(max(1, -np.diff(self.ahead).min(initial=-1)))
         self.activation = np.zeros(stages + 1)
         self.gradient = np.zeros((self.depth, stages + 1) if self.depth > 1 else stages + 1)
@@ -96,7 +98,9 @@ class _Sweep:
             bottom, top = max(0, level - rounds), min(stages - 1, level)
             bottom += (level - bottom) % 2
             if bottom <= top:
-                noted = [(row, stage) for row, stage in enumerate(level - 2 * at for at in marked) if bottom <= stage <= top]
+                noted = [
+                    (row, stage) for row, stage in enumerate(level - 2 * at for at in marked) if bottom <= stage <= top
+                ]
                 for row, stage in noted:
                     busy[row, stage] = self.busy[stage]
                 starts = self._forwards(level, slice(bottom, top + 1, 2))
@@ -119,7 +123,7 @@ class _Sweep:
         self.busy[cut] += takes
         if self.transfer:
             ends = self.down_free[cut] = np.maximum(ends, self.down_free[cut]) + self.transfer
-        self.activation[cut.start + 1:cut.stop + 1:2] = ends + self.latency[cut]
+        self.activation[cut.start + 1 : cut.stop + 1 : 2] = ends + self.latency[cut]
         return starts
 
     def _backwards(self, level: int, cut: slice) -> None:
@@ -157,6 +161,6 @@ class _Durations:
         wanted = micro_batches()
         while self.drawn <= max(wanted[0], wanted[-1]):
             at = self.drawn % len(self.kept)
-            self.kept[at:at + _BLOCK] = self.noise.rows(_BLOCK)
+            self.kept[at : at + _BLOCK] = self.noise.rows(_BLOCK)
             self.drawn += _BLOCK
         return self.base[cut] * self.kept[wanted % len(self.kept), self.stage[cut]]

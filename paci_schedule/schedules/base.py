@@ -37,8 +37,10 @@ class Schedule:
     def check(self, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for `spec`."""
         if spec.extra_in_flight and not self.takes_extra:
-            raise ConfigError(f"extra_in_flight={spec.extra_in_flight}: {self.name} has a fixed number of micro-batches in "
-                              "flight; leave it at 0, or take the paci schedule")
+            raise ConfigError(
+                f"extra_in_flight={spec.extra_in_flight}: {self.name} has a fixed number of micro-batches in "
+                "flight; leave it at 0, or take the paci schedule"
+            )
 
     def batch(self, spec: PipelineSpec, stage: int) -> Iterator[Op]:
         """The ops of `stage` for one batch from an empty pipe to an empty pipe, its STEP left out."""

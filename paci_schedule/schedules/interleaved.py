@@ -1,13 +1,14 @@
 """Interleaved 1F1B: v model chunks a stage, so that the pipe fills with chunks instead of whole stages.
 
-Source: arXiv 2104.04473, section 2.2.  Chunk c of stage s is piece c P + s of the model; micro-batches go through in groups
-of P, each group through chunk 0 of every stage, then chunk 1, and so on.  P = 2, v = 2, M = 4, F and B of a chunk of the
-same length (`'` marks chunk 1):
+Source: arXiv 2104.04473, section 2.2.  Chunk c of stage s is piece c P + s of the model; micro-batches go through in
+groups of P, each group through chunk 0 of every stage, then chunk 1, and so on.  P = 2, v = 2, M = 4, F and B of a
+chunk of the same length (.1 is chunk 1, `|` the step):
 
-    stage 0   F0 F1  F0' F1' .   F2  B0' F3 B1' F2' B0 F3' B1  .  B2' .  B3' B2 B3  STEP
-    stage 1   .  F0  F1  F0' B0' F1' B1' F2 B0  F3  B1 F2' B2' F3' B3' B2 .  B3 STEP
+    stage 0   F0   F1   F0.1 F1.1 F2   B0.1 F3   B1.1 F2.1 B0   F3.1 B1   .    B2.1 .    B3.1 B2   B3  |
+    stage 1   .    F0   F1   F0.1 B0.1 F1.1 B1.1 F2   B0   F3   B1   F2.1 B2.1 F3.1 B3.1 B2   B3  |
 
-The bubble is (P-1)(F+B)/v a batch, F and B those of a whole stage; the first stage holds up to P + (P-1)/v micro-batches.
+The bubble is (P-1)(F+B)/v a batch, F and B those of a whole stage; the first stage holds up to P + (P-1)/v
+micro-batches.
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ class Interleaved(Schedule):
     def check(self, spec: PipelineSpec) -> None:
         super().check(spec)
         if spec.accumulation % spec.stages:
-            raise ConfigError(f"micro_batches={spec.accumulation}: {self.name} takes micro-batches in groups of one a stage; "
-                              f"use a multiple of the {spec.stages} stages")
+            raise ConfigError(
+                f"micro_batches={spec.accumulation}: {self.name} takes micro-batches in groups of one a stage; "
+                f"use a multiple of the {spec.stages} stages"
+            )
 
     def batch(self, spec: PipelineSpec, stage: int) -> Iterator[Op]:
         total, ahead = self.chunks * spec.accumulation, self._ahead(spec, stage)
         forwards = (Op(OpKind.FORWARD, *self._turn(spec, turn)) for turn in range(total))
-        backwards = (Op(OpKind.BACKWARD, index, self.chunks - 1 - chunk)
-                     for index, chunk in (self._turn(spec, turn) for turn in range(total)))
+        backwards = (
+            Op(OpKind.BACKWARD, index, self.chunks - 1 - chunk)
+            for index, chunk in (self._turn(spec, turn) for turn in range(total))
+        )
         for _ in range(ahead):
             yield next(forwards)
         for forward, backward in zip(forwards, backwards, strict=False):

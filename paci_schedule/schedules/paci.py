@@ -7,8 +7,8 @@ Source: arXiv 2606.07881.  P = 3 stages, a = 2 micro-batches an update; one colu
     stage 2   F0 B0  F1 B1 S  F2 B2  F3 B3 S   F4 B4    F5 B5 S   ...                  d = 0
               `---- call 0 ----'`----- call 1 -----'`----- call 2 -----'               lagging cut
 
-Round i of stage s is F(i), then B(i - d_s), then, after every a-th backward, STEP.  A *segment* is a run of rounds; what
-a training loop calls a batch is one segment, and the cut decides where it ends:
+Round i of stage s is F(i), then B(i - d_s), then, after every a-th backward, STEP.  A *segment* is a run of rounds;
+what a training loop calls a batch is one segment, and the cut decides where it ends:
 
 * lagging (`train_batch`): return after every a-th forward.  d_s backwards are outstanding on return, and the STEP
   happens inside the call, wherever it falls.  A call admits exactly a micro-batches.
@@ -70,7 +70,7 @@ class Segment:
 
 
 def train_batch(spec: PipelineSpec, admitted: int) -> Segment:
-    """The next batch of a pipe that has taken in `admitted` micro-batches: a forwards, and the backwards they pair with."""
+    """The next batch of a pipe that has taken in `admitted` micro-batches: a forwards and their paired backwards."""
     return Segment(spec, admitted, admitted + spec.accumulation, admitted + spec.accumulation)
 
 

@@ -19,17 +19,19 @@ from paci_schedule.schedules.zero_bubble_v import ZeroBubbleV
 
 __all__ = ["SCHEDULES", "schedule"]
 
-SCHEDULES: MappingProxyType[str, Callable[..., Schedule]] = MappingProxyType({
-    "gpipe": GPipe,
-    "1f1b": OneFOneB,
-    "interleaved-1f1b": Interleaved,
-    "zb-h1": partial(ZeroBubble, 1),
-    "zb-h2": partial(ZeroBubble, 2),
-    "zb-v": ZeroBubbleV,
-    "pipedream": PipeDream,
-    "pipedream-2bw": PipeDream2BW,
-    "paci": Paci,
-})
+SCHEDULES: MappingProxyType[str, Callable[..., Schedule]] = MappingProxyType(
+    {
+        "gpipe": GPipe,
+        "1f1b": OneFOneB,
+        "interleaved-1f1b": Interleaved,
+        "zb-h1": partial(ZeroBubble, 1),
+        "zb-h2": partial(ZeroBubble, 2),
+        "zb-v": ZeroBubbleV,
+        "pipedream": PipeDream,
+        "pipedream-2bw": PipeDream2BW,
+        "paci": Paci,
+    }
+)
 
 
 def schedule(name: str, **options: object) -> Schedule:
@@ -48,5 +50,7 @@ def schedule(name: str, **options: object) -> Schedule:
         return SCHEDULES[name](**options)
     except TypeError:
         listed = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise ConfigError(f"{listed}: not an option of the {name} schedule; leave it out "
-                          "(interleaved-1f1b takes chunks, paci takes leading)") from None
+        raise ConfigError(
+            f"{listed}: not an option of the {name} schedule; leave it out "
+            "(interleaved-1f1b takes chunks, paci takes leading)"
+        ) from None

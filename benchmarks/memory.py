@@ -1,0 +1,118 @@
+"""Peak activation memory of every stage: stock 1F1B against PACI.
+
+    python -m benchmarks.memory --stages 4 --accumulation 8
+
+Counts the bytes of every tensor that is made during `train_batch` and still alive (activations, received messages,
+gradients on their way), by watching each storage from its creation to its end; weights, their gradients and optimizer
+states exist before and do not count.  In-flight micro-batches as the engine counts them stand beside, for 1F1B its
+number of pipeline buffers' bound min(P - s, a).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.engines import SCHEDULES, engine_for
+from integration_tests.ranks import run_ranks
+
+_WIDTH, _TOKENS = 128, 256
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that ops make while it is active, until they end.
+
+    Attributes:
+        live, peak: bytes now, and at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            if storage._cdata not in given:
+                self._watch(storage)
+        return made
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._end, storage.nbytes())
+
+    def _end(self, size: int) -> None:
+        self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Block(torch.nn.Module):
+    """A transformer's feed-forward half, as a stand-in for a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(_WIDTH, 4 * _WIDTH), torch.nn.Linear(4 * _WIDTH, _WIDTH)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.down(torch.nn.functional.gelu(self.up(values)))
+
+
+def _worker(accumulation: int) -> dict[str, Any]:
+    stages = torch.distributed.get_world_size()
+    found: dict[str, Any] = {}
+    for schedule in SCHEDULES:
+        engine = engine_for([LayerSpec(Block)] * stages, schedule, accumulation=accumulation)
+        data = itertools.repeat((torch.ones(1, _TOKENS, _WIDTH), torch.zeros(1, _TOKENS, _WIDTH)))
+        for _ in range(2):  # gradients and optimizer states come into being
+            engine.train_batch(data)
+        engine.reset_activation_shape()  # so that both make their message buffers anew, under the counter
+        with LiveBytes() as counter:
+            for _ in range(3):
+                engine.train_batch(data)
+        found[schedule] = counter.peak
+        if schedule == "paci":
+            found["peak_in_flight"] = engine.pipeline_stats()["peak_in_flight"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=8)
+    arguments = parser.parse_args()
+    ranks = run_ranks(_worker, arguments.stages, (arguments.accumulation,), timeout=300)
+    shown = Table("stage", "1F1B in flight", "PACI in flight", "1F1B KiB", "PACI KiB", "PACI / 1F1B")
+    for stage, row in enumerate(ranks):
+        bound = min(arguments.stages - stage, arguments.accumulation)
+        stock, ours = row["1f1b"], row["paci"]
+        shown.add_row(
+            str(stage),
+            str(bound),
+            str(row["peak_in_flight"]),
+            f"{stock / 1024:.0f}",
+            f"{ours / 1024:.0f}",
+            f"{ours / stock:.3f}",
+        )
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the engine itself costs: microseconds per micro-batch when a stage has next to nothing to compute.
+
+    python -m benchmarks.overhead
+
+At one stage it is the engine alone, at two the links as well.  Both engines run in the same processes, in turns; the
+median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.engines import SCHEDULES, engine_for
+from integration_tests.ranks import run_ranks
+
+
+def _worker(accumulation: int, batches: int) -> dict[str, list[float]]:
+    stages = torch.distributed.get_world_size()
+    engines = {
+        schedule: engine_for([LayerSpec(torch.nn.Linear, 8, 8)] * stages, schedule, accumulation=accumulation)
+        for schedule in SCHEDULES
+    }
+    data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
+    seconds: dict[str, list[float]] = {schedule: [] for schedule in SCHEDULES}
+    for turn in range(6):
+        for schedule, engine in engines.items():
+            torch.distributed.barrier()
+            for _ in range(batches):
+                begin = time.perf_counter()
+                engine.train_batch(data)
+                if turn:
+                    seconds[schedule].append((time.perf_counter() - begin) / accumulation)
+    return seconds
+
+
+def measure(stages: int, accumulation: int, batches: int) -> dict[str, float]:
+    """Median microseconds per micro-batch for each schedule."""
+    ranks: list[dict[str, Any]] = run_ranks(_worker, stages, (accumulation, batches), timeout=300)
+    return {schedule: 1e6 * statistics.median(s for rank in ranks for s in rank[schedule]) for schedule in SCHEDULES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accumulation", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=20)
+    arguments = parser.parse_args()
+    shown = Table("P", "a", "1F1B us", "PACI us", "PACI / 1F1B", title="microseconds per micro-batch, median")
+    for stages in (1, 2):
+        row = measure(stages, arguments.accumulation, arguments.batches)
+        stock, ours = row["1f1b"], row["paci"]
+        shown.add_row(str(stages), str(arguments.accumulation), f"{stock:.0f}", f"{ours:.0f}", f"{ours / stock:.2f}")
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    main()

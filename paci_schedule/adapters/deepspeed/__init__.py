@@ -1,0 +1,31 @@
+"""DeepSpeed: ``"pipeline_schedule": "paci"`` in the config of ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paci_schedule.adapters.deepspeed.hooks import probe
+
+if TYPE_CHECKING:
+    from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
+
+__all__ = ["PaciPipelineEngine", "probe", "register"]
+
+
+def register() -> None:
+    """Let ``deepspeed.initialize`` choose the engine by the config's ``"pipeline_schedule"``.  Idempotent.
+
+    Raises:
+        UnsupportedError: this DeepSpeed is outside the tested range, or a hook that we rely on is gone.
+    """
+    from paci_schedule.adapters.deepspeed.dispatch import install
+
+    install()
+
+
+def __getattr__(name: str) -> object:
+    if name == "PaciPipelineEngine":
+        from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
+
+        return PaciPipelineEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

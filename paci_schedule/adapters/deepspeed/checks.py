@@ -1,0 +1,78 @@
+"""What PACI refuses on DeepSpeed, said before training starts: the value, the rule, the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
+
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["check_supported"]
+
+
+def check_supported(config: DeepSpeedConfig, module: PipelineModule) -> None:
+    """Raises UnsupportedError with every reason why this job cannot run under PACI.
+
+    Call it on every rank: what one stage cannot run, all of them refuse, so that none is left waiting.
+    """
+    reasons: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(reasons, [*_config_reasons(config, module.num_stages), *_module_reasons(module)])
+    if any(reasons):
+        listed = "\n".join(f"  * {reason}" for reason in dict.fromkeys(chain.from_iterable(reasons)))
+        raise UnsupportedError(
+            f'"pipeline_schedule": "paci" cannot run this job; change what follows, or use "1f1b":\n{listed}'
+        )
+
+
+def _config_reasons(config: DeepSpeedConfig, stages: int) -> Iterator[str]:
+    raw: Mapping[str, Any] = config._param_dict
+    if config.float16_config.enabled and config.float16_config.loss_scale == 0:
+        yield (
+            '"fp16" with dynamic loss scaling ("loss_scale": 0): each stage would choose its own scale; '
+            'use "bf16", or a fixed "loss_scale"'
+        )
+    if config.zero_optimization_stage > 1:
+        yield (
+            f'"zero_optimization": {{"stage": {config.zero_optimization_stage}}}: the pipeline engine partitions '
+            "optimizer states at most; use stage 0 or 1"
+        )
+    autocast = raw.get("torch_autocast", {})
+    if autocast.get("enabled") and "16" in str(autocast.get("dtype")) and "bf" not in str(autocast.get("dtype")):
+        yield '"torch_autocast" in float16 scales the loss dynamically; use "dtype": "bfloat16"'
+    routing = raw.get("data_efficiency", {}).get("data_routing", {})
+    if routing.get("random_ltd", {}).get("enabled"):
+        yield '"random_ltd" changes the shapes between stages from step to step; switch it off'
+    if raw.get("curriculum_learning", {}).get("enabled"):
+        yield (
+            'the legacy block "curriculum_learning" changes the sequence length inside the engine; '
+            'use "data_efficiency": {"data_sampling": ...} or change the data'
+        )
+
+    if config.wall_clock_breakdown and stages > 1:
+        yield (
+            '"wall_clock_breakdown": true: DeepSpeed 0.19.8 starts the same timer twice on every stage but the last, '
+            "under 1F1B too; switch it off, engine.pipeline_stats() says where the time goes"
+        )
+
+
+def _module_reasons(module: PipelineModule) -> Iterator[str]:
+    if module.dynamic_shape:
+        yield "PipelineModule(dynamic_shape=True): PACI posts receives before their sizes are sent; pad to one shape"
+    owners: dict[str, set[int]] = {}
+    for index, layer in enumerate(module._layer_specs):
+        if isinstance(layer, TiedLayerSpec):
+            owners.setdefault(layer.key, set()).add(module.stage_owner(index))
+    for key, stages in owners.items():
+        if len(stages) > 1:
+            yield (
+                f"TiedLayerSpec key {key!r} is shared by stages {sorted(stages)}: tied gradients would be summed "
+                "across stages at every step; untie the layers (LayerSpec)"
+            )
+    if any(isinstance(part, MoE) for part in module.modules()):
+        yield "deepspeed.moe.MoE layers reduce over groups that span stages; use dense layers"

@@ -1,0 +1,67 @@
+"""Which of DeepSpeed's internals the engine stands on, and whether this DeepSpeed still has them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["TESTED", "check_installed", "probe"]
+
+TESTED = SpecifierSet(">=0.19.8,<0.20")
+"""The DeepSpeed versions that the integration tests run on (0.19.8) and the patch releases after them."""
+
+_ENGINE = "deepspeed.runtime.pipe.engine:PipelineEngine"
+_HOOKS = {
+    "deepspeed:initialize": (),
+    _ENGINE: (),
+    f"{_ENGINE}._exec_load_micro_batch": ("buffer_id",),
+    f"{_ENGINE}._exec_forward_pass": ("buffer_id",),
+    f"{_ENGINE}._exec_backward_pass": ("buffer_id",),
+    f"{_ENGINE}._exec_reduce_grads": (),
+    f"{_ENGINE}._exec_optimizer_step": (),
+    f"{_ENGINE}._reserve_pipe_buffers": ("num_buffers",),
+    f"{_ENGINE}._configure_optimizer": ("client_optimizer", "model_parameters"),
+    f"{_ENGINE}.clip_fp32_gradients": (),
+    f"{_ENGINE}.reset_activation_shape": (),
+    f"{_ENGINE}.set_train_micro_batch_size": ("micro_batch_size",),
+    f"{_ENGINE}.destroy": (),
+    "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
+    "deepspeed.runtime.utils:clip_grad_norm_": ("parameters", "max_norm", "mpu"),
+    "torch.autograd:_unsafe_preserve_version_counter": (),
+}
+
+
+def probe() -> list[tuple[str, bool, str]]:
+    """What the engine needs: (name, whether it is there, what was found).  Imports DeepSpeed."""
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        return [("deepspeed", False, f"not installed; pip install 'deepspeed{TESTED}'")]
+    return [("deepspeed", found in TESTED, f"{found}, tested {TESTED}"), *(_look_up(name) for name in _HOOKS)]
+
+
+def check_installed() -> None:
+    """Raises UnsupportedError, naming what is missing, unless the engine can run on the installed DeepSpeed."""
+    missing = [f"{name}: {detail}" for name, there, detail in probe() if not there]
+    if missing:
+        raise UnsupportedError(
+            f"paci_schedule cannot register with this DeepSpeed; install deepspeed{TESTED}.  Missing: "
+            + "; ".join(missing)
+        )
+
+
+def _look_up(name: str) -> tuple[str, bool, str]:
+    module, _, path = name.partition(":")
+    try:
+        target = importlib.import_module(module)
+        for part in path.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        return name, False, str(error)
+    lost = [] if not _HOOKS[name] else sorted(set(_HOOKS[name]) - set(inspect.signature(target).parameters))
+    return name, not lost, f"lost its parameters {lost}" if lost else "there"

@@ -1,0 +1,57 @@
+"""The keys that a DeepSpeed config may hold for us: ``"pipeline_schedule"`` and the block ``"paci"``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paci_schedule.errors import ConfigError, nearest
+
+__all__ = ["SCHEDULES", "PaciOptions", "read_schedule"]
+
+SCHEDULES = ("1f1b", "paci")
+
+
+class PaciOptions(BaseModel):
+    """The block ``"paci"``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> PaciOptions:
+        """The options in a DeepSpeed config.
+
+        Raises:
+            ConfigError: an unknown key, with the nearest valid one, or a value outside its range.
+        """
+        block = config.get("paci", {})
+        if not isinstance(block, Mapping):
+            raise ConfigError(f'"paci": {block!r}: must be a block of options, for example {{"timeout": 600}}')
+        for key in block:
+            if key not in cls.model_fields:
+                raise ConfigError(
+                    f'"paci": {{"{key}": ...}}: unknown option; valid are {nearest(key, cls.model_fields)}'
+                )
+        try:
+            return cls(**block)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = first["loc"][0]
+            raise ConfigError(f'"paci": {{"{key}": {block[key]!r}}}: {first["msg"]}') from None
+
+
+def read_schedule(config: Mapping[str, Any]) -> str:
+    """The schedule that a DeepSpeed config asks for; DeepSpeed's own, "1f1b", when it says nothing.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest valid one.
+    """
+    name = config.get("pipeline_schedule", "1f1b")
+    if name not in SCHEDULES:
+        raise ConfigError(f'"pipeline_schedule": {name!r}: unknown; valid are {nearest(str(name), SCHEDULES)}')
+    return name

@@ -1,0 +1,123 @@
+"""What rank 0 says about an update: the steps_per_print line and the monitor's events.
+
+Rank 0 holds the first stage.  It learns the loss of a micro-batch when that micro-batch's gradient comes back, so it
+speaks of an update when it has applied it: step, samples, loss, learning rate and drift all belong to the same update.
+The numbers are written one update later, when the device has long copied them, so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from deepspeed.monitor.monitor import MonitorMaster
+
+__all__ = ["HostCopy", "Reporter", "Update"]
+
+
+class HostCopy:
+    """A small tensor on its way to the host.
+
+    Args:
+        tensor: on any device; may change after construction.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host = tensor.clone()
+
+    def numbers(self) -> list[float]:
+        """The values; waits for the copy if it is still under way."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update of this stage.
+
+    Attributes:
+        step: updates applied, this one included.
+        samples: samples that the job has trained on by then.
+        losses: float32[n]: the mean loss over the update's micro-batches, and the additional losses.
+        names: of the additional losses.
+        drift: the largest drift so far, in updates.
+        seconds: that this stage has computed and waited since its construction.
+        at: when the host took the update, in seconds of `time.perf_counter`.
+    """
+
+    step: int
+    samples: int
+    losses: HostCopy
+    names: tuple[str, ...]
+    drift: int
+    seconds: tuple[float, float]
+    at: float
+
+
+class Reporter:
+    """Says what there is to say about updates, one update late.
+
+    Args:
+        monitor: DeepSpeed's monitor.
+        steps_per_print: updates between two printed lines; None for no lines.
+        samples_per_step: samples that one update trains on.
+        speaks: whether this rank is the one that writes; its replicas only take part in averaging.
+    """
+
+    def __init__(
+        self, monitor: MonitorMaster, steps_per_print: int | None, samples_per_step: int, speaks: bool
+    ) -> None:
+        self._monitor = monitor
+        self._steps_per_print = steps_per_print
+        self._samples_per_step = samples_per_step
+        self._speaks = speaks
+        self._pending: Update | None = None
+        self._seconds = 0.0, 0.0
+        self._printed = 0, time.perf_counter()
+
+    def wants(self, step: int) -> bool:
+        """Whether anything will be said about update number `step`; the same on every replica."""
+        return self._monitor.enabled or (self._steps_per_print is not None and step % self._steps_per_print == 0)
+
+    def add(self, update: Update) -> None:
+        """Take one update in, and say what there is to say about the one before it."""
+        self.flush()
+        self._pending = update
+
+    def flush(self) -> None:
+        """Say what has not been said yet."""
+        update, self._pending = self._pending, None
+        if update is None or not self._speaks:
+            return
+        loss, *additional = update.losses.numbers()
+        compute, wait = (now - before for now, before in zip(update.seconds, self._seconds, strict=True))
+        self._seconds = update.seconds
+        waiting = wait / (compute + wait) if compute + wait > 0 else 0.0
+        if self._monitor.enabled:
+            events = {"train_loss": loss, **dict(zip(update.names, additional, strict=True))}
+            events |= {"drift": update.drift, "waiting_share": waiting}
+            self._monitor.write_events(
+                [(f"Train/Samples/{name}", value, update.samples) for name, value in events.items()]
+            )
+        if self._steps_per_print is not None and update.step % self._steps_per_print == 0:
+            self._print(update, loss, waiting)
+
+    def _print(self, update: Update, loss: float, waiting: float) -> None:
+        step, at = self._printed
+        self._printed = update.step, update.at
+        seconds = (update.at - at) / max(1, update.step - step)
+        # Printed, not logged: it stands in for the line that DeepSpeed prints, which users' scripts parse.
+        print(
+            f"steps: {update.step} loss: {loss:0.4f} iter time (s): {seconds:0.3f} "
+            f"samples/sec: {self._samples_per_step / seconds:0.3f} drift: {update.drift} waiting: {waiting:0.1%}",
+            flush=True,
+        )

@@ -1,0 +1,237 @@
+"""The links of a stage: activations down, gradients up, each direction with a process group of its own.
+
+Two groups for each pair of neighbours, so that neither direction queues behind the other (operations of one
+communicator run in order).  Receives are posted when the schedule says so, sends are asynchronous and hold their
+buffers until they are done; what a stage may have on the wire is bounded.  All communicators are set up in one fixed
+order, from the first pair of stages to the last.
+
+A third, host-side link for each pair carries one word a batch from the first stage downwards, so that a stage learns
+that the data has ended before it waits for activations that will never come.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from paci_schedule.errors import ConfigError, LinkError
+from paci_schedule.ops import Op
+from paci_schedule.runtime.message import Layout, Payload
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["Links"]
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _End:
+    """One end of a one-way link.
+
+    Attributes:
+        group: the process group of this direction, of two ranks.
+        peer: global rank at the other end.
+        stage: this end's stage.
+        peer_stage: the other end's stage.
+        content: what travels: "activation", "gradient" or "batch announcement".
+        device: where the messages live.
+        timeout: how long the other end may take.
+    """
+
+    group: dist.ProcessGroup
+    peer: int
+    stage: int
+    peer_stage: int
+    content: str
+    device: torch.device
+    timeout: timedelta
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Turn a transport's error into one that says who waited for what."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LinkError(
+                f"stage {self.stage} (rank {dist.get_rank()}) {doing} stage {self.peer_stage} (rank {self.peer}) and "
+                f"got no answer within the timeout of {self.timeout.total_seconds():g} s, or its process is gone: "
+                f"look at the log of rank {self.peer} first; if that stage is only slow, raise "
+                f'"paci": {{"timeout": seconds}}.  The transport says: {error}'
+            ) from error
+
+
+class _Inbox:
+    """The receiving end of a link."""
+
+    def __init__(self, end: _End) -> None:
+        self._end = end
+        self._layout: Layout | None = None
+        self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def warm_up(self) -> None:
+        with self._end.during(f"set up the {self._end.content} link from"):
+            dist.recv(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
+
+    def expect(self, op: Op) -> None:
+        """Post the receive for the next message; the first one brings its layout."""
+        with self._end.during(f"posted the receive {op} of the {self._end.content} of micro-batch {op.index} from"):
+            if self._layout is None:
+                header: list[Layout | None] = [None]
+                dist.recv_object_list(header, self._end.peer, group=self._end.group)
+                self._layout = header[0]
+            buffer = self._layout.empty(self._end.device)
+            self._posted.append((dist.irecv(buffer, self._end.peer, group=self._end.group), buffer))
+
+    def receive(self, op: Op) -> Payload:
+        """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next)."""
+        work, buffer = self._posted.popleft()
+        with self._end.during(f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from"):
+            work.wait()
+        return self._layout.unpack(buffer)
+
+    def forget_layout(self) -> None:
+        self._layout = None
+
+
+class _Outbox:
+    """The sending end of a link."""
+
+    def __init__(self, end: _End, on_wire: int) -> None:
+        self._end = end
+        self._on_wire = on_wire
+        self._layout: Layout | None = None
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def warm_up(self) -> None:
+        with self._end.during(f"set up the {self._end.content} link to"):
+            dist.send(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
+
+    def send(self, op: Op, payload: Payload) -> None:
+        """Start sending; first make sure that no more than `on_wire` messages are under way."""
+        layout = Layout.of(payload)
+        with self._end.during(f"sent ({op}) the {self._end.content} of micro-batch {op.index} to"):
+            if self._layout is None:
+                dist.send_object_list([layout], self._end.peer, group=self._end.group)
+                self._layout = layout
+            elif layout != self._layout:
+                raise ConfigError(
+                    f"micro-batch {op.index} makes stage {self._end.stage} send {layout} where the micro-batches "
+                    f"before it made it send {self._layout}: all micro-batches must have the same shapes; drop or pad "
+                    "the odd one (drop_last=True), or call engine.reset_activation_shape() on every rank when the "
+                    "shape changes"
+                )
+            self._settle(self._on_wire - 1)
+            buffer = layout.pack(payload)
+            self._sending.append((dist.isend(buffer, self._end.peer, group=self._end.group), buffer))
+
+    def finish(self) -> None:
+        """Wait until every message has left."""
+        with self._end.during(f"finished sending the {self._end.content}s to"):
+            self._settle(0)
+
+    def forget_layout(self) -> None:
+        self._layout = None
+
+    def _settle(self, remaining: int) -> None:
+        while len(self._sending) > remaining:
+            self._sending.popleft()[0].wait()
+
+
+class Links:
+    """All links of one stage of one pipeline.
+
+    Every rank of the job constructs its own at the same time; construction sets up the communicators.
+
+    Args:
+        spec: the pipeline.
+        pipelines: for every pipeline of the job, the global rank of each stage, in stage order; the same on every rank.
+        device: where activations and gradients live.
+        timeout: how long a neighbour may take to answer.
+
+    Raises:
+        LinkError: a neighbour did not answer; also from every method.
+    """
+
+    def __init__(
+        self, spec: PipelineSpec, pipelines: list[list[int]], device: torch.device, timeout: timedelta
+    ) -> None:
+        self._activation_in: _Inbox | None = None
+        self._activation_out: _Outbox | None = None
+        self._gradient_in: _Inbox | None = None
+        self._gradient_out: _Outbox | None = None
+        self._word_in: _Inbox | None = None
+        self._word_out: _Outbox | None = None
+        for ranks in pipelines:
+            stage = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else None
+            words = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc="paci batch announcements")
+            for below in range(spec.stages - 1):
+                pair = ranks[below : below + 2]
+                name = f"of stages {below} and {below + 1}"
+                # Created by every rank of the job in this one order, members or not, as new_group demands.
+                down = dist.new_group(pair, timeout=timeout, group_desc=f"paci activation link {name}")
+                up = dist.new_group(pair, timeout=timeout, group_desc=f"paci gradient link {name}")
+                if stage == below:
+                    end = partial(_End, peer=pair[1], stage=stage, peer_stage=stage + 1, timeout=timeout)
+                    self._activation_out = _Outbox(end(group=down, content="activation", device=device), 1)
+                    self._gradient_in = _Inbox(end(group=up, content="gradient", device=device))
+                    self._word_out = _Outbox(end(group=words, content="announcement", device=_HOST), 1)
+                elif stage == below + 1:
+                    end = partial(_End, peer=pair[0], stage=stage, peer_stage=below, timeout=timeout)
+                    self._activation_in = _Inbox(end(group=down, content="activation", device=device))
+                    self._gradient_out = _Outbox(
+                        end(group=up, content="gradient", device=device), spec.gradients_on_wire(stage)
+                    )
+                    self._word_in = _Inbox(end(group=words, content="announcement", device=_HOST))
+        self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._word_in) if box]
+        self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._word_out) if box]
+        # From the first pair of stages to the last, each pair in the same order: nobody waits in a circle.
+        order = (self._activation_in, self._gradient_out, self._word_in)
+        for box in (*order, self._activation_out, self._gradient_in, self._word_out):
+            if box is not None:
+                box.warm_up()
+
+    def expect_activation(self, op: Op) -> None:
+        self._activation_in.expect(op)
+
+    def recv_activation(self, op: Op) -> Payload:
+        return self._activation_in.receive(op)
+
+    def send_activation(self, op: Op, payload: Payload) -> None:
+        self._activation_out.send(op, payload)
+
+    def expect_gradient(self, op: Op) -> None:
+        self._gradient_in.expect(op)
+
+    def recv_gradient(self, op: Op) -> Payload:
+        return self._gradient_in.receive(op)
+
+    def send_gradient(self, op: Op, payload: Payload) -> None:
+        self._gradient_out.send(op, payload)
+
+    def announce(self, next_op: Op, whole_batch: Callable[[], bool]) -> bool:
+        """Whether the batch that begins with `next_op` is whole: asked of the first stage, told to the next one."""
+        if self._word_in is None:
+            word = torch.tensor([whole_batch()])
+        else:
+            self._word_in.expect(next_op)
+            word = self._word_in.receive(next_op)
+        if self._word_out is not None:
+            self._word_out.send(next_op, word)
+        return bool(word)
+
+    def reset_shapes(self) -> None:
+        """Forget the shapes of the messages; the next ones bring theirs.  The pipe must be empty, on every rank."""
+        for box in (*self._inboxes, *self._outboxes):
+            box.forget_layout()
+
+    def finish(self) -> None:
+        """Wait until everything that was sent has left."""
+        for box in self._outboxes:
+            box.finish()

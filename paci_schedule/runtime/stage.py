@@ -1,0 +1,187 @@
+"""One stage at work: executes the programs that the core generates, and keeps the books.
+
+The runner decides no order.  A framework adapter supplies the three things that only it can do (`StageCompute`), the
+links carry the messages, and the drift meter counts what happened.
+
+The loss of a micro-batch is known at the last stage only; it travels upstream with that micro-batch's gradient, so
+every stage learns the loss of what it finished without a collective.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from paci_schedule.drift import DriftMeter, drift_bound
+from paci_schedule.errors import LinkError
+from paci_schedule.lower import lower
+from paci_schedule.ops import Op, OpKind
+from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.message import Payload
+from paci_schedule.runtime.timeline import Timeline
+from paci_schedule.schedules import paci
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["StageCompute", "StageRunner"]
+
+
+class StageCompute(Protocol):
+    """What a framework does for a stage."""
+
+    def forward(self, micro_batch: int, inputs: Payload | None) -> Payload | None:
+        """Forward of one micro-batch.
+
+        Args:
+            micro_batch: its index.
+            inputs: what the stage before sent, None at the first stage.
+
+        Returns:
+            What the next stage gets, None at the last stage.
+        """
+
+    def backward(self, micro_batch: int, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Backward of one micro-batch, with the weights as they are now.
+
+        Args:
+            micro_batch: its index.
+            gradients: of the floating-point tensors that `forward` returned, in order; empty at the last stage.
+
+        Returns:
+            Gradients of the floating-point tensors in `inputs`, in order; empty at the first stage.
+        """
+
+    def losses(self, micro_batch: int) -> torch.Tensor:
+        """Asked at the last stage, after `backward`: float32[n], the loss and whatever else is averaged like it."""
+
+    def step(self, update: int, losses: torch.Tensor) -> None:
+        """The local optimizer update, with the mean `losses` (float32[n]) over its a micro-batches."""
+
+
+class StageRunner:
+    """Runs one stage's stream, segment by segment.
+
+    Args:
+        spec: the pipeline.
+        stage: this rank's stage.
+        compute: the framework's part.
+        links: the stage's links.
+        timeline: where the time is booked.
+
+    Attributes:
+        admitted: micro-batches taken in since the pipe was last empty.
+        forwards, backwards: ops done since construction.
+        peak_in_flight: the most micro-batches that were live at once.
+        meter: drift and version counted so far.
+        interrupted: an error left micro-batches in flight that nothing can finish.
+    """
+
+    def __init__(self, spec: PipelineSpec, stage: int, compute: StageCompute, links: Links, timeline: Timeline) -> None:
+        self.spec = spec
+        self.stage = stage
+        self.admitted = 0
+        self.interrupted = False
+        self.forwards = self.backwards = self.peak_in_flight = 0
+        self.meter = DriftMeter()
+        self._compute, self._links, self._timeline = compute, links, timeline
+        self._received: dict[int, Payload] = {}
+        self._outputs: dict[int, Payload] = {}
+        self._gradients: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._finished: list[torch.Tensor] = []
+        self._window: list[torch.Tensor] = []
+        self._execute = {
+            OpKind.FORWARD: self._forward,
+            OpKind.BACKWARD: self._backward,
+            OpKind.STEP: self._step,
+            OpKind.EXPECT_ACTIVATION: links.expect_activation,
+            OpKind.RECV_ACTIVATION: self._recv_activation,
+            OpKind.SEND_ACTIVATION: self._send_activation,
+            OpKind.EXPECT_GRADIENT: links.expect_gradient,
+            OpKind.RECV_GRADIENT: self._recv_gradient,
+            OpKind.SEND_GRADIENT: self._send_gradient,
+        }
+
+    @property
+    def drift_bound(self) -> int:
+        """The most drift that this stage can see."""
+        return drift_bound(self.spec, self.stage)
+
+    def train_batch(self) -> torch.Tensor | None:
+        """Admit a micro-batches.  Returns the mean losses over those finished in this call, None if none was."""
+        losses = self._run(paci.train_batch(self.spec, self.admitted))
+        self.admitted += self.spec.accumulation
+        return losses
+
+    def drain(self) -> torch.Tensor | None:
+        """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
+        losses = self._run(paci.drain(self.spec, self.admitted))
+        self.admitted = 0
+        self._links.finish()
+        return losses
+
+    def respec(self, spec: PipelineSpec) -> None:
+        """Go on with another spec, from an empty pipe."""
+        assert self.admitted == 0, "drain before changing the spec"
+        self.spec = spec
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""
+        totals = self._timeline.totals()
+        compute = sum(seconds for kind, seconds in totals.items() if kind is not None and kind.is_compute)
+        return compute, sum(totals.values()) - totals[None] - compute
+
+    def _run(self, segment: paci.Segment) -> torch.Tensor | None:
+        if self.interrupted:
+            raise LinkError(
+                f"stage {self.stage}: an error interrupted the pipe earlier, so the micro-batches in flight are lost: "
+                "start again from the last checkpoint"
+            )
+        self.interrupted = True
+        self._finished.clear()
+        self._timeline.start()
+        for op in lower(segment, self.stage):
+            self._execute[op.kind](op)
+            self._timeline.lap(op)
+        self.interrupted = False
+        return torch.stack(self._finished).mean(0) if self._finished else None
+
+    def _forward(self, op: Op) -> None:
+        outputs = self._compute.forward(op.index, self._received.pop(op.index, None))
+        if outputs is not None:
+            self._outputs[op.index] = outputs
+        self.meter.record(op)
+        self.forwards += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
+
+    def _backward(self, op: Op) -> None:
+        if self.stage == self.spec.stages - 1:
+            gradients = self._compute.backward(op.index, ())
+            losses = self._compute.losses(op.index)
+        else:
+            *incoming, losses = self._gradients.pop(op.index)
+            losses = losses.clone()  # a view of the message: let its buffer go with the gradients
+            gradients = self._compute.backward(op.index, tuple(incoming))
+        self._finished.append(losses)
+        self._window.append(losses)
+        if self.stage > 0:
+            self._gradients[op.index] = (*gradients, losses)
+        self.meter.record(op)
+        self.backwards += 1
+
+    def _step(self, op: Op) -> None:
+        losses = torch.stack(self._window).mean(0)
+        self._window.clear()
+        self._compute.step(op.index, losses)
+        self.meter.record(op)
+
+    def _recv_activation(self, op: Op) -> None:
+        self._received[op.index] = self._links.recv_activation(op)
+
+    def _send_activation(self, op: Op) -> None:
+        self._links.send_activation(op, self._outputs.pop(op.index))
+
+    def _recv_gradient(self, op: Op) -> None:
+        self._gradients[op.index] = self._links.recv_gradient(op)
+
+    def _send_gradient(self, op: Op) -> None:
+        self._links.send_gradient(op, self._gradients.pop(op.index))

@@ -1,0 +1,45 @@
+"""Segments to text and back, for golden grids, and random sequences of calls for the sweeps."""
+
+import random
+
+from paci_schedule.lower import lower
+from paci_schedule.ops import Op
+from paci_schedule.schedules import paci
+
+
+def text(ops):
+    """Ops as they print, separated by spaces."""
+    return " ".join(map(str, ops))
+
+
+def parsed(line):
+    """The ops that a line of text stands for."""
+    return [Op.parse(word) for word in line.split()]
+
+
+def compute_grid(segments):
+    """For every segment the compute ops of every stage, as text."""
+    return [[text(segment.ops(stage)) for stage in range(segment.spec.stages)] for segment in segments]
+
+
+def program_grid(segments):
+    """For every segment the whole program of every stage, messages and all, as text."""
+    return [[text(lower(segment, stage)) for stage in range(segment.spec.stages)] for segment in segments]
+
+
+def calls(spec, script):
+    """The segments of a script: "t" is a train_batch, "d" a drain.  The pipe is drained at the end."""
+    segments, admitted = [], 0
+    for letter in script.rstrip("d") + "d":
+        if letter == "t":
+            segments.append(paci.train_batch(spec, admitted))
+            admitted += spec.accumulation
+        elif admitted:
+            segments.append(paci.drain(spec, admitted))
+            admitted = 0
+    return segments
+
+
+def random_script(seed, length):
+    """A script of `length` letters, about one drain in four."""
+    return "".join(random.Random(seed).choice("tttd") for _ in range(length))
