@@ -20,7 +20,7 @@ from paci_schedule import __version__, grid, trace
 from paci_schedule.costs import Costs
 from paci_schedule.doctor import examine
 from paci_schedule.errors import ConfigError, PaciError, ScheduleError
-from paci_schedule.model import from_config, from_layers, load_config
+from paci_schedule.model import SIZES, from_config, from_layers, load_config
 from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, plan
 from paci_schedule.render import chrome_trace, picture, text
 from paci_schedule.report import report
@@ -255,7 +255,7 @@ def plan_(
     """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest pipeline of a model."""
     if (model is None) == (layers is None):
         raise ConfigError("the model is missing or there twice: give either --model NAME or --layers FILE")
-    shape = from_config(load_config(model), sequence_length) if layers is None else from_layers(layers)
+    shape = from_config(_config(model), sequence_length) if layers is None else from_layers(layers)
     job = Job(
         model=shape,
         memory=memory * 2**30,
@@ -443,6 +443,23 @@ def _shape(
     spec = PipelineSpec(stages=stages, accumulation=micro_batches, extra_in_flight=extra_in_flight)
     chosen.check(spec)
     return chosen, spec
+
+
+def _config(name: str) -> dict[str, object]:
+    """The config of a model by name or file, from the Hugging Face hub if need be."""
+    config = load_config(name)
+    if config is not None:
+        return config
+    try:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name).to_dict()
+    except (ImportError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model={name!r}: not one of {', '.join(SIZES)}, not a file, and not to be had from the hub ({reason}); "
+            "give a config.json"
+        ) from None
 
 
 def _at_least_one(name: str, value: int) -> int:

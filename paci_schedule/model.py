@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from paci_schedule.errors import ConfigError
 
-__all__ = ["Layer", "Model", "from_config", "from_layers", "load_config"]
+__all__ = ["SIZES", "Layer", "Model", "from_config", "from_layers", "load_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ _KEYS = MappingProxyType(
     }
 )
 
-_SIZES = MappingProxyType(
+SIZES = MappingProxyType(
     {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
         "gpt2": (12, 768, 12),
         "gpt2-medium": (24, 1024, 16),
@@ -82,30 +82,19 @@ _SIZES = MappingProxyType(
 )
 
 
-def load_config(name: str) -> dict[str, object]:
-    """The config called `name`: a built-in size, a JSON file, a folder with a config.json, or a model of the Hugging
-    Face hub.
+def load_config(name: str) -> dict[str, object] | None:
+    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if it is none of
+    them.
 
     Raises:
-        ConfigError: it is none of them, or cannot be read.
+        ConfigError: the file cannot be read.
     """
-    if name in _SIZES:
-        layers, hidden, heads = _SIZES[name]
+    if name in SIZES:
+        layers, hidden, heads = SIZES[name]
         return {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50257, "n_positions": 1024}
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
-    if path.exists():
-        return _read_json("model", path)
-    try:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(name).to_dict()
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model={name!r}: not one of {', '.join(_SIZES)}, not a file, and not to be had from the hub "
-            f"({reason}); give a config.json"
-        ) from None
+    return _read_json("model", path) if path.exists() else None
 
 
 def from_config(config: dict[str, object], sequence_length: int | None = None) -> Model:

@@ -1,8 +1,7 @@
 """GPipe: all forwards of a batch, then all its backwards, the last micro-batch first.
 
-Source: arXiv 1811.06965, figure 2.  P = 3 stages, M = 4 micro-batches, F and B of the same length; `.` is the
-bubble and `|` the step,
-(P-1)/(M+P-1) of the time as in 1F1B, but every stage holds all M activations:
+Source: arXiv 1811.06965, figure 2.  P = 3 stages, M = 4 micro-batches, F and B of the same length, `|` the
+step.  The bubble is that of 1F1B, (P-1)/(M+P-1) of the time, but every stage holds all M activations:
 
     stage 0   F0 F1 F2 F3 .  .  .  .  B3 B2 B1 B0|
     stage 1   .  F0 F1 F2 F3 .  .  B3 B2 B1 B0|

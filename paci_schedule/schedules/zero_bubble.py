@@ -1,8 +1,8 @@
 """ZB-H1 and ZB-H2: the backward split in input gradient (B) and weight gradient (W), W put off to fill the bubble.
 
 Source: arXiv 2401.10241, section 2, the handcrafted schedules for F, B and W of the same length (ZB-1p and ZB-2p are
-their memory limits).  Stage s runs ahead by k (P-1-s) forwards and puts its W off by k s micro-batches: k = 1 is H1, k
-= 2 is H2. P = 3, M = 5, k = 1 (`|` is the step):
+their memory limits).  Stage s runs ahead by k (P-1-s) forwards and puts its W off by k s micro-batches; k is 1 for H1
+and 2 for H2.  P = 3, M = 5, k = 1 (`|` is the step):
 
     stage 0   F0 F1 F2 .  .  B0 W0 F3 B1 W1 F4 B2 W2 B3 W3 B4 W4|
     stage 1   .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 F4 B3 W2 B4 W3 W4|
@@ -14,8 +14,9 @@ and k = 2, which has no bubble, at the price of 2P-1 micro-batches in flight:
     stage 1   .  F0 F1 F2 B0 F3 B1 F4 B2 W0 B3 W1 B4 W2 W3 W4|
     stage 2   .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 W1 W2 W3 W4|
 
-With W <= F the bubble of a batch is (P-1)(F+B-W) for H1 (M >= P) and (P-1) max(0, F+B-2W, B-F) for H2 (M >= 2P-1).  A
-longer W cannot help beyond: stage 0 waits for its first B behind P F and P-1 B, with kP-k+1 forwards to fill the time.
+Whatever the costs, the bubble of a batch is (P-1) (B + max(0, F-W)) for H1 with M >= P, and (P-1) max(0, F+B-2W, B-F)
+for H2 with M >= 2P-1.  With W <= F that is the paper's (P-1)(F+B-W) and, where it is positive, (P-1)(F+B-2W).  A
+longer W helps no further: stage 0 waits P F and (P-1) B for its first B, and has P or 2P-1 forwards to do until then.
 """
 
 from __future__ import annotations

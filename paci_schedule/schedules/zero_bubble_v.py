@@ -1,10 +1,10 @@
 """ZB-V: two chunks a stage, folded like a V, so that the last chunk comes back to the first stage.
 
-Source: arXiv 2401.10241, section 6.  Chunk 0 of the stages runs down the V, chunk 1 up again.  P = 2, M = 4, F, B and
+Source: arXiv 2401.10241, section 6.  Chunk 0 of the stages runs down the V, chunk 1 up again.  P = 2, M = 3, F, B and
 W of a chunk of the same length (.1 is chunk 1, `|` the step):
 
-    stage 0   F0   F1   F2   F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3   B0   W0   F2.1 B2.1 W2.1 B1   W1   F3.1 B3.1 W3.1 B2   W2   B3   W3  |
-    stage 1   .    F0   F0.1 F1   F1.1 B0.1 W0.1 F2   B0   W0   F2.1 B1.1 W1.1 F3   B1   W1   F3.1 B2.1 W2.1 B2   B3.1 B3   W2   W3.1 W3  |
+    stage 0   F0   F1   F2   F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 B0   W0   F2.1 B2.1 W2.1 B1   W1   B2   W2  |
+    stage 1   .    F0   F0.1 F1   F1.1 B0.1 W0.1 F2   B0   W0   F2.1 B1.1 W1.1 B1   B2.1 B2   W1   W2.1 W2  |
 
 It has no bubble where F = B = W and M >= 2P, and holds 2P chunks in flight, which is the memory of P micro-batches:
 that of 1F1B's first stage, on every stage.
