@@ -20,7 +20,7 @@ from paci_schedule import __version__, grid, trace
 from paci_schedule.costs import Costs
 from paci_schedule.doctor import examine
 from paci_schedule.errors import ConfigError, PaciError, ScheduleError
-from paci_schedule.model import SIZES, from_config, from_layers, load_config
+from paci_schedule.model import built_in, from_config, from_layers, load_config
 from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, plan
 from paci_schedule.render import chrome_trace, picture, text
 from paci_schedule.report import report
@@ -457,7 +457,7 @@ def _config(name: str) -> dict[str, object]:
     except (ImportError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model={name!r}: not one of {', '.join(SIZES)}, not a file, and not to be had from the hub ({reason}); "
+            f"model={name!r}: none of {', '.join(built_in())}, no file, and not on the hub ({reason}); "
             "give a config.json"
         ) from None
 

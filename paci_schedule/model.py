@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from paci_schedule.errors import ConfigError
 
-__all__ = ["SIZES", "Layer", "Model", "from_config", "from_layers", "load_config"]
+__all__ = ["Layer", "Model", "built_in", "from_config", "from_layers", "load_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ _KEYS = MappingProxyType(
     }
 )
 
-SIZES = MappingProxyType(
+_SIZES = MappingProxyType(
     {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
         "gpt2": (12, 768, 12),
         "gpt2-medium": (24, 1024, 16),
@@ -82,6 +82,11 @@ SIZES = MappingProxyType(
 )
 
 
+def built_in() -> tuple[str, ...]:
+    """The names of the sizes that need no file."""
+    return tuple(_SIZES)
+
+
 def load_config(name: str) -> dict[str, object] | None:
     """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if it is none of
     them.
@@ -89,8 +94,8 @@ def load_config(name: str) -> dict[str, object] | None:
     Raises:
         ConfigError: the file cannot be read.
     """
-    if name in SIZES:
-        layers, hidden, heads = SIZES[name]
+    if name in _SIZES:
+        layers, hidden, heads = _SIZES[name]
         return {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50257, "n_positions": 1024}
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path

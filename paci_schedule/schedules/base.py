@@ -46,15 +46,15 @@ class Schedule:
         """The ops of `stage` for one batch from an empty pipe to an empty pipe, its STEP left out."""
         raise NotImplementedError
 
-    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterator[Op]]:
+    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterable[Op]]:
         """The ops of `stage`, grouped by the calls of a training loop; equally many calls on every stage.
 
         Micro-batches and updates count on from call to call.
         """
         for number in range(batches):
             first = number * spec.accumulation
-            ops = (op._replace(index=op.index + first) for op in self.batch(spec, stage))
-            yield chain(ops, [Op(OpKind.STEP, number)])
+            ops = [op._replace(index=op.index + first) for op in self.batch(spec, stage)]
+            yield [*ops, Op(OpKind.STEP, number)]
 
     def stream(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Op]:
         """The ops of `stage` for `batches` batches, from an empty pipe to an empty pipe."""

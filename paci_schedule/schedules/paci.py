@@ -20,7 +20,7 @@ since the pipe was last empty, so a drained pipe has no hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from paci_schedule.drift import drift_bound
@@ -117,7 +117,7 @@ class Paci(Schedule):
     def __init__(self, leading: bool = False) -> None:
         self.leading = leading
 
-    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterator[Op]]:
+    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterable[Op]]:
         for segment in segments(spec, batches, self.leading):
             yield segment.ops(stage)
 

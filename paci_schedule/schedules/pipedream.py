@@ -11,7 +11,7 @@ No bubble in the steady state, no inconsistency, but P-s weight versions and gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from paci_schedule.ops import Op
@@ -27,7 +27,7 @@ class PipeDream(paci.Paci):
     name = "pipedream"
     takes_extra = False
 
-    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterator[Op]]:
+    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterable[Op]]:
         single, total = replace(spec, accumulation=1), batches * spec.accumulation
         for admitted in range(0, total, spec.accumulation):
             stop = admitted + spec.accumulation
