@@ -527,7 +527,7 @@ def _print_json(value: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with `arguments`, or those of the process, and exit."""
     try:
-        code = _paci.main(arguments, prog_name="paci", standalone_mode=False)
+        code = _paci.main(arguments, prog_name="paci", standalone_mode=False) or 0
     except click.exceptions.Abort:
         code = 130
     except (click.ClickException, PaciError) as error:

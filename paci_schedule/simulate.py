@@ -25,6 +25,7 @@ from paci_schedule.timeline import Span, Timeline
 __all__ = ["execute", "simulate"]
 
 _MOST_OPS = 10_000_000
+_KINDS = OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT, OpKind.STEP
 
 
 def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int = 1) -> Timeline:
@@ -71,7 +72,7 @@ def execute(schedule: Schedule, programs: Sequence[Sequence[Iterable[Op]]], cost
 
 def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs: Costs) -> list[list[Span]]:
     """Run the stages as far as they get."""
-    stages, forward, backward = len(ops), OpKind.FORWARD, OpKind.BACKWARD
+    stages, (forward, backward, weight, step) = len(ops), _KINDS
     takes = _durations(schedule, ops, costs)
     latencies, transfer, last = costs.latencies(stages), costs.transfer, stages * schedule.chunks - 1
     position = [
@@ -103,32 +104,22 @@ def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs:
                 break
             op = program[len(row)]
             at, start = position[stage][op.chunk], free[stage]
-            needs = None
-            if op.kind is forward:
-                needs = (forward, at, op.index) if at else None
-            elif op.kind is backward:
-                needs = (backward, at, op.index)
-            elif op.kind is OpKind.WEIGHT:
-                needs = (OpKind.WEIGHT, at, op.index)
-            if needs is not None:
-                if needs not in arrived:
+            if op.kind is not step and (at or op.kind is not forward):  # the first forward and steps wait for nothing
+                came = arrived.pop((op.kind, at, op.index), None)
+                if came is None:
                     break
-                start = max(start, arrived.pop(needs))
-            end = start + takes(stage, op)
+                start = max(start, came)
+            end = free[stage] = start + takes(stage, op)
             row.append(Span(op, start, end))
-            free[stage] = end
-            if op.kind is forward:
-                to = deliver(stage, forward, at + 1, op.index, end) if at < last else None
-                if at == last:
-                    arrived[backward, at, op.index] = end
+            if op.kind is forward and at < last:
+                woken.add(deliver(stage, forward, at + 1, op.index, end))
+            elif op.kind is forward:
+                arrived[backward, at, op.index] = end
             elif op.kind is backward:
-                to = deliver(stage, backward, at - 1, op.index, end) if at else None
-                arrived[OpKind.WEIGHT, at, op.index] = end
-            else:
-                to = None
-            if to is not None and to != stage:
-                woken.add(to)
-        return woken
+                arrived[weight, at, op.index] = end
+                if at:
+                    woken.add(deliver(stage, backward, at - 1, op.index, end))
+        return woken - {stage}
 
     ready = set(range(stages))
     while ready:

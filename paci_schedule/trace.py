@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -103,8 +104,9 @@ def read(path: Path) -> Recording:
 def merge(recordings: Sequence[Recording]) -> list[Recording]:
     """The recordings by stage, on one clock.
 
-    Wall clocks of two machines may differ.  No message arrives before it was sent, which bounds the difference of two
-    neighbours' clocks from both sides; where the wall clocks break a bound, the middle between the bounds is taken.
+    Wall clocks of two machines may differ.  No op starts before its message was made, which bounds the difference of
+    two neighbours' clocks from both sides; where the wall clocks break a bound, the middle between the bounds is
+    taken.
 
     Raises:
         ConfigError: a stage is missing or there twice, or the recordings are of different jobs.
@@ -195,16 +197,25 @@ def _numbered_on(spans: Sequence[Span]) -> list[Span]:
 
 
 def _correction(above: Recording, below: Recording) -> float:
-    """What to add to the clock of `below` so that its messages with the stage `above` arrive after they were sent."""
+    """What to add to the clock of `below` so that no op of the two stages starts before what it needs was made."""
 
-    def ends(recording: Recording, kind: OpKind) -> dict[int, float]:
-        return {span.op.index: span.end for span in recording.spans if span.op.kind is kind}
+    def slack(makes: Recording, takes: Recording, kind: OpKind) -> float:
+        made = {span.op.index: span.end for span in makes.spans if span.op.kind is kind}
+        return min(
+            (
+                span.start - made[span.op.index]
+                for span in takes.spans
+                if span.op.kind is kind and span.op.index in made
+            ),
+            default=inf,
+        )
 
-    def slack(sent: dict[int, float], taken: dict[int, float]) -> float:
-        return min((taken[index] - sent[index] for index in sent.keys() & taken.keys()), default=float("inf"))
-
-    down = slack(ends(above, OpKind.FORWARD), ends(below, OpKind.RECV_ACTIVATION))  # add at least -down
-    up = slack(ends(below, OpKind.BACKWARD), ends(above, OpKind.RECV_GRADIENT))  # add at most up
-    if min(down, up) >= 0 or float("inf") in (down, up):
-        return max(0.0, -down) if down != float("inf") else min(0.0, up)
+    down, up = (
+        slack(above, below, OpKind.FORWARD),
+        slack(below, above, OpKind.BACKWARD),
+    )  # add -down at least, up at most
+    if min(down, up) >= 0:
+        return 0.0
+    if inf in (down, up):
+        return up if down == inf else -down
     return (up - down) / 2
