@@ -79,7 +79,7 @@ def _worker(accumulation: int) -> dict[str, Any]:
     stages = torch.distributed.get_world_size()
     found: dict[str, Any] = {}
     for schedule in SCHEDULES:
-        engine = engine_for([LayerSpec(Block)] * stages, schedule, accumulation=accumulation)
+        engine = engine_for([LayerSpec(Block)] * (4 * stages), schedule, accumulation=accumulation)
         data = itertools.repeat((torch.ones(1, _TOKENS, _WIDTH), torch.zeros(1, _TOKENS, _WIDTH)))
         for _ in range(2):  # gradients and optimizer states come into being
             engine.train_batch(data)

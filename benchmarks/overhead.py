@@ -10,42 +10,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import time
-from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import SCHEDULES, engine_for
+from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
 from integration_tests.ranks import run_ranks
 
 
-def _worker(accumulation: int, batches: int) -> dict[str, list[float]]:
+def _worker(accumulation: int, batches: int) -> Race:
     stages = torch.distributed.get_world_size()
     engines = {
         schedule: engine_for([LayerSpec(torch.nn.Linear, 8, 8)] * stages, schedule, accumulation=accumulation)
         for schedule in SCHEDULES
     }
     data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
-    seconds: dict[str, list[float]] = {schedule: [] for schedule in SCHEDULES}
-    for turn in range(6):
-        for schedule, engine in engines.items():
-            torch.distributed.barrier()
-            for _ in range(batches):
-                begin = time.perf_counter()
-                engine.train_batch(data)
-                if turn:
-                    seconds[schedule].append((time.perf_counter() - begin) / accumulation)
-    return seconds
-
-
-def measure(stages: int, accumulation: int, batches: int) -> dict[str, float]:
-    """Median microseconds per micro-batch for each schedule."""
-    ranks: list[dict[str, Any]] = run_ranks(_worker, stages, (accumulation, batches), timeout=300)
-    return {schedule: 1e6 * statistics.median(s for rank in ranks for s in rank[schedule]) for schedule in SCHEDULES}
+    return race(engines, data, turns=5, batches=batches)
 
 
 def main() -> None:
@@ -55,8 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     shown = Table("P", "a", "1F1B us", "PACI us", "PACI / 1F1B", title="microseconds per micro-batch, median")
     for stages in (1, 2):
-        row = measure(stages, arguments.accumulation, arguments.batches)
-        stock, ours = row["1f1b"], row["paci"]
+        races: list[Race] = run_ranks(_worker, stages, (arguments.accumulation, arguments.batches), timeout=300)
+        medians = milliseconds(races, arguments.accumulation)
+        stock, ours = 1e3 * medians["1f1b"], 1e3 * medians["paci"]
         shown.add_row(str(stages), str(arguments.accumulation), f"{stock:.0f}", f"{ours:.0f}", f"{ours / stock:.2f}")
     Console().print(shown)
 

@@ -1,4 +1,4 @@
-"""Stock 1F1B against PACI on paced stages: a forward and a backward take fixed times, so any machine shows the schedule.
+"""Stock 1F1B against PACI on paced stages: forwards and backwards take fixed times, so any machine shows the schedule.
 
     python -m benchmarks.paced                                     # the table in docs/results.md
     python -m benchmarks.paced --stages 8 --accumulation 8 --forward 40 --backward 80
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import SCHEDULES, engine_for
+from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
 from integration_tests.ranks import run_ranks
 
 
@@ -69,55 +68,27 @@ def build(job: Job, schedule: str) -> Any:
     return engine_for(layers, schedule, accumulation=job.accumulation)
 
 
-def _worker(job: Job) -> dict[str, Any]:
+def _worker(job: Job) -> Race:
     engines = {schedule: build(job, schedule) for schedule in SCHEDULES}
     data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
-    seconds: dict[str, list[float]] = {schedule: [] for schedule in engines}
-    compute = 0.0
-    for engine in engines.values():
-        for _ in range(3):
-            engine.train_batch(data)
-    for _ in range(job.turns):
-        for schedule, engine in engines.items():
-            torch.distributed.barrier()
-            for batch in range(job.batches + 1):
-                begin = time.perf_counter()
-                engine.train_batch(data)
-                if batch:  # the first one meets the barrier's skew
-                    seconds[schedule].append(time.perf_counter() - begin)
-                elif schedule == "paci":
-                    engine.pipeline_stats()
-        compute += engines["paci"].pipeline_stats()["compute_seconds"]
-    stats = engines["paci"].pipeline_stats()
-    return {
-        "seconds": seconds,
-        "compute_share": compute / sum(seconds["paci"]),
-        "peak_in_flight": stats["peak_in_flight"],
-        "max_drift": stats["max_drift"],
-        "drift_bound": stats["drift_bound"],
-    }
+    return race(engines, data, turns=job.turns, batches=job.batches)
 
 
 def measure(job: Job) -> dict[str, Any]:
     """Run one job and sum it up: median milliseconds per micro-batch of both schedules, their ratio and the ideal."""
     deadline = 90 + 3 * job.turns * (job.batches + 4) * (job.accumulation + job.stages) * (job.forward + job.backward)
-    ranks = run_ranks(_worker, job.stages, (job,), timeout=deadline)
-    milliseconds = {
-        schedule: statistics.median(s for rank in ranks for s in rank["seconds"][schedule]) / job.accumulation * 1e3
-        for schedule in SCHEDULES
-    }
+    races: list[Race] = run_ranks(_worker, job.stages, (job,), timeout=deadline)
+    medians = milliseconds(races, job.accumulation)
     ideal = (job.accumulation + job.stages - 1) / job.accumulation
-    ratio = milliseconds["1f1b"] / milliseconds["paci"]
+    ratio = medians["1f1b"] / medians["paci"]
     return {
         **asdict(job),
-        "milliseconds": milliseconds,
+        "milliseconds": medians,
         "ratio": ratio,
         "ideal": ideal,
         "of_ideal": ratio / ideal,
-        "compute_share": [rank["compute_share"] for rank in ranks],
-        "peak_in_flight": [rank["peak_in_flight"] for rank in ranks],
-        "max_drift": [rank["max_drift"] for rank in ranks],
-        "drift_bound": [rank["drift_bound"] for rank in ranks],
+        "compute_share": [seen.compute_share for seen in races],
+        **{key: [seen.stats[key] for seen in races] for key in ("peak_in_flight", "max_drift", "drift_bound")},
     }
 
 

@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first command builds from the pinned constraints.txt.
+#   PYTHON=python3.12 make venv                    another interpreter (3.10 or newer)
+#   PIP_EXTRA_INDEX_URL=... make venv              pip's own settings apply, for instance for a CPU build of PyTorch
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# DeepSpeed compiles its optional kernels when, and only if, they are used.
+export DS_BUILD_OPS := 0
+
+.PHONY: venv train test test-slow lint clean
+
+venv: $(STAMP)
+
+# PyTorch goes first and DeepSpeed builds without isolation, so that its set-up sees the pinned PyTorch, not another one.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: PYTHON=... make venv")'
+	@command -v c++ >/dev/null || { echo "A C++ compiler is needed: DeepSpeed compiles its CPU communication when it starts" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools wheel
+	$(PIP) install -c constraints.txt torch numpy
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[deepspeed,dev]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/python launch/quickstart.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
