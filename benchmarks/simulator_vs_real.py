@@ -4,7 +4,8 @@
 
 DeepSpeed's 1F1B and PACI run in their engines; torch.distributed.pipelining's 1F1B, InterleavedZeroBubble (one stage a
 rank: ZB-H1) and ZBVZeroBubble in theirs.  The simulator gets the
-paced times alone, so what the runners take for themselves counts as its error; longer ops (`--scale`) make that smaller.
+paced times alone, so what the runners take for themselves counts as its error;
+longer ops (`--scale`) make that smaller.
 """
 
 from __future__ import annotations

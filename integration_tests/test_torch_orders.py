@@ -20,8 +20,8 @@ THEIR_NAMES = {
 SIZES = [(2, 4), (4, 4), (4, 12)]
 KINDS = {"F": OpKind.FORWARD, "B": OpKind.BACKWARD, "I": OpKind.BACKWARD, "W": OpKind.WEIGHT}
 
-# Prints, for each job [name, stages, micro-batches, rank 0's positions], the actions of each rank, such as 2F0: stage 2,
-# forward, micro-batch 0.
+# Prints, for each job [name, stages, micro-batches, rank 0's positions], the actions of each rank, such as 2F0: stage
+# 2, forward, micro-batch 0.
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist, torch.distributed.pipelining as pipelining
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,7 @@ _output = click.option(
 )
 
 _pipeline = _options(
-    click.option("--schedule", "name", required=True, metavar="NAME", help=", ".join(SCHEDULES) + "."),
+    click.option("--schedule", "name", required=True, metavar="NAME[,NAME...]", help=", ".join(SCHEDULES) + "."),
     click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages."),
     click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch."),
     click.option("--chunks", type=int, metavar="V", help="Model chunks a stage (interleaved-1f1b; 2)."),
@@ -137,9 +138,23 @@ def _paci() -> None:
 @_json
 def show(batches: int, width: int | None, output: Path | None, as_json: bool, **options: object) -> None:
     """Draw a schedule: as text, or with --output as a picture.  --json prints the Chrome trace."""
-    chosen, spec, costs = _job(options)
-    timeline = simulate(chosen, spec, costs, _at_least_one("batches", batches))
-    _draw({_title(chosen, spec): timeline}, output, as_json, width)
+    _at_least_one("batches", batches)
+    timelines = {
+        f"{chosen.name}, {spec.stages} stages, {spec.accumulation} micro-batches": simulate(
+            chosen, spec, costs, batches
+        )
+        for chosen, spec, costs in _jobs(options)
+    }
+    if output:
+        picture(timelines, output)
+    if as_json:
+        _print_json(chrome_trace(next(iter(timelines.values()))))
+    elif not output:
+        console = _console()
+        for title, timeline in timelines.items():
+            if len(timelines) > 1:
+                console.print(title)
+            _print_grid(console, timeline, width)
 
 
 @_paci.command()
@@ -198,17 +213,15 @@ def simulate_(
     batches: int | None, activation_bytes: float, weight_bytes: float, as_json: bool, **options: object
 ) -> None:
     """Simulate a schedule and print its figures.  Times are in the unit of --forward and --backward."""
-    chosen, spec, costs = _job(options)
-    found = asdict(report(chosen, spec, costs, batches, activation_bytes=activation_bytes, weight_bytes=weight_bytes))
-    if as_json:
+    found = []
+    for chosen, spec, costs in _jobs(options):
+        figures = report(chosen, spec, costs, batches, activation_bytes=activation_bytes, weight_bytes=weight_bytes)
         shape = {"schedule": chosen.name, "stages": spec.stages, "micro_batches": spec.accumulation, "batches": batches}
-        _print_json(shape | found)
-        return
-    table = Table(title=_title(chosen, spec), show_header=False, box=None, title_justify="left")
-    for key, value in found.items():
-        if not isinstance(value, list) or any(value):
-            table.add_row(key.replace("_", " "), _brief(value))
-    _console().print(table)
+        found.append(shape | asdict(figures))
+    if as_json:
+        _print_json(found if len(found) > 1 else found[0])
+    else:
+        _console().print(_comparison(found) if len(found) > 1 else _figures(found[0]))
 
 
 @_paci.command("plan")
@@ -394,10 +407,26 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _job(options: dict[str, object]) -> tuple[Schedule, PipelineSpec, Costs]:
-    """The schedule, the pipeline and the costs that the options of `_pipeline` and `_costs` say."""
-    shape = {key: options.pop(key) for key in ("name", "stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
-    chosen, spec = _shape(**shape)
+def _jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
+    """The schedules, with the pipeline and the costs that the options of `_pipeline` and `_costs` say.
+
+    Of several schedules each gets those of --chunks, --cut and --extra-in-flight that it has.
+    """
+    shape = {key: options.pop(key) for key in ("stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
+    names, jobs = options.pop("name").split(","), []
+    for name in names:
+        own = dict(shape)
+        if len(names) > 1:
+            own["chunks"] = shape["chunks"] if name == "interleaved-1f1b" else None
+            own["cut"] = shape["cut"] if name == "paci" else None
+            own["extra_in_flight"] = shape["extra_in_flight"] if name == "paci" else 0
+        chosen, spec = _shape(name, **own)
+        jobs.append((chosen, spec, _costs_for(spec, dict(options))))
+    return jobs
+
+
+def _costs_for(spec: PipelineSpec, options: dict[str, object]) -> Costs:
+    """The costs that the options of `_costs` say."""
     stragglers, slow_links = options.pop("straggler"), options.pop("slow_link")
     for name in ("forward", "backward", "weight"):
         if options[name] is not None:
@@ -407,7 +436,7 @@ def _job(options: dict[str, object]) -> tuple[Schedule, PipelineSpec, Costs]:
     options["latency"] = _with(
         "latency", options["latency"], spec.stages - 1, slow_links, lambda old, new: new, "slow_link"
     )
-    return chosen, spec, Costs(**options)
+    return Costs(**options)
 
 
 def _with(
@@ -475,17 +504,6 @@ def _read(file: Path) -> str:
         raise ConfigError(f"file={str(file)!r}: cannot be read ({error}); name a text file") from None
 
 
-def _draw(timelines: dict[str, Timeline], output: Path | None, as_json: bool, width: int | None) -> None:
-    if output:
-        picture(timelines, output)
-    if as_json:
-        _print_json(chrome_trace(next(iter(timelines.values()))))
-    elif not output:
-        console = _console()
-        for timeline in timelines.values():
-            _print_grid(console, timeline, width)
-
-
 def _print_grid(console: Console, timeline: Timeline, width: int | None) -> None:
     """Print the timeline as text, cut off at `width`, by default at the terminal's where there is one."""
     fits = width or (console.width if console.is_terminal else None)
@@ -498,19 +516,44 @@ def _end_of(timeline: Timeline, seconds: float | None) -> Timeline:
     return Timeline([[span for span in row if span.start >= begin] for row in timeline.rows])
 
 
-def _title(chosen: Schedule, spec: PipelineSpec) -> str:
-    return f"{chosen.name}, {spec.stages} stages, {spec.accumulation} micro-batches"
+def _figures(found: dict[str, object]) -> Table:
+    """The figures of one schedule."""
+    title = f"{found['schedule']}, {found['stages']} stages, {found['micro_batches']} micro-batches"
+    table = Table(title=title, show_header=False, box=None, title_justify="left")
+    for key, value in found.items():
+        if key not in ("schedule", "stages", "micro_batches", "batches") and (
+            not isinstance(value, list) or any(value)
+        ):
+            table.add_row(key.replace("_", " "), _brief(value))
+    return table
+
+
+def _comparison(rows: Sequence[dict[str, object]]) -> Table:
+    """The main figures of several schedules, `speed` against the first."""
+    table = Table(
+        "schedule", "time per micro-batch", "speed", "bubble", "bubble share", "in flight", "drift", "weights", box=None
+    )
+    for row in rows:
+        times = [each["time_per_micro_batch"] for each in (rows[0], row)]
+        speed = f"{times[0] / times[1]:.3f}" if times[1] else ""
+        figures = f"{times[1]:.6g}", speed, f"{row['bubble']:.6g}", f"{row['bubble_share']:.1%}"
+        most = (f"{max(row[key]):g}" for key in ("peak_in_flight", "max_drift", "weight_versions"))
+        table.add_row(row["schedule"], *figures, *most)
+    return table
 
 
 def _brief(value: object) -> str:
-    """A figure for a table: short numbers, and one for all stages where they are the same."""
+    """A figure for a table; of many stages the first, the last and the largest."""
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return _brief(dict(sum((Counter(each) for each in value), Counter()))) + " over all stages"
     if isinstance(value, list):
-        if len(value) > 1 and all(each == value[0] for each in value):
+        if len(value) > 1 and max(value) - min(value) <= 1e-9 * abs(max(value)):
             return f"{_brief(value[0])} on every stage"
-        shown = [_brief(each) for each in value]
-        return "  ".join(shown if len(shown) <= 16 else [*shown[:8], "...", *shown[-7:]])
+        if len(value) > 16:
+            return f"{_brief(value[0])} ... {_brief(value[-1])}, at most {_brief(max(value))}"
+        return "  ".join(_brief(each) for each in value)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {count}" for key, count in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {count}" for key, count in sorted(value.items())) + "}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

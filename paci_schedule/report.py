@@ -20,7 +20,7 @@ from paci_schedule.wavefront import Marks, sweep
 __all__ = ["Report", "report", "time_per_micro_batch"]
 
 _AGREE = 1e-9  # the steady state is reached when a run and one of twice its length agree this well
-_MOST_OPS = 600_000  # of one run of the general simulator
+_MOST_OPS = 300_000  # of one run of the general simulator
 _MOST_ROUNDS = 20_000  # of one run along wavefronts
 
 

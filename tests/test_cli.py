@@ -64,6 +64,18 @@ def test_simulate_prints_a_table(paci):
     assert "7 on every stage" in out
 
 
+def test_simulate_compares_schedules(paci):
+    line = "simulate --schedule 1f1b,zb-h2,paci --stages 8 --micro-batches 16 --forward 2 --backward 2 --weight 2"
+    out = paci(*arguments(line))[1].splitlines()
+    assert [row.split()[:3] for row in out[1:]] == [
+        ["1f1b", "8.625", "1.000"],
+        ["zb-h2", "6", "1.438"],
+        ["paci", "6", "1.438"],
+    ]
+    found = json.loads(paci(*arguments(line), "--extra-in-flight", "2", "--json")[1])
+    assert [row["peak_in_flight"][0] for row in found] == [8, 15, 10]
+
+
 def test_simulate_at_the_scale_of_a_cluster(paci):
     code, out, _ = paci(
         *arguments(
@@ -82,6 +94,8 @@ def test_show_draws_text_pictures_and_traces(paci, tmp_path):
     line = "show --schedule gpipe --stages 2 --micro-batches 2 --forward 1 --backward 1"
     assert paci(*arguments(line))[1].splitlines()[0] == "stage 0   F0 F1 .  .  B1 B0|"
     assert paci(*arguments(line), "--width", "16")[1].splitlines()[0] == "stage 0   F0 F1…"
+    both = paci(*arguments(line.replace("gpipe", "gpipe,1f1b")))[1]
+    assert "1f1b, 2 stages, 2 micro-batches\nstage 0   F0 F1 .  B0 .  B1|" in both
     trace = json.loads(paci(*arguments(line), "--json")[1])
     assert len(trace["traceEvents"]) == 2 + 2 * 5
     for name in ("a.svg", "a.png", "a.json", "a.txt"):
