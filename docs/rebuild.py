@@ -3,8 +3,8 @@
     python docs/rebuild.py            # rewrite the documents
     python docs/rebuild.py --check    # change nothing; exit code 1 where a document is out of date
 
-A command stands in a `console` block, behind `$ paci`; a backslash continues it.  What follows it in the block, up to the
-next command, is its output.  A block whose first line is `# not run` is left alone.
+A command stands in a `console` block, behind `$ paci`; a backslash continues it.  What follows it in the block, up to
+the next command, is its output.  A block whose first line is `# not run` is left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paci_schedule import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(^```console\n)(.*?)(^```$)", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"\$ paci (.*?[^\\])\n(?:(?!\$ ).*\n)*", re.DOTALL)
+COMMAND = re.compile(r"^\$ paci ((?:.*\\\n)*.*)\n(?:(?!\$ ).*\n)*", re.MULTILINE)
 
 
 def output_of(command: str) -> str:

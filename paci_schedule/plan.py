@@ -136,7 +136,7 @@ def plan(job: Job) -> list[Row]:
         else row
         for row in rows
     ]
-    return sorted(rows, key=lambda row: (bool(row.refused), -row.tokens_per_second, row.memory, row.drift))
+    return sorted(rows, key=_rank)
 
 
 def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
@@ -190,6 +190,11 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     words += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     return words + recompute * row.recompute
+
+
+def _rank(row: Row) -> tuple[bool, float, float, int]:
+    """What rows are sorted by; speeds that differ in their rounding alone are equal."""
+    return bool(row.refused), -float(f"{row.tokens_per_second:.9g}"), row.memory, row.drift
 
 
 def _place(row: Row) -> tuple[int, int, bool]:

@@ -1,4 +1,4 @@
-"""The documents' commands: what stands behind `$ paci` can be run again, and the rest of a document is left as it is."""
+"""The documents' commands can be run again, and the rest of a document is left as it is."""
 
 import importlib.util
 import re

@@ -1,5 +1,6 @@
 """The planner: the published ratios, the arithmetic of its rows, and why rows are refused."""
 
+import itertools
 import json
 
 import pytest
@@ -128,7 +129,9 @@ def test_replicas_pay_for_their_gradients():
 def test_rows_are_ranked_and_refusals_say_why():
     rows = plan(job(memory=0.09 * GIB, global_batch=32, max_drift=1))
     runs = [row for row in rows if not row.refused]
-    assert [row.tokens_per_second for row in runs] == sorted((row.tokens_per_second for row in runs), reverse=True)
+    speeds = [row.tokens_per_second for row in runs]
+    assert all(faster >= slower * (1 - 1e-8) for faster, slower in itertools.pairwise(speeds))
+    assert speeds[0] > 1.2 * speeds[-1]
     assert rows[: len(runs)] == runs
     assert {row.schedule for row in rows if row.stages == 1} == {"1f1b"}
     reasons = " | ".join(row.refused for row in rows)
