@@ -18,9 +18,10 @@ from paci_schedule.errors import LinkError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
-from paci_schedule.runtime.message import Payload
+from paci_schedule.runtime.message import Payload, Riders
+from paci_schedule.runtime.norms import CarriedNorms
 from paci_schedule.runtime.timeline import Timeline
-from paci_schedule.schedules import paci
+from paci_schedule.schedules import one_f_one_b, paci
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["StageCompute", "StageRunner"]
@@ -67,8 +68,10 @@ class StageRunner:
         compute: the framework's part.
         links: the stage's links.
         timeline: where the time is booked.
+        norms: gradient norms that travel with the messages; None for none.
 
     Attributes:
+        flushing: run 1F1B, with a flush after every batch, instead of PACI; changed while the pipe is empty.
         admitted: micro-batches taken in since the pipe was last empty.
         forwards, backwards: ops done since construction.
         peak_in_flight: the most micro-batches that were live at once.
@@ -76,17 +79,26 @@ class StageRunner:
         interrupted: an error left micro-batches in flight that nothing can finish.
     """
 
-    def __init__(self, spec: PipelineSpec, stage: int, compute: StageCompute, links: Links, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        stage: int,
+        compute: StageCompute,
+        links: Links,
+        timeline: Timeline,
+        norms: CarriedNorms | None = None,
+    ) -> None:
         self.spec = spec
         self.stage = stage
+        self.flushing = False
         self.admitted = 0
         self.interrupted = False
         self.forwards = self.backwards = self.peak_in_flight = 0
         self.meter = DriftMeter()
-        self._compute, self._links, self._timeline = compute, links, timeline
+        self._compute, self._links, self._timeline, self._norms = compute, links, timeline, norms
         self._received: dict[int, Payload] = {}
-        self._outputs: dict[int, Payload] = {}
-        self._gradients: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._outputs: dict[int, tuple[Payload, Riders]] = {}
+        self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
         self._finished: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
         self._execute = {
@@ -108,6 +120,8 @@ class StageRunner:
 
     def train_batch(self) -> torch.Tensor | None:
         """Admit a micro-batches.  Returns the mean losses over those finished in this call, None if none was."""
+        if self.flushing:
+            return self._run(one_f_one_b.batch(self.spec))
         losses = self._run(paci.train_batch(self.spec, self.admitted))
         self.admitted += self.spec.accumulation
         return losses
@@ -117,12 +131,16 @@ class StageRunner:
         losses = self._run(paci.drain(self.spec, self.admitted))
         self.admitted = 0
         self._links.finish()
+        if self._norms is not None:
+            self._norms.exchange()
         return losses
 
     def respec(self, spec: PipelineSpec) -> None:
         """Go on with another spec, from an empty pipe."""
         assert self.admitted == 0, "drain before changing the spec"
         self.spec = spec
+        if self._norms is not None:
+            self._norms.respec(spec)
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""
@@ -148,7 +166,8 @@ class StageRunner:
     def _forward(self, op: Op) -> None:
         outputs = self._compute.forward(op.index, self._received.pop(op.index, None))
         if outputs is not None:
-            self._outputs[op.index] = outputs
+            # Taken when the content is made, not when it is sent: what arrives follows from the rounds, not the cut.
+            self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
         self.forwards += 1
         self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
@@ -158,13 +177,12 @@ class StageRunner:
             gradients = self._compute.backward(op.index, ())
             losses = self._compute.losses(op.index)
         else:
-            *incoming, losses = self._gradients.pop(op.index)
-            losses = losses.clone()  # a view of the message: let its buffer go with the gradients
-            gradients = self._compute.backward(op.index, tuple(incoming))
+            incoming, (losses, *_) = self._gradients.pop(op.index)
+            gradients = self._compute.backward(op.index, incoming)
         self._finished.append(losses)
         self._window.append(losses)
         if self.stage > 0:
-            self._gradients[op.index] = (*gradients, losses)
+            self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
         self.meter.record(op)
         self.backwards += 1
 
@@ -172,16 +190,22 @@ class StageRunner:
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         self._compute.step(op.index, losses)
+        if self._norms is not None:
+            self._norms.close_update()
         self.meter.record(op)
 
     def _recv_activation(self, op: Op) -> None:
-        self._received[op.index] = self._links.recv_activation(op)
+        self._received[op.index], riders = self._links.recv_activation(op)
+        if self._norms is not None:
+            self._norms.came_down(op.index, *riders)
 
     def _send_activation(self, op: Op) -> None:
-        self._links.send_activation(op, self._outputs.pop(op.index))
+        self._links.send_activation(op, *self._outputs.pop(op.index))
 
     def _recv_gradient(self, op: Op) -> None:
-        self._gradients[op.index] = self._links.recv_gradient(op)
+        self._gradients[op.index] = message = self._links.recv_gradient(op)
+        if self._norms is not None:
+            self._norms.came_up(op.index, message[1][-1])
 
     def _send_gradient(self, op: Op) -> None:
-        self._links.send_gradient(op, self._gradients.pop(op.index))
+        self._links.send_gradient(op, *self._gradients.pop(op.index))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paci_schedule.errors import ConfigError, nearest
 
-__all__ = ["SCHEDULES", "PaciOptions", "read_schedule"]
+__all__ = ["SCHEDULES", "PaciOptions", "check_schedule", "read_schedule"]
 
 SCHEDULES = ("1f1b", "paci")
 
@@ -21,6 +21,15 @@ class PaciOptions(BaseModel):
 
     timeout: float = Field(600.0, gt=0)
     """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
+
+    clip: Literal["global", "stage"] = "global"
+    """Whose norm "gradient_clipping" limits: the whole model's, with other stages' parts late, or each stage's own."""
+
+    flush_warmup_steps: int = Field(0, ge=0)
+    """Updates at the start of training that run 1F1B, for the learning-rate warm-up, where delay hurts most."""
+
+    extra_in_flight: int = Field(0, ge=0)
+    """Micro-batches that the first stage runs ahead beyond 1F1B's, to hide slow links; later stages proportionally."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PaciOptions:
@@ -51,7 +60,11 @@ def read_schedule(config: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: an unknown name, with the nearest valid one.
     """
-    name = config.get("pipeline_schedule", "1f1b")
+    return check_schedule(config.get("pipeline_schedule", "1f1b"))
+
+
+def check_schedule(name: str) -> str:
+    """Returns `name`; raises ConfigError, with the nearest valid name, unless it is a schedule's."""
     if name not in SCHEDULES:
         raise ConfigError(f'"pipeline_schedule": {name!r}: unknown; valid are {nearest(str(name), SCHEDULES)}')
     return name
