@@ -10,8 +10,7 @@ stage r contributes its squared norm of update
 * v - ceil((d_r - d_s + 1) / a), for r < s: it came down with an activation (in a drain: with the last one);
 
 or of the last update before the pipe was last empty, where that is newer: a drain tells every stage every norm.
-Updates
-before the first count as zero.
+Updates before the first count as zero.
 
 Stages that share a tied weight must scale its gradient alike, to the bit.  They *agree*: all stages, their own
 included, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
