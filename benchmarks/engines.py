@@ -1,10 +1,11 @@
-"""DeepSpeed engines for the benchmarks: the same job under each schedule."""
+"""DeepSpeed engines for the benchmarks: the same job under different settings, raced in the same processes."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,52 +58,56 @@ def engine_for(
 
 @dataclass
 class Race:
-    """What one rank saw of a race.
+    """What one rank saw of a race, for each engine by name.
 
     Attributes:
-        seconds: of every timed batch, for each schedule.
-        compute_share: PACI's share of the time in F, B and STEP.
-        stats: PACI's `pipeline_stats` at the end.
+        seconds: of every timed batch.
+        compute_share: of the time in F, B and STEP; PACI's engines only.
+        stats: `pipeline_stats` at the end; PACI's engines only.
     """
 
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {schedule: [] for schedule in SCHEDULES})
-    compute_share: float = 0.0
-    stats: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    compute_share: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def race(engines: dict[str, Any], data: Iterator[Any], *, turns: int, batches: int, warm_up: int = 3) -> Race:
-    """Train both engines in turns, so that a noisy machine disturbs both alike.
+def race(engines: Mapping[str, Any], data: Iterator[Any], *, turns: int, batches: int, warm_up: int = 3) -> Race:
+    """Train all engines in turns, so that a noisy machine disturbs them alike.
 
     Args:
-        engines: one for each schedule.
+        engines: by name.
         data: endless micro-batches.
         turns: of each engine.
         batches: timed in a turn; one more goes before, which meets the skew between the ranks.
         warm_up: batches of each engine before the first turn.
     """
-    seen, compute = Race(), 0.0
+    seen, compute = Race(), dict.fromkeys(engines, 0.0)
+    counting = {name: engine for name, engine in engines.items() if hasattr(engine, "pipeline_stats")}
     for engine in engines.values():
         for _ in range(warm_up):
             engine.train_batch(data)
     for _ in range(turns):
-        for schedule, engine in engines.items():
+        for name, engine in engines.items():
             torch.distributed.barrier()
             engine.train_batch(data)
-            engines["paci"].pipeline_stats()
+            if name in counting:
+                engine.pipeline_stats()
             for _ in range(batches):
                 begin = time.perf_counter()
                 engine.train_batch(data)
-                seen.seconds[schedule].append(time.perf_counter() - begin)
-            if schedule == "paci":
-                compute += engine.pipeline_stats()["compute_seconds"]
-    seen.compute_share = compute / sum(seen.seconds["paci"])
-    seen.stats = engines["paci"].pipeline_stats()
+                seen.seconds[name].append(time.perf_counter() - begin)
+            if name in counting:
+                compute[name] += engine.pipeline_stats()["compute_seconds"]
+    for name, engine in counting.items():
+        seen.compute_share[name] = compute[name] / sum(seen.seconds[name])
+        seen.stats[name] = engine.pipeline_stats()
+    seen.seconds = dict(seen.seconds)
     return seen
 
 
 def milliseconds(races: list[Race], accumulation: int) -> dict[str, float]:
-    """Median milliseconds per micro-batch over all ranks, for each schedule."""
+    """Median milliseconds per micro-batch over all ranks, for each engine."""
     return {
-        schedule: 1e3 * statistics.median(s for seen in races for s in seen.seconds[schedule]) / accumulation
-        for schedule in SCHEDULES
+        name: 1e3 * statistics.median(s for seen in races for s in seen.seconds[name]) / accumulation
+        for name in races[0].seconds
     }

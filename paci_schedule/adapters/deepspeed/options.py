@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from paci_schedule.errors import ConfigError, nearest
 
@@ -28,8 +28,8 @@ class PaciOptions(BaseModel):
     flush_warmup_steps: int = Field(0, ge=0)
     """Updates at the start of training that run 1F1B, for the learning-rate warm-up, where delay hurts most."""
 
-    extra_in_flight: int = Field(0, ge=0)
-    """Micro-batches that the first stage runs ahead beyond 1F1B's, to hide slow links; later stages proportionally."""
+    extra_in_flight: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PaciOptions:
