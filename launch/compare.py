@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.errors import LaunchError
 from launch.runlog import LOG_NAME, read_log
 
 __all__ = ["RunSummary", "comparison", "ideal_speed_up", "main", "plot", "summarise"]
@@ -48,10 +49,10 @@ class RunSummary:
         """Seconds per update, drains included, from the first log record (so without the start-up) to the last.
 
         Raises:
-            ValueError: the log has fewer than two records of training.
+            LaunchError: the log has fewer than two records of training.
         """
         if len(self.updates) < 2:
-            raise ValueError(f"{self.name}: a speed needs two records of training; train longer or log more often")
+            raise LaunchError(f"{self.name}: a speed needs two records of training; train longer or log more often")
         first, last = self.updates[0], self.updates[-1]
         return (last["seconds"] - first["seconds"]) / (last["update"] - first["update"])
 
@@ -80,7 +81,7 @@ def summarise(folder: Path) -> RunSummary:
     """Read the log in `folder`.
 
     Raises:
-        ValueError: there is no log, or the run did not get to its end.
+        LaunchError: there is no log, or the run did not get to its end.
     """
     records = read_log(folder / LOG_NAME)
     by_event: dict[str, list[dict[str, Any]]] = {}
@@ -88,7 +89,7 @@ def summarise(folder: Path) -> RunSummary:
         by_event.setdefault(record["event"], []).append(record)
     missing = {"start", "update", "validation", "end"} - set(by_event)
     if missing:
-        raise ValueError(f"log in {str(folder)!r}: has no record of {', '.join(sorted(missing))}; has the run ended?")
+        raise LaunchError(f"log in {str(folder)!r}: has no record of {', '.join(sorted(missing))}; has the run ended?")
     start, end = by_event["start"][0], by_event["end"][-1]
     stages = sorted(end["stages"], key=lambda stage: (stage["stage"], stage["replica"]))
     name = _NAMES.get(start["schedule"], start["schedule"])
@@ -161,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         runs = [summarise(folder) for folder in args.runs]
         rows = comparison(runs)
-    except ValueError as error:
+    except LaunchError as error:
         parser.exit(2, f"compare: error: {error}\n")
     path = args.plot or args.runs[0].resolve().parent / "loss.png"
     plot(runs, path)

@@ -6,6 +6,7 @@ Errors show the grid with the offending op marked, so that a schedule can be deb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from paci_schedule.drift import DriftMeter, drift_bound, drift_of
 from paci_schedule.errors import ScheduleError
@@ -91,6 +92,8 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
             raise fail(position, f"{meter.in_flight} micro-batches in flight, at most {spec.in_flight(stage)} allowed")
     if backwards != forwards:
         raise fail(len(ops) - 1, f"{forwards} forwards but {backwards} backwards")
+    if meter.version != backwards // spec.accumulation:
+        raise fail(len(ops) - 1, f"STEP{meter.version} is missing after {backwards} backwards")
 
 
 def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[int]) -> None:
@@ -107,9 +110,7 @@ def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[in
     Raises:
         ScheduleError: a deadlock, a message that nobody takes, or messages taken in another order than sent.
     """
-    sent: dict[tuple[str, int], list[int]] = {}
-    posted: dict[tuple[str, int], list[int]] = {}
-    taken: dict[tuple[str, int], int] = {}
+    done: dict[tuple[str, int], dict[str, list[_At]]] = {}  # link -> role -> where, in order
     position = [0] * len(programs)
 
     def fail(rule: str) -> ScheduleError:
@@ -119,23 +120,20 @@ def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[in
         if op.kind.is_compute:
             return True
         direction, offset, role = _LINKS[op.kind]
-        link = direction, stage + offset
-        if role == "expect":
-            posted.setdefault(link, []).append(op.index)
-            return True
+        link = done.setdefault((direction, stage + offset), {"send": [], "expect": [], "receive": []})
+        number = len(link[role])
         if role == "send":
-            number = len(sent.setdefault(link, []))
             slack = gradients_on_wire[stage] - 1 if direction == "gradient" else 0
-            if number - slack >= len(posted.get(link, ())):
+            if number - slack >= len(link["expect"]):
                 return False
-            sent[link].append(op.index)
-            return True
-        number = taken.get(link, 0)
-        if number >= len(sent.get(link, ())):
-            return False
-        if sent[link][number] != op.index:
-            raise fail(f"stage {stage} takes {op} where {sent[link][number]} was sent")
-        taken[link] = number + 1
+        elif role == "receive":
+            if number >= len(link["expect"]):
+                raise fail(f"stage {stage} waits at {op} for a receive that it has not posted")
+            if number >= len(link["send"]):
+                return False
+            if link["send"][number].index != op.index:
+                raise fail(f"stage {stage} takes {op} where {link['send'][number].index} was sent")
+        link[role].append(_At(op.index, stage, position[stage]))
         return True
 
     moving = True
@@ -147,9 +145,23 @@ def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[in
                 moving = True
     if any(at < len(program) for at, program in zip(position, programs, strict=True)):
         raise fail("deadlock: every stage waits for another one at the marked op")
-    for link, indices in posted.items():
-        if taken.get(link, 0) != len(indices):
-            raise fail(f"a receive is posted on the {link[0]} link of stage {link[1]} and never taken")
+    for (direction, sender), link in done.items():
+        counts = {role: len(where) for role, where in link.items()}
+        if len(set(counts.values())) > 1:
+            left_over = max(link.values(), key=len)[min(counts.values())]
+            position[left_over.stage] = left_over.position
+            raise fail(
+                f"the {direction} link of stage {sender} ends with {counts['send']} sends, {counts['expect']} posted "
+                f"receives and {counts['receive']} taken ones"
+            )
+
+
+class _At(NamedTuple):
+    """Where an op of a link stands."""
+
+    index: int
+    stage: int
+    position: int
 
 
 def _marked(rows: dict[int, Program], marks: dict[int, int], context: int = 6) -> str:
