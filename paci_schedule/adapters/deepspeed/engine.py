@@ -50,7 +50,10 @@ class PaciPipelineEngine(PipelineEngine):
     """A pipeline engine whose stages never flush between batches and update by themselves.
 
     Constructed by ``deepspeed.initialize`` when the config says ``"pipeline_schedule": "paci"``.  Used like
-    DeepSpeed's; what is new is `drain` and `pipeline_stats`.
+    DeepSpeed's; what is new is `drain`, `pipeline_stats` and `set_pipeline_schedule`.
+
+    `get_global_grad_norm` is the norm that this stage's latest update, number `global_steps`, was clipped by: its own
+    at that update, other stages' of the updates that `runtime.norms` says.
 
     Raises:
         ConfigError: an option that the rules do not allow.
@@ -247,7 +250,7 @@ class PaciPipelineEngine(PipelineEngine):
         path, client_state = super().load_checkpoint(*args, **kwargs)
         late = (client_state or {}).pop(_LATE, {"norms": [], "tied": []})
         if self._norms:
-            self._norms.load_state(late["norms"])
+            self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
         for tied, sums in zip(self._tied, late["tied"] or [[]] * len(self._tied), strict=True):
             tied.load_pending([total.to(self.device) for total in sums])
         return path, client_state
