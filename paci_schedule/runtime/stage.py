@@ -20,7 +20,7 @@ from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.norms import CarriedNorms
-from paci_schedule.runtime.timeline import Timeline
+from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.schedules import one_f_one_b, paci
 from paci_schedule.spec import PipelineSpec
 
@@ -67,7 +67,7 @@ class StageRunner:
         stage: this rank's stage.
         compute: the framework's part.
         links: the stage's links.
-        timeline: where the time is booked.
+        stopwatch: where the time is booked; the caller of `train_batch` starts it.
         norms: gradient norms that travel with the messages; None for none.
 
     Attributes:
@@ -85,7 +85,7 @@ class StageRunner:
         stage: int,
         compute: StageCompute,
         links: Links,
-        timeline: Timeline,
+        stopwatch: Stopwatch,
         norms: CarriedNorms | None = None,
     ) -> None:
         self.spec = spec
@@ -95,7 +95,7 @@ class StageRunner:
         self.interrupted = False
         self.forwards = self.backwards = self.peak_in_flight = 0
         self.meter = DriftMeter()
-        self._compute, self._links, self._timeline, self._norms = compute, links, timeline, norms
+        self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
         self._received: dict[int, Payload] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -128,6 +128,7 @@ class StageRunner:
 
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
+        self._stopwatch.start()
         losses = self._run(paci.drain(self.spec, self.admitted))
         self.admitted = 0
         self._links.finish()
@@ -144,9 +145,9 @@ class StageRunner:
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""
-        totals = self._timeline.totals()
-        compute = sum(seconds for kind, seconds in totals.items() if kind is not None and kind.is_compute)
-        return compute, sum(totals.values()) - totals[None] - compute
+        totals = self._stopwatch.totals()
+        compute = sum(totals[kind.value] for kind in OpKind if kind.is_compute)
+        return compute, sum(totals.values()) - totals[None] - totals[DATA] - compute
 
     def _run(self, segment: paci.Segment) -> torch.Tensor | None:
         if self.interrupted:
@@ -156,10 +157,9 @@ class StageRunner:
             )
         self.interrupted = True
         self._finished.clear()
-        self._timeline.start()
         for op in lower(segment, self.stage):
             self._execute[op.kind](op)
-            self._timeline.lap(op)
+            self._stopwatch.lap(op)
         self.interrupted = False
         return torch.stack(self._finished).mean(0) if self._finished else None
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -36,9 +37,10 @@ from paci_schedule.errors import DataEndedError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
+from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
+from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.runtime.tied import TiedGradient
-from paci_schedule.runtime.timeline import Timeline
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -95,9 +97,8 @@ class PaciPipelineEngine(PipelineEngine):
         self._tied = self._tied_gradients(spec)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timedelta(seconds=options.timeout))
-        self._runner = StageRunner(
-            spec, self.stage_id, EngineCompute(self), self._links, Timeline(self.device), self._norms
-        )
+        self._stopwatch = Stopwatch(self.device, records=options.record is not None)
+        self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -117,6 +118,7 @@ class PaciPipelineEngine(PipelineEngine):
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        self._stopwatch.start()
         self._choose_schedule()
         source, pulled = self.data_iterator, []
 
@@ -137,6 +139,7 @@ class PaciPipelineEngine(PipelineEngine):
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"
             )
+        self._stopwatch.lap(DATA)
         self.module.train()
         self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
         self.data_iterator = source if source is None else iter(pulled)
@@ -171,6 +174,9 @@ class PaciPipelineEngine(PipelineEngine):
         losses = self._runner.drain()
         if self._reporter is not None:
             self._reporter.flush()
+        if self._options.record is not None and self._stage_mpu.get_model_parallel_rank() == 0:
+            name = f"stage{self.stage_id}-replica{self.grid.get_data_parallel_id()}.jsonl"
+            write_recording(Path(self._options.record, name), self._runner.spec, self.stage_id, self._stopwatch)
         return self._aggregate(losses)
 
     def pipeline_stats(self) -> dict[str, Any]:
