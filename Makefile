@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # DeepSpeed compiles its optional kernels when, and only if, they are used.
 export DS_BUILD_OPS := 0
 
-.PHONY: venv train test test-slow lint clean
+.PHONY: venv train test test-slow lint pictures clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,10 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# Runs the commands that the documents show, and puts their output and pictures in place.
+pictures: $(STAMP)
+	$(BIN)/python docs/rebuild.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache

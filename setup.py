@@ -23,6 +23,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["paci_schedule", "paci_schedule.*"]),
+    install_requires=["click", "numpy", "rich"],
+    entry_points={"console_scripts": ["paci = paci_schedule.cli:main"]},
     extras_require={
         "deepspeed": DEEPSPEED,
         "megatron": MEGATRON,
