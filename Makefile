@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # DeepSpeed compiles its optional kernels when, and only if, they are used.
 export DS_BUILD_OPS := 0
 
-.PHONY: venv train test test-slow lint pictures clean
+.PHONY: venv train test test-slow lint docs clean
 
 venv: $(STAMP)
 
@@ -37,8 +37,8 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
-# Runs the commands that the documents show, and puts their output and pictures in place.
-pictures: $(STAMP)
+# Every picture and every command's output in the documents, made anew by the commands that they name.
+docs: $(STAMP)
 	$(BIN)/python docs/rebuild.py
 
 clean:

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.errors import LaunchError
@@ -127,12 +131,8 @@ def comparison(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
 
 def plot(runs: Sequence[RunSummary], path: Path) -> None:
     """Write the loss against tokens and against wall-clock as a PNG: training as a line, validation as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for number, run in enumerate(runs):
         colour = f"C{number}"
         for axis, key, scale in zip(axes, ("tokens", "seconds"), (1e-6, 1), strict=True):
@@ -150,7 +150,6 @@ def plot(runs: Sequence[RunSummary], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[1].legend(title="line: training, dots: validation")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -166,9 +165,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, f"compare: error: {error}\n")
     path = args.plot or args.runs[0].resolve().parent / "loss.png"
     plot(runs, path)
-
-    from rich.console import Console
-    from rich.table import Table
 
     start = runs[0].start
     table = Table(title=f"GPT-2 {start['model']}, {start['parameters'] / 1e6:.1f}M parameters, on {start['data']}")
