@@ -22,16 +22,19 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from transformers import GPT2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.batches import MicroBatches, split_stream
+from launch.batches import MicroBatches, Sequences, split_stream
 from launch.corpus import open_corpus
-from launch.gpt2 import SIZES, gpt2_config, gpt2_pipeline
+from launch.gpt2 import SIZES, gpt2_config, gpt2_layers, gpt2_pipeline, next_token_loss
 from launch.optimizer import warm_up_cosine, weight_decay_groups
 from launch.runlog import RunLog
 from launch.tokens import tokenise
 from launch.training import LoopOptions, Training
+from paci_schedule.adapters.deepspeed import balanced_cut
+from paci_schedule.balance import Cut
 
 _CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -74,7 +77,10 @@ def _train(args: argparse.Namespace) -> None:
         dropout=args.dropout,
         blocks=args.blocks,
     )
-    module = gpt2_pipeline(model, stages=stages, seed=args.seed, partition=args.partition)
+    partition = args.partition
+    if partition == "profile":
+        partition = _profiled_cut(args, model, stages, config, training_text)
+    module = gpt2_pipeline(model, stages=stages, seed=args.seed, partition=partition)
     own_schedule = None if "scheduler" in config else warm_up_cosine(args.updates, args.warm_up)
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=weight_decay_groups(module), config=config, lr_scheduler=own_schedule
@@ -131,6 +137,27 @@ def _train(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def _profiled_cut(
+    args: argparse.Namespace, model: GPT2Config, stages: int, config: dict[str, Any], text: Sequences
+) -> Cut:
+    """The cut with the fastest slowest stage, measured; that of the run before if it is resumed."""
+    file = args.output / "cut.json"
+    if not args.resume and dist.get_rank() == 0:
+        file.unlink(missing_ok=True)
+    samples = config.get("train_micro_batch_size_per_gpu", 1)
+    cut = balanced_cut(
+        gpt2_layers(model),
+        next(MicroBatches(text, micro_batch_size=samples, accumulation=1).from_batch(0)),
+        num_stages=stages,
+        loss_fn=next_token_loss,
+        dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else None,
+        file=file,
+    )
+    if dist.get_rank() == 0:
+        print(cut, flush=True)
+    return cut
+
+
 def _deepspeed_config(args: argparse.Namespace) -> dict[str, Any]:
     """The DeepSpeed JSON with the flags that were given put over it."""
     path = args.deepspeed_config
@@ -170,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--deepspeed-config", type=Path, default=_CONFIGS / "gpt_tiny.json", metavar="JSON")
     add("--pipeline-schedule", choices=["1f1b", "paci"], help="instead of the JSON's pipeline_schedule")
     add("--stages", type=_positive, help="pipeline stages; the other processes are data-parallel replicas [all]")
-    add("--partition", default="parameters", help="DeepSpeed's partition_method: parameters, uniform, type:REGEX")
+    add("--partition", default="parameters", help="of layers into stages: parameters, uniform, type:REGEX, profile")
     add("--micro-batch-size", type=_positive, help="instead of the JSON's")
     add("--accumulation", type=_positive, help="micro-batches per update, instead of the JSON's")
     add("--learning-rate", type=float, help="peak, instead of the JSON's")

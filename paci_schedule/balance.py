@@ -42,6 +42,9 @@ class LayerCost:
     saved_bytes: int = 0
     """What it keeps for its backward besides its input and its output, for one micro-batch."""
 
+    workspace_bytes: int = 0
+    """What it takes besides, while its forward or backward runs."""
+
     output_bytes: int = 0
     """Of what it hands on; counts where a stage ends, within a stage it is the next layer's input."""
 
@@ -142,8 +145,9 @@ def evaluate(
     """What a given cut costs.
 
     A stage's peak is the state of its layers; for each micro-batch in flight what it received, its layers' inputs, what
-    they save and what it handed on; and, with recomputation, what the largest chunk of layers saves while it is redone.
-    An optimizer's or a kernel's scratch memory and an allocator's waste are not in it.
+    they save and what it handed on; and once what the layer that takes most needs while it runs, with recomputation
+    together with what its chunk saves while it is redone.  Not in it: what an optimizer takes besides its states,
+    messages on their way, an allocator's waste.
 
     Args:
         layers: of the whole model, in order.
@@ -181,10 +185,10 @@ class _Span:
     seconds: float
     state: int
     live: int  # for each micro-batch in flight
-    redone: int  # once, while a chunk is recomputed
+    running: int  # once, while a layer or a recomputed chunk runs
 
     def peak_bytes(self, in_flight: int) -> int:
-        return self.state + in_flight * self.live + self.redone
+        return self.state + in_flight * self.live + self.running
 
 
 def _spans(layers: Sequence[LayerCost], recompute_every: int) -> list[dict[int, _Span]]:
@@ -198,31 +202,32 @@ def _spans_from(layers: Sequence[LayerCost], recompute_every: int) -> Iterator[_
     """The first layer, the first two, and so on to all of `layers`."""
     if not isinstance(recompute_every, int) or recompute_every < 0:
         raise ConfigError(f"recompute_every={recompute_every!r}: must be a whole number of layers, 0 for none")
-    seconds, state, live, redone = 0.0, 0, 0, 0
+    seconds, state, live, running = 0.0, 0, 0, 0
     chunk: list[LayerCost] = []
     tied: set[str] = set()
     for layer in layers:
         if len(chunk) == (recompute_every or 1):
-            took, kept, again = _chunk(chunk, bool(recompute_every))
-            seconds, live, redone = seconds + took, live + kept, max(redone, again)
+            took, kept, once = _chunk(chunk, bool(recompute_every))
+            seconds, live, running = seconds + took, live + kept, max(running, once)
             chunk.clear()
         chunk.append(layer)
         if layer.tied not in tied:
             state += layer.state_bytes
         if layer.tied is not None:
             tied.add(layer.tied)
-        took, kept, again = _chunk(chunk, bool(recompute_every))
+        took, kept, once = _chunk(chunk, bool(recompute_every))
         passing = layers[0].input_bytes + layer.output_bytes
-        yield _Span(seconds + took, state, live + kept + passing, max(redone, again))
+        yield _Span(seconds + took, state, live + kept + passing, max(running, once))
 
 
 def _chunk(chunk: Sequence[LayerCost], recompute: bool) -> tuple[float, int, int]:
-    """Seconds, bytes kept for each micro-batch, and bytes that live while it is recomputed."""
+    """Seconds, bytes kept for each micro-batch, and bytes needed once, while it runs."""
     forward, backward = sum(layer.forward for layer in chunk), sum(layer.backward for layer in chunk)
     saved = sum(layer.input_bytes + layer.saved_bytes for layer in chunk)
+    workspace = max(layer.workspace_bytes for layer in chunk)
     if recompute and any(layer.state_bytes for layer in chunk):
-        return 2 * forward + backward, chunk[0].input_bytes, saved - chunk[0].input_bytes
-    return forward + backward, saved, 0
+        return 2 * forward + backward, chunk[0].input_bytes, saved - chunk[0].input_bytes + workspace
+    return forward + backward, saved, workspace
 
 
 def _least(

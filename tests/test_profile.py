@@ -53,8 +53,8 @@ def test_seconds_are_the_layers_own(clock):
     assert [(cost.forward, cost.backward) for cost in costs] == [(2, 3), (7, 11), (13, 5)]
 
 
-def test_seconds_are_medians_without_the_first_run(clock):
-    layer = Taking(clock, 2, [100, 9, 3, 4])
+def test_seconds_are_medians_without_the_first_runs(clock):
+    layer = Taking(clock, 2, [100, 50, 9, 3, 4])
     assert [cost.backward for cost in profile_layers([layer], torch.ones(4, 3), CPU, repeats=3)] == [4]
     assert layer.costs[-1] == []
 
@@ -68,6 +68,19 @@ def test_bytes_that_a_layer_saves_besides_input_and_output():
     assert (tanh.input_bytes, tanh.saved_bytes, tanh.output_bytes, tanh.state_bytes) == (140, 0, 140, 0)
     assert (product.input_bytes, product.saved_bytes, product.output_bytes) == (140, 140, 140)
     assert (flat.saved_bytes, flat.state_bytes) == (0, 0)
+
+
+def test_workspace_is_what_a_run_takes_beyond_what_it_keeps():
+    """Batch 4, width 5, fp32: 80 bytes a tensor; a linear has 100 bytes of weight and 20 of bias."""
+
+    def detour(values):
+        return values.detach().mul(2).mul(3).sum() + values.exp()
+
+    (cost,) = profile_layers([detour], torch.ones(4, 5), CPU)
+    assert (cost.saved_bytes, cost.workspace_bytes) == (0, 4 + 80)  # the sum and exp's result besides the output
+    _, cost = profile_layers([nn.Linear(5, 5), nn.Linear(5, 5)], torch.ones(4, 5), CPU)
+    assert cost.saved_bytes == 0
+    assert cost.workspace_bytes == 80 + 100 + 20  # gradients of the input, and of the parameters until they are added
 
 
 def test_storages_count_once_and_whole_however_they_are_viewed():
@@ -131,7 +144,7 @@ def test_the_inputs_of_the_first_layer_get_no_gradient_the_others_do():
         return values * 1.5
 
     profile_layers([look, look], torch.ones(4, 3), CPU, repeats=1)
-    assert wanted == [False, False, True, True]
+    assert wanted == [False] * 3 + [True] * 3
 
 
 def test_dtype():

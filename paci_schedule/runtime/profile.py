@@ -5,8 +5,8 @@ a pipeline stage: gradients are added to those that are there, and the inputs of
 one layer is on the device at a time, so a model may be larger than the device.
 
 Seconds are medians: on CUDA between events in the device's stream, on CPU by the host's clock.  Bytes are those of the
-storages that autograd saves; what a function keeps elsewhere, on its ``ctx`` say, is not seen.  A layer that recomputes
-itself is measured as it is: a longer backward, little saved.
+tensors that are made: what the forward leaves behind is saved for the backward, the rest is workspace; a kernel's inner
+scratch is not seen.  A layer that recomputes itself is measured as it is: a longer backward, little saved.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from paci_schedule.balance import LayerCost
 from paci_schedule.errors import ConfigError
+from paci_schedule.runtime.live_bytes import LiveBytes
 from paci_schedule.runtime.message import Layout, Payload
 
 __all__ = ["Layer", "profile_layers"]
@@ -49,7 +50,7 @@ def profile_layers(
         dtype: of the modules' floating-point parameters and buffers; None leaves them as they are.
         bytes_per_parameter: of a trained parameter's weight, gradient and optimizer states together: 16 for Adam in
             fp32, and for bf16 weights and gradients with Adam on fp32 copies.
-        repeats: how often a layer is timed, after one run that is not.
+        repeats: how often a layer is timed, after two runs that are not.
 
     Raises:
         ConfigError: a layer does not run on what it gets, or `repeats` is less than 1.
@@ -89,12 +90,13 @@ def _measure(
             lambda tensor: tensor.detach().requires_grad_(not first and tensor.is_floating_point()).clone(), inputs
         )
 
-    saved, given = _Storages(), fresh()
-    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+    gradients = _backward(layer(fresh()))  # parameters have gradients from here on, as in a job that runs
+    given = fresh()
+    with LiveBytes() as counter:
         outputs = layer(given)
-    own = list(chain(layer.parameters(), layer.buffers())) if isinstance(layer, nn.Module) else []
-    saved_bytes = saved.bytes_without(*own, *tree_leaves(given), *tree_leaves(outputs))
-    gradients = _backward(outputs)
+        kept = counter.live
+        _backward(outputs, gradients)
+    handed_on = sum(tensor.nbytes for tensor in tree_leaves(outputs) if tensor in counter)
     marks = []
     for _ in range(repeats):
         given = fresh()
@@ -103,33 +105,17 @@ def _measure(
         middle = _mark(device)
         _backward(results, gradients)
         marks.append((begin, middle, _mark(device)))
+    own = list(chain(layer.parameters(), layer.buffers())) if isinstance(layer, nn.Module) else []
     cost = LayerCost(
         forward=statistics.median(_seconds(begin, middle) for begin, middle, _ in marks),
         backward=statistics.median(_seconds(middle, end) for _, middle, end in marks),
         input_bytes=sum(tensor.nbytes for tensor in tree_leaves(inputs)),
-        saved_bytes=saved_bytes,
+        saved_bytes=max(0, kept - handed_on),
+        workspace_bytes=counter.peak - kept,
         output_bytes=sum(tensor.nbytes for tensor in tree_leaves(outputs)),
         state_bytes=round(sum(bytes_per_parameter * one.numel() if one.requires_grad else one.nbytes for one in own)),
     )
     return cost, tree_map(torch.Tensor.detach, outputs)
-
-
-class _Storages:
-    """Storages, each once."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, torch.UntypedStorage] = {}
-
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Take in the tensor's storage; returns the tensor."""
-        storage = tensor.untyped_storage()
-        self._held[storage.data_ptr()] = storage
-        return tensor
-
-    def bytes_without(self, *tensors: torch.Tensor) -> int:
-        """Of those that are none of these tensors'."""
-        others = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        return sum(storage.nbytes() for address, storage in self._held.items() if address not in others)
 
 
 def _backward(outputs: Payload, gradients: list[torch.Tensor] | None = None) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
-from deepspeed.utils import logger
 from torch import nn
 
 from paci_schedule.balance import Cut, LayerCost, balance, check_bounds
@@ -27,6 +27,8 @@ from paci_schedule.runtime.profile import Layer, profile_layers
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
+
+logger = logging.getLogger(__name__)
 
 
 class CutPipelineModule(PipelineModule):
@@ -164,12 +166,12 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _together(layer: LayerCost, loss: LayerCost) -> LayerCost:
-    """The last layer and the loss as one: what the layer hands to the loss is kept inside."""
+    """The last layer and the loss as one.  The loss is never recomputed, so its forward counts with the backward."""
     return replace(
         layer,
-        forward=layer.forward + loss.forward,
-        backward=layer.backward + loss.backward,
+        backward=layer.backward + loss.forward + loss.backward,
         saved_bytes=layer.saved_bytes + loss.input_bytes + loss.saved_bytes,
+        workspace_bytes=max(layer.workspace_bytes, loss.workspace_bytes),
         output_bytes=loss.output_bytes,
     )
 
