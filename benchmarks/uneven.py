@@ -4,7 +4,7 @@
     python -m benchmarks.uneven --vocabulary 32768 --blocks 16 --stages 2 4 --paced-stages 8
 
 Embedding and head have more parameters than a block; the head with the loss also takes several times as long, the
-embedding next to nothing.  Each layer is measured on one rank; then PACI trains the same model under every cut, in turns:
+embedding next to nothing.  One rank measures each layer; then PACI trains the same model under every cut, in turns:
 with real compute where there is a core for every stage, and for more stages with layers that sleep in the measured
 proportions.  The ideal is the sum of all layers over P, as if they could be divided at will.
 """
