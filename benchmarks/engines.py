@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec
 
 import paci_schedule
+from paci_schedule.adapters.deepspeed import CutPipelineModule
 
 __all__ = ["SCHEDULES", "Race", "engine_for", "milliseconds", "race"]
 
@@ -21,9 +22,16 @@ SCHEDULES = ("1f1b", "paci")
 
 
 def engine_for(
-    layers: list[LayerSpec], schedule: str, *, accumulation: int, micro_batch: int = 1, loss: Any = None, **config: Any
+    layers: list[LayerSpec],
+    schedule: str,
+    *,
+    accumulation: int,
+    micro_batch: int = 1,
+    loss: Any = None,
+    cut: str | Sequence[int] = "uniform",
+    **config: Any,
 ) -> Any:
-    """An engine over all ranks as pipeline stages, layers spread evenly, AdamW, no clipping, nothing printed.
+    """An engine over all ranks as pipeline stages, AdamW, no clipping, nothing printed.
 
     Args:
         layers: of the whole model.
@@ -31,15 +39,16 @@ def engine_for(
         accumulation: micro-batches to an update.
         micro_batch: samples to a micro-batch.
         loss: of outputs and labels; mean squared error by default.
+        cut: of the layers into stages, a method or bounds.
         config: further keys of the DeepSpeed config.
     """
     deepspeed.init_distributed()
     paci_schedule.register()
-    module = PipelineModule(
+    module = CutPipelineModule(
         layers=layers,
         num_stages=torch.distributed.get_world_size(),
         loss_fn=loss or torch.nn.MSELoss(),
-        partition_method="uniform",
+        partition_method=cut,
     )
     engine, *_ = deepspeed.initialize(
         model=module,

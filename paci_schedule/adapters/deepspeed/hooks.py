@@ -33,6 +33,8 @@ _HOOKS = {
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
     "deepspeed.runtime.utils:is_model_parallel_parameter": ("p",),
     "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
+    "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
+    "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }
 
