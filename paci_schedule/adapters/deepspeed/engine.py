@@ -324,7 +324,11 @@ class PaciPipelineEngine(PipelineEngine):
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         deepspeed.comm.all_reduce(square, group=self._stage_mpu.get_model_parallel_group())
         self._global_grad_norm = square.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, self.gradient_clipping(), self._global_grad_norm)
+        # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
+        limit = torch.full_like(square, self.gradient_clipping())
+        scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
+        for parameter in with_gradient:
+            parameter.grad.mul_(scale)
 
     def _tied_gradients(self, spec: PipelineSpec) -> list[TiedGradient]:
         """One for each entry of the module's tied weights, in its order."""
