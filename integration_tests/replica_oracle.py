@@ -8,7 +8,7 @@ arithmetic of DeepSpeed's ZeRO stage 1 where it is not BF16_Optimizer's.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +42,9 @@ def run(job: Job, replicas: int = 1, *, zero: bool = False, **arithmetic: Any) -
         arithmetic: for `ZeroUpdater`.
     """
     references = [Reference(replica_job(job, replica)) for replica in range(replicas)]
+    if "fp16" in job.config:
+        for stage in itertools.chain.from_iterable(reference.stages for reference in references):
+            stage.module.half()
     for number in range(job.stages):
         meeting = _Meeting(replicas)
         for replica, reference in enumerate(references):
@@ -50,7 +53,6 @@ def run(job: Job, replicas: int = 1, *, zero: bool = False, **arithmetic: Any) -
                 stage._updater = ZeroUpdater(job, stage.module, meeting, replica, **arithmetic)
             else:
                 stage._updater.reduce = _Reduce(stage._updater, meeting, replica)
-                stage._updater.factor = functools.partial(_factor, job.clip)
     with ThreadPoolExecutor(replicas, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         histories = list(pool.map(Reference.run, references))
     return [_together(moments) for moments in zip(*histories, strict=True)]
@@ -64,11 +66,6 @@ def _together(moments: tuple[Moment, ...]) -> Moment:
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     losses = [math.fsum(losses) / len(losses) for losses in zip(*(moment.loss for moment in moments), strict=True)]
     return dataclasses.replace(first, loss=losses)
-
-
-def _factor(clip: float, norm: torch.Tensor) -> torch.Tensor:
-    """clip / norm as PyTorch divides a number by a tensor: the reciprocal, rounded, times the number."""
-    return clip / norm
 
 
 class _Meeting:
@@ -118,14 +115,16 @@ class ZeroUpdater:
         norm_dtype: of the pieces' norms; ZeRO's is fp64.
         scale_dtype: in which the gradients are multiplied; ZeRO's is fp32.
         reciprocal: multiply by 1 / (norm / clip), as ZeRO does, not by clip / norm.
+        loss_scale: what the loss was multiplied with before its backward; 1 unless in fp16.
     """
 
     def __init__(
         self, job: Job, module: nn.Module, meeting: _Meeting, replica: int, *, norm_dtype: torch.dtype = torch.float64,
-        scale_dtype: torch.dtype = torch.float32, reciprocal: bool = True,
+        scale_dtype: torch.dtype = torch.float32, reciprocal: bool = True, loss_scale: float = 1.0,
     ) -> None:
         self._meeting, self._replica, self._clip = meeting, replica, job.clip
         self._norm_dtype, self._scale_dtype, self._reciprocal = norm_dtype, scale_dtype, reciprocal
+        self._loss_scale = loss_scale
         self.factors: list[float] = []
         self._flat: list[tuple[list[nn.Parameter], torch.Tensor]] = []
         groups = jobs.parameter_groups(job, list(module.parameters()))
@@ -151,7 +150,7 @@ class ZeroUpdater:
             self.factors.append((self._clip / norm).item())
             flat = [total.to(self._scale_dtype).mul_(torch.clamp(factor, max=1.0)) for total in flat]
         for (_, master), total in zip(self._flat, flat, strict=True):
-            master.grad = total.float()
+            master.grad = total.float().mul_(1.0 / self._loss_scale)
         self.optimizer.step()
         for parameters, master in self._flat:
             pieces = master.detach().split([parameter.numel() for parameter in parameters])
@@ -170,7 +169,7 @@ class ZeroUpdater:
         for parameter in parameters:
             bounds.append(bounds[-1] + parameter.numel())
         for start in range(0, size * self._meeting.replicas, size):
-            cuts = [(max(start, low), min(start + size, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
+            cuts = [(max(start, low), min(start + size, high)) for low, high in itertools.pairwise(bounds)]
             norms = [total[low:high].to(self._norm_dtype).norm() for low, high in cuts if low < high]
             squares.append(torch.stack(norms).square().sum().float())
         return sum(squares).sqrt()

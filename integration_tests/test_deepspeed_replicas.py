@@ -100,13 +100,15 @@ def test_replicas_stay_alike_when_clipped_globally(followed, name):
 
 
 def test_collectives_stay_among_the_replicas_of_a_stage(followed):
-    """Every collective of steady batches, in all jobs: gradients, norms, partitions, and one mean of losses a batch."""
+    """Every collective of two steady batches, in all jobs; without ZeRO that is gradients and loss, once each."""
     for name, results in followed.items():
         for rank, result in enumerate(results):
             stage = rank // REPLICAS
             assert result["group"] == [stage * REPLICAS, stage * REPLICAS + 1]
             spans = {tuple(members) for _, members in result["collectives"] if len(members) > 1}
             assert spans == {tuple(result["group"])}, f"{name}: {spans}"
+    for result in followed["fp32"]:
+        assert [name for name, members in result["collectives"] if len(members) > 1] == ["allreduce"] * 4
 
 
 def test_the_optimizers_are_those_that_the_names_say(followed):
