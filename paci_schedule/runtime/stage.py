@@ -76,6 +76,7 @@ class StageRunner:
         forwards, backwards: ops done since construction.
         peak_in_flight: the most micro-batches that were live at once.
         meter: drift and version counted so far.
+        window_drift: the largest drift of the update's micro-batches so far.
         interrupted: an error left micro-batches in flight that nothing can finish.
     """
 
@@ -93,7 +94,7 @@ class StageRunner:
         self.flushing = False
         self.admitted = 0
         self.interrupted = False
-        self.forwards = self.backwards = self.peak_in_flight = 0
+        self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
         self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
         self._received: dict[int, Payload] = {}
@@ -183,7 +184,7 @@ class StageRunner:
         self._window.append(losses)
         if self.stage > 0:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
-        self.meter.record(op)
+        self.window_drift = max(self.window_drift, self.meter.record(op))
         self.backwards += 1
 
     def _step(self, op: Op) -> None:
@@ -192,6 +193,7 @@ class StageRunner:
         self._compute.step(op.index, losses)
         if self._norms is not None:
             self._norms.close_update()
+        self.window_drift = 0
         self.meter.record(op)
 
     def _recv_activation(self, op: Op) -> None:

@@ -229,7 +229,7 @@ class PaciPipelineEngine(PipelineEngine):
                 samples=self.global_samples,
                 losses=HostCopy(self._mean_over_replicas(losses)),
                 names=self._additional_names(),
-                drift=self._runner.meter.largest,
+                drift=self._runner.window_drift,
                 seconds=self._runner.seconds(),
                 at=time.perf_counter(),
             )
