@@ -34,10 +34,12 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
         settings["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
     if schedule not in (None, "stock"):
         settings["pipeline_schedule"] = schedule
+    settings["paci"] = {"clip": "stage"}  # as the reference does; test_deepspeed_clip.py has the global norm
     if job.extra_in_flight:
-        settings["paci"] = {"extra_in_flight": job.extra_in_flight}
+        settings["paci"]["extra_in_flight"] = job.extra_in_flight
     for key, value in job.config.items():
-        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+        both = isinstance(settings.get(key), dict) and isinstance(value, dict)
+        settings[key] = {**settings[key], **value} if both else value
     return settings
 
 
