@@ -107,7 +107,6 @@ def test_the_monitor_is_right_about_which_update_it_speaks_of(name, tmp_path):
     assert moments[-1].live == [0] * job.stages
 
 
-@pytest.mark.xfail(strict=True, reason="the monitor writes the largest drift since the start")
 def test_the_monitored_drift_is_that_of_the_update(tmp_path):
     """The largest drift of the update's own micro-batches: it falls after a drain."""
     job = MONITORED["P=4 a=1, drains between"]
