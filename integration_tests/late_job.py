@@ -7,6 +7,7 @@ layer 3 shares its matrix with layer 8, and the actions "schedule=NAME" and "loa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def poison(job: Job) -> tuple[int, int] | None:
 def build(job: Job, schedule: str | None = "paci") -> Any:
     """As `deepspeed_job.build`, of the model "tied" too."""
     with in_place_of_jobs(_tied_specs):
-        engine = _BUILD(job, schedule)
+        # The engine's default, which the other tests' jobs do without.
+        options = {"clip": "global", **job.config.get("paci", {})}
+        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule)
     if poison(job):
         stage, update = poison(job)
         take_update = engine.take_update
