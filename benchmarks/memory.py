@@ -12,56 +12,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import weakref
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.engines import SCHEDULES, engine_for
 from integration_tests.ranks import run_ranks
+from paci_schedule.runtime.live_bytes import LiveBytes
 
 _WIDTH, _TOKENS = 128, 256
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that ops make while it is active, until they end.
-
-    Attributes:
-        live, peak: bytes now, and at most.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(made):
-            if storage._cdata not in given:
-                self._watch(storage)
-        return made
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._end, storage.nbytes())
-
-    def _end(self, size: int) -> None:
-        self.live -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Block(torch.nn.Module):

@@ -1,10 +1,12 @@
 """Stock 1F1B against PACI on paced stages: forwards and backwards take fixed times, so any machine shows the schedule.
 
-    python -m benchmarks.paced                                     # the table in docs/results.md
-    python -m benchmarks.paced --stages 8 --accumulation 8 --forward 40 --backward 80
+    python -m benchmarks.paced                                                  # P = 2, 4, 8 and a = 4, 8, 16
+    python -m benchmarks.paced --stages 4 --accumulation 8 --latency 20 --slack 0+0+1 0+1+1 1+1+1
+    python -m benchmarks.paced --stages 4 8 --accumulation 8 --tied
 
-Both engines run in the same processes, in turns, after a warm-up; the median batch counts.  The ideal ratio stock/PACI
-is (a + P - 1) / a: what a flushed batch takes, against a batch without any bubble.
+All engines run in the same processes, in turns, after a warm-up; the median batch counts.  The ideal for 1F1B is
+(a + P - 1) / a times F + B, for PACI it is F + B.  `--latency` delays every message; `--tied` shares a weight between
+the first and the last stage.
 """
 
 from __future__ import annotations
@@ -17,22 +19,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
+from benchmarks.delayed import use_delayed_links
+from benchmarks.engines import Race, engine_for, milliseconds, race
 from integration_tests.ranks import run_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One row of the table; times in seconds."""
+    """One table; times in seconds."""
 
     stages: int
     accumulation: int
     forward: float
     backward: float
+    latency: float
+    slack: tuple[tuple[int, ...], ...]
+    tied: bool
     batches: int
     turns: int
 
@@ -62,52 +68,70 @@ class PacedLayer(torch.nn.Module):
         return _Pace.apply(values * self.weight, *self.seconds)
 
 
-def build(job: Job, schedule: str) -> Any:
+def build(job: Job, schedule: str, *, extra_in_flight: tuple[int, ...] | int = 0, tied: bool = False) -> Any:
     """A DeepSpeed engine over `job.stages` paced stages."""
-    layers = [LayerSpec(PacedLayer, job.forward, job.backward) for _ in range(job.stages)]
-    return engine_for(layers, schedule, accumulation=job.accumulation)
+    pace = job.forward, job.backward
+    layers = [LayerSpec(PacedLayer, *pace) for _ in range(job.stages)]
+    if tied:
+        layers[0] = layers[-1] = TiedLayerSpec("tied", PacedLayer, *pace, tied_weight_attr="weight")
+    options = {"extra_in_flight": extra_in_flight}
+    return engine_for(layers, schedule, accumulation=job.accumulation, paci=options)
 
 
 def _worker(job: Job) -> Race:
-    engines = {schedule: build(job, schedule) for schedule in SCHEDULES}
+    if job.latency:
+        use_delayed_links(job.latency)
+    engines = {"1F1B": build(job, "1f1b")}
+    for slack in job.slack:
+        name = f"PACI, slack {'+'.join(map(str, slack))}" if any(slack) else "PACI"
+        engines[name] = build(job, "paci", extra_in_flight=slack)
+    if job.tied:
+        engines["PACI, tied"] = build(job, "paci", tied=True)
     data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
     return race(engines, data, turns=job.turns, batches=job.batches)
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Run one job and sum it up: median milliseconds per micro-batch of both schedules, their ratio and the ideal."""
-    deadline = 90 + 3 * job.turns * (job.batches + 4) * (job.accumulation + job.stages) * (job.forward + job.backward)
-    races: list[Race] = run_ranks(_worker, job.stages, (job,), timeout=deadline)
-    medians = milliseconds(races, job.accumulation)
-    ideal = (job.accumulation + job.stages - 1) / job.accumulation
-    ratio = medians["1f1b"] / medians["paci"]
-    return {
-        **asdict(job),
-        "milliseconds": medians,
-        "ratio": ratio,
-        "ideal": ideal,
-        "of_ideal": ratio / ideal,
-        "compute_share": [seen.compute_share for seen in races],
-        **{key: [seen.stats[key] for seen in races] for key in ("peak_in_flight", "max_drift", "drift_bound")},
-    }
+def measure(job: Job) -> list[dict[str, Any]]:
+    """Run one job: for each engine the median milliseconds per micro-batch, beside the ideal."""
+    slot = job.forward + job.backward + 4 * job.latency
+    batches = (2 + len(job.slack)) * job.turns * (job.batches + 4)
+    races: list[Race] = run_ranks(
+        _worker, job.stages, (job,), timeout=120 + 2 * batches * (job.accumulation + job.stages) * slot
+    )
+    rows = []
+    for name, median in milliseconds(races, job.accumulation).items():
+        row = {**asdict(job), "engine": name, "milliseconds": median, "ideal": 1e3 * (job.forward + job.backward)}
+        if name == "1F1B":
+            stock = median
+            row["ideal"] *= (job.accumulation + job.stages - 1) / job.accumulation
+        else:
+            row["compute_share"] = [seen.compute_share[name] for seen in races]
+            for key in ("peak_in_flight", "max_drift", "drift_bound"):
+                row[key] = [seen.stats[name][key] for seen in races]
+        row["speed_up"] = stock / median
+        row["ideal_speed_up"] = rows[0]["ideal"] / row["ideal"] if rows else 1.0
+        rows.append(row)
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for people."""
-    head = ("P", "a", "F / B ms", "1F1B ms", "PACI ms", "ratio", "ideal", "of ideal", "least compute share", "drift")
-    shown = Table(*head, title="milliseconds per micro-batch, median")
+    head = ("P", "a", "engine", "ms", "ideal", "speed-up", "ideal", "of ideal", "compute", "in flight", "drift")
+    shown = Table(*head, title="milliseconds per micro-batch, median; least share of compute over the stages")
     for row in rows:
+        ours = "compute_share" in row
         shown.add_row(
             str(row["stages"]),
             str(row["accumulation"]),
-            f"{row['forward'] * 1e3:g} / {row['backward'] * 1e3:g}",
-            f"{row['milliseconds']['1f1b']:.1f}",
-            f"{row['milliseconds']['paci']:.1f}",
-            f"{row['ratio']:.3f}",
-            f"{row['ideal']:.3f}",
-            f"{row['of_ideal']:.3f}",
-            f"{min(row['compute_share']):.3f}",
-            f"{max(row['max_drift'])} of {max(row['drift_bound'])}",
+            row["engine"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['ideal']:.1f}",
+            f"{row['speed_up']:.3f}",
+            f"{row['ideal_speed_up']:.3f}",
+            f"{row['speed_up'] / row['ideal_speed_up']:.3f}",
+            f"{min(row['compute_share']):.3f}" if ours else "",
+            str(row["peak_in_flight"][0]) if ours else "",
+            f"{max(row['max_drift'])} of {max(row['drift_bound'])}" if ours else "",
         )
     return shown
 
@@ -118,24 +142,30 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--forward", type=float, default=40.0, help="milliseconds")
     parser.add_argument("--backward", type=float, default=80.0, help="milliseconds")
+    parser.add_argument("--latency", type=float, default=0.0, help="milliseconds that every message takes longer")
+    parser.add_argument(
+        "--slack", nargs="+", default=[], help="also PACI with these rounds of slack on the links, such as 1+1+1"
+    )
+    parser.add_argument("--tied", action="store_true", help="also with a weight tied between first and last stage")
     parser.add_argument("--batches", type=int, default=4, help="batches in a turn")
-    parser.add_argument("--turns", type=int, default=2, help="turns of each schedule")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each engine")
     parser.add_argument("--json", help="file to write the rows to")
     arguments = parser.parse_args()
     rows = []
-    for stages in arguments.stages:
-        for accumulation in arguments.accumulation:
-            job = Job(
-                stages=stages,
-                accumulation=accumulation,
-                forward=arguments.forward / 1e3,
-                backward=arguments.backward / 1e3,
-                batches=arguments.batches,
-                turns=arguments.turns,
-            )
-            rows.append(measure(job))
-            Console().print(table(rows[-1:]))
-    Console().print(table(rows))
+    for stages, accumulation in itertools.product(arguments.stages, arguments.accumulation):
+        job = Job(
+            stages=stages,
+            accumulation=accumulation,
+            forward=arguments.forward / 1e3,
+            backward=arguments.backward / 1e3,
+            latency=arguments.latency / 1e3,
+            slack=((0,) * (stages - 1), *(tuple(map(int, slack.split("+"))) for slack in arguments.slack)),
+            tied=arguments.tied,
+            batches=arguments.batches,
+            turns=arguments.turns,
+        )
+        rows += measure(job)
+    Console(width=120).print(table(rows))
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)

@@ -60,7 +60,7 @@ def main() -> None:
             f"{ratio:.3f}",
             f"{ideal:.3f}",
             f"{ratio / ideal:.3f}",
-            ", ".join(f"{seen.compute_share:.3f}" for seen in races),
+            ", ".join(f"{seen.compute_share['paci']:.3f}" for seen in races),
         )
     Console().print(shown)
 

@@ -169,12 +169,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiply all times (the engines' own work is not)")
     parser.add_argument("--json", help="file to write the rows to")
     arguments = parser.parse_args()
-    rows = [
-        measure(case)
-        for case in cases(arguments.scale)
-        if not arguments.schedule or case.schedule in arguments.schedule
-    ]
-    Console(width=110).print(table(rows))
+    rows, console = [], Console(width=110)
+    for case in cases(arguments.scale):
+        if not arguments.schedule or case.schedule in arguments.schedule:
+            rows.append(measure(case))
+            console.print(table(rows[-1:]))
+    console.print(table(rows))
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)

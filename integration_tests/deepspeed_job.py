@@ -37,7 +37,8 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
     if job.extra_in_flight:
         settings["paci"] = {"extra_in_flight": job.extra_in_flight}
     for key, value in job.config.items():
-        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+        both = isinstance(settings.get(key), dict) and isinstance(value, dict)
+        settings[key] = {**settings[key], **value} if both else value
     return settings
 
 
@@ -59,9 +60,15 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
         optimizer=None if "optimizer" in job.config else jobs.optimizer(job),
         model_parameters=jobs.parameter_groups(job, parameters) if parameters else parameters,
         lr_scheduler=jobs.schedule(job),
-        config=config(job, schedule),
+        config=_by_stage(config(job, schedule)),
     )
     return engine
+
+
+def _by_stage(settings: dict[str, Any]) -> dict[str, Any]:
+    """Clipping by stage unless the job says otherwise, as the reference does."""
+    options = settings.get("paci", {})
+    return {**settings, "paci": {"clip": "stage", **options}} if isinstance(options, dict) else settings
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:

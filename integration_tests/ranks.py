@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +31,9 @@ from torch.distributed import TCPStore
 
 __all__ = ["Outcome", "RankError", "gather_outcomes", "on_gpus", "run_ranks"]
 
-_PRELOAD = ["torch", "torch.distributed", "deepspeed"]
+_ROOT = Path(__file__).parents[1]
+_PRELOAD = "integration_tests.preload"
+_BUILD = 600.0  # seconds that the compilation of DeepSpeed's kernel may take, the first time
 _GRACE = 2.0  # seconds that the others get to end by themselves after a rank has failed that should not have
 
 
@@ -120,12 +123,23 @@ def gather_outcomes(
 @functools.cache
 def _fork_context() -> multiprocessing.context.BaseContext:
     os.environ.update(_BASE_ENVIRONMENT)  # the server reads it when it imports torch and DeepSpeed
+    try:
+        subprocess.run([sys.executable, "-m", _PRELOAD], capture_output=True, check=True, timeout=_BUILD)
+    except subprocess.TimeoutExpired:
+        raise RankError(
+            f"DeepSpeed's kernel for communication was not built within {_BUILD:g} s: if an earlier build was cut off, "
+            "remove deepspeed_shm_comm/lock from TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions)"
+        ) from None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload([_PRELOAD])
     return context
 
 
-_BASE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+_BASE_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+}
 
 
 def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:

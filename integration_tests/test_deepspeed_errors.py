@@ -67,21 +67,6 @@ def build_dynamic(job):
     deepspeed_job.build(job, dynamic_shape=True)
 
 
-def build_tied(job):
-    import deepspeed
-    from deepspeed.pipe import PipelineModule, TiedLayerSpec
-
-    import paci_schedule
-
-    paci_schedule.register()
-    deepspeed.init_distributed(verbose=False)
-    tied = [TiedLayerSpec("embedding", nn.Linear, 8, 8) for _ in range(2)]
-    module = PipelineModule([tied[0], nn.Linear(8, 8), nn.Linear(8, 8), tied[1]], num_stages=2, loss_fn=jobs.loss,
-                            partition_method="uniform")
-    deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=list(module.parameters()),
-                         config=deepspeed_job.config(job, "paci"))
-
-
 def build_experts(job):
     import deepspeed
     from deepspeed.moe.layer import MoE
@@ -100,8 +85,8 @@ def build_experts(job):
 
 @pytest.mark.parametrize(
     ("target", "says"),
-    [(build_dynamic, ["dynamic_shape"]), (build_tied, ["tied"]), (build_experts, ["MoE"])],
-    ids=["dynamic shapes", "tied layers", "mixture of experts"],
+    [(build_dynamic, ["dynamic_shape"]), (build_experts, ["MoE"])],
+    ids=["dynamic shapes", "mixture of experts"],
 )
 def test_models_that_cannot_run_are_refused(target, says):
     assert_refused("UnsupportedError", target=target, says=says)

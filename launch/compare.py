@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch.errors import LaunchError
 from launch.runlog import LOG_NAME, read_log
 
-__all__ = ["RunSummary", "comparison", "ideal_speed_up", "main", "plot", "summarise"]
+__all__ = ["RunSummary", "comparison", "ideal_speed_up", "main", "plot", "speed_ups", "summarise"]
 
 _NAMES = {"1f1b": "1F1B with flush", "paci": "PACI"}
 
@@ -50,15 +51,17 @@ class RunSummary:
 
     @property
     def update_seconds(self) -> float:
-        """Seconds per update, drains included, from the first log record (so without the start-up) to the last.
+        """Seconds per update: the median over the log's intervals, so that a hiccup of the machine does not count.
 
         Raises:
             LaunchError: the log has fewer than two records of training.
         """
         if len(self.updates) < 2:
             raise LaunchError(f"{self.name}: a speed needs two records of training; train longer or log more often")
-        first, last = self.updates[0], self.updates[-1]
-        return (last["seconds"] - first["seconds"]) / (last["update"] - first["update"])
+        return statistics.median(
+            (after["seconds"] - before["seconds"]) / (after["update"] - before["update"])
+            for before, after in pairwise(self.updates)
+        )
 
     @property
     def waiting_share(self) -> float | None:
@@ -105,27 +108,33 @@ def ideal_speed_up(stages: int, accumulation: int) -> float:
     return (accumulation + stages - 1) / accumulation
 
 
+def speed_ups(runs: Sequence[RunSummary]) -> list[float]:
+    """How many times faster than the first run an update of each other run is."""
+    return [runs[0].update_seconds / run.update_seconds for run in runs[1:]]
+
+
 def comparison(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
     """The rows of the table: a label, and a cell for every run.  The first run is the baseline."""
-    baseline, *others = runs
-    target = baseline.validations[-1]["loss"]
-    memory = "peak GPU memory" if baseline.start["device"] == "cuda" else "peak process memory"
-    ratios = [baseline.update_seconds / run.update_seconds for run in others]
+    target = runs[0].validations[-1]["loss"]
+    memory = "GPU memory" if runs[0].start["device"] == "cuda" else "process memory"
     return [
         ("optimizer", [run.start["optimizer"] for run in runs]),
-        ("stages x replicas, accumulation", [_shape(run) for run in runs]),
-        ("updates, tokens", [f"{run.updates[-1]['update']:,}, {run.updates[-1]['tokens']:,}" for run in runs]),
+        ("stages x replicas", [f"{run.start['stages']} x {run.start['replicas']}" for run in runs]),
+        ("accumulation", [str(run.start["accumulation"]) for run in runs]),
+        ("updates", [f"{run.updates[-1]['update']:,}" for run in runs]),
+        ("tokens", [f"{run.updates[-1]['tokens']:,}" for run in runs]),
         ("training time", [f"{run.updates[-1]['seconds']:.1f} s" for run in runs]),
-        ("time per update", [f"{run.update_seconds * 1000:.1f} ms" for run in runs]),
-        ("speed-up", ["1", *(f"{ratio:.3f}" for ratio in ratios)]),
-        ("ideal speed-up, (a + P - 1) / a", ["", *(f"{_ideal(run):.3f}" for run in others)]),
-        ("final training loss", [f"{run.updates[-1]['loss']:.4f}" for run in runs]),
-        ("final validation loss", [f"{run.validations[-1]['loss']:.4f}" for run in runs]),
-        ("final perplexity", [f"{run.validations[-1]['perplexity']:.3f}" for run in runs]),
-        (f"time to validation loss {target:.4f}", [_seconds(run.seconds_to(target)) for run in runs]),
-        ("largest drift (bound)", [_drift(run) for run in runs]),
-        ("waiting for neighbours", [_waiting(run) for run in runs]),
-        (f"{memory}, first / last stage", [_memory(run) for run in runs]),
+        ("an update, median", [f"{run.update_seconds * 1000:.1f} ms" for run in runs]),
+        ("speed-up", ["1", *(f"{ratio:.3f}" for ratio in speed_ups(runs))]),
+        ("ideal, (a + P - 1) / a", ["", *(f"{_ideal(run):.3f}" for run in runs[1:])]),
+        ("training loss", [f"{run.updates[-1]['loss']:.4f}" for run in runs]),
+        ("validation loss", [f"{run.validations[-1]['loss']:.4f}" for run in runs]),
+        ("perplexity", [f"{run.validations[-1]['perplexity']:.3f}" for run in runs]),
+        (f"time to loss {target:.4f}", [_seconds(run.seconds_to(target)) for run in runs]),
+        ("drift (bound)", [_drift(run) for run in runs]),
+        ("waiting", [_waiting(run) for run in runs]),
+        (f"{memory}, first", [f"{run.stages[0]['peak_memory'] / 2**20:,.0f} MiB" for run in runs]),
+        (f"{memory}, last", [f"{run.stages[-1]['peak_memory'] / 2**20:,.0f} MiB" for run in runs]),
     ]
 
 
@@ -175,15 +184,13 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(label, *cells)
     console = Console()
     console.print(table)
+    if any(ratio > 1.03 * _ideal(run) for ratio, run in zip(speed_ups(runs), runs[1:], strict=True)):
+        console.print("A speed-up above the ideal: the machine was busy with something else. Repeat when it is idle.")
     console.print(f"Plot: {path}", soft_wrap=True)
 
 
 def _line(records: list[dict[str, Any]], key: str, scale: float) -> tuple[list[float], list[float]]:
     return [record[key] * scale for record in records], [record["loss"] for record in records]
-
-
-def _shape(run: RunSummary) -> str:
-    return f"{run.start['stages']} x {run.start['replicas']}, {run.start['accumulation']}"
 
 
 def _ideal(run: RunSummary) -> float:
@@ -203,11 +210,6 @@ def _drift(run: RunSummary) -> str:
 
 def _waiting(run: RunSummary) -> str:
     return "not counted" if run.waiting_share is None else f"{run.waiting_share:.1%}"
-
-
-def _memory(run: RunSummary) -> str:
-    first, last = run.stages[0]["peak_memory"], run.stages[-1]["peak_memory"]
-    return f"{first / 2**20:,.0f} / {last / 2**20:,.0f} MiB"
 
 
 if __name__ == "__main__":

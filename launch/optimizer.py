@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["warm_up_cosine", "weight_decay_groups"]
+__all__ = ["optimizer_name", "warm_up_cosine", "weight_decay_groups"]
 
 
 def weight_decay_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -20,6 +20,12 @@ def weight_decay_groups(module: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trained if parameter.dim() > 1]},
         {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """Its class; "NAdamW" for `torch.optim.NAdam` with decoupled weight decay."""
+    name = type(optimizer).__name__
+    return "NAdamW" if name == "NAdam" and optimizer.defaults["decoupled_weight_decay"] else name
 
 
 def warm_up_cosine(updates: int, warm_up: int, floor: float = 0.1) -> Callable[[Optimizer], LambdaLR]:

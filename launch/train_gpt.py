@@ -31,7 +31,7 @@ from launch.config import deepspeed_config
 from launch.corpus import open_corpus
 from launch.errors import LaunchError
 from launch.gpt2 import SIZES, gpt2_config, gpt2_pipeline
-from launch.optimizer import warm_up_cosine, weight_decay_groups
+from launch.optimizer import optimizer_name, warm_up_cosine, weight_decay_groups
 from launch.runlog import RunLog
 from launch.tokens import tokenise
 from launch.training import LoopOptions, Training
@@ -84,7 +84,7 @@ def _train(args: argparse.Namespace) -> None:
         **batch,
         "sequence_length": args.sequence_length,
         "updates": args.updates,
-        "optimizer": type(engine.basic_optimizer).__name__,
+        "optimizer": optimizer_name(engine.basic_optimizer),
         "model": args.model,
         "parameters": _total_parameters(engine.module, batch["replicas"]),
         "data": corpus.name,

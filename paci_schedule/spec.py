@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from paci_schedule.errors import ConfigError
 
@@ -23,26 +23,36 @@ class PipelineSpec:
     accumulation: int
     """a, micro-batches per optimizer update; at least 1 (DeepSpeed: gradient_accumulation_steps)."""
 
-    extra_in_flight: int = 0
-    """k, micro-batches that the first stage runs ahead beyond 1F1B's, to hide link latency; at least 0."""
+    extra_in_flight: int | tuple[int, ...] = 0
+    """Rounds of slack on the links, to hide their latency: each lets the stages before the link run a micro-batch
+    further ahead.  One number for each link, first to last; or k, for k of them spread as evenly as they go, the last
+    links first.  A link with a round of slack hides a round trip (both ways) of up to F + B, one without hides none."""
 
     def __post_init__(self) -> None:
-        least = {"stages": 1, "accumulation": 1, "extra_in_flight": 0}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least[field.name]:
-                raise ConfigError(f"{field.name}={value!r}: must be a whole number of at least {least[field.name]}")
+        for field, least in (("stages", 1), ("accumulation", 1)):
+            _check_whole(field, getattr(self, field), least)
+        if not isinstance(self.extra_in_flight, tuple):
+            _check_whole("extra_in_flight", self.extra_in_flight, 0)
+            return
+        for slack in self.extra_in_flight:
+            _check_whole("extra_in_flight", slack, 0)
+        if len(self.extra_in_flight) != self.stages - 1:
+            raise ConfigError(
+                f"extra_in_flight={self.extra_in_flight!r}: {self.stages} stages have {self.stages - 1} links; "
+                "give a number for each, or one number for all together"
+            )
 
     def look_ahead(self, stage: int) -> int:
         """d_s, the micro-batches that `stage` runs ahead of its own backwards.
 
-        P-1-s, as in 1F1B, plus this stage's share of `extra_in_flight`.  The round trip that latency adds grows with
-        the distance to the last stage, so the share does too: ceil(k (P-1-s) / (P-1)), none at the last stage.
+        P-1-s, as in 1F1B, plus the slack of the links after this stage: their `extra_in_flight`, or, where that is one
+        number k, ceil(k (P-1-s) / (P-1)).
         """
         self.check_stage(stage)
         behind = self.stages - 1 - stage
-        share = -(-self.extra_in_flight * behind // (self.stages - 1)) if behind else 0
-        return behind + share
+        if isinstance(self.extra_in_flight, tuple):
+            return behind + sum(self.extra_in_flight[stage:])
+        return behind + (-(-self.extra_in_flight * behind // (self.stages - 1)) if behind else 0)
 
     def in_flight(self, stage: int) -> int:
         """The most micro-batches that are live at `stage` at any time: d_s + 1, which is P - s without extra."""
@@ -56,3 +66,8 @@ class PipelineSpec:
         """Raises ConfigError unless `stage` is one of this pipeline's."""
         if not 0 <= stage < self.stages:
             raise ConfigError(f"stage={stage!r}: a pipeline of {self.stages} stages has stages 0 to {self.stages - 1}")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.optimizer import warm_up_cosine, weight_decay_groups
+from launch.optimizer import optimizer_name, warm_up_cosine, weight_decay_groups
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -33,3 +33,10 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine_to_a_tenth():
     assert rates[11] == pytest.approx(3.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.7)) / 2))
     assert rates[14:] == pytest.approx([0.3, 0.3])
     assert all(late < early for early, late in itertools.pairwise(rates[4:15]))
+
+
+def test_the_logged_name_tells_decoupled_decay():
+    weights = [nn.Parameter(torch.zeros(2))]
+    assert optimizer_name(torch.optim.AdamW(weights)) == "AdamW"
+    assert optimizer_name(torch.optim.NAdam(weights)) == "NAdam"
+    assert optimizer_name(torch.optim.NAdam(weights, decoupled_weight_decay=True)) == "NAdamW"

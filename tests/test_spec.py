@@ -23,6 +23,15 @@ def test_a_bad_field_is_refused_with_its_value_and_its_rule(field, value, least)
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [((1, -2), "extra_in_flight=-2: must be a whole number of at least 0"), ((1,), "3 stages have 2 links")],
+)
+def test_slack_is_given_for_every_link(extra, message):
+    with pytest.raises(ConfigError, match=message):
+        PipelineSpec(stages=3, accumulation=2, extra_in_flight=extra)
+
+
 def test_a_spec_takes_keywords_only_and_does_not_change():
     with pytest.raises(TypeError):
         PipelineSpec(2, 3)
@@ -43,6 +52,8 @@ def test_a_spec_takes_keywords_only_and_does_not_change():
         (4, 2, [5, 4, 2, 0], [0, 1, 2, 2]),
         (4, 3, [6, 4, 2, 0], [0, 2, 2, 2]),
         (3, 5, [7, 4, 0], [0, 3, 4]),
+        (4, (0, 1, 0), [4, 3, 1, 0], [0, 1, 2, 1]),
+        (4, (2, 0, 1), [6, 3, 2, 0], [0, 3, 1, 2]),
     ],
 )
 def test_look_ahead(stages, extra, look_ahead, gradients_on_wire):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.ops import Op
-from paci_schedule.runtime.message import Layout, Payload
+from paci_schedule.runtime.message import Layout, Payload, Riders
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["Links"]
@@ -89,7 +89,7 @@ class _Inbox:
             buffer = self._layout.empty(self._end.device)
             self._posted.append((dist.irecv(buffer, self._end.peer, group=self._end.group), buffer))
 
-    def receive(self, op: Op) -> Payload:
+    def receive(self, op: Op) -> tuple[Payload, Riders]:
         """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next)."""
         work, buffer = self._posted.popleft()
         with self._end.during(f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from"):
@@ -113,9 +113,9 @@ class _Outbox:
         with self._end.during(f"set up the {self._end.content} link to"):
             dist.send(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
 
-    def send(self, op: Op, payload: Payload) -> None:
+    def send(self, op: Op, payload: Payload, riders: Riders = ()) -> None:
         """Start sending; first make sure that no more than `on_wire` messages are under way."""
-        layout = Layout.of(payload)
+        layout = Layout.of(payload, riders)
         with self._end.during(f"sent ({op}) the {self._end.content} of micro-batch {op.index} to"):
             if self._layout is None:
                 dist.send_object_list([layout], self._end.peer, group=self._end.group)
@@ -128,7 +128,7 @@ class _Outbox:
                     "shape changes"
                 )
             self._settle(self._on_wire - 1)
-            buffer = layout.pack(payload)
+            buffer = layout.pack(payload, riders)
             self._sending.append((dist.isend(buffer, self._end.peer, group=self._end.group), buffer))
 
     def finish(self) -> None:
@@ -200,20 +200,20 @@ class Links:
     def expect_activation(self, op: Op) -> None:
         self._activation_in.expect(op)
 
-    def recv_activation(self, op: Op) -> Payload:
+    def recv_activation(self, op: Op) -> tuple[Payload, Riders]:
         return self._activation_in.receive(op)
 
-    def send_activation(self, op: Op, payload: Payload) -> None:
-        self._activation_out.send(op, payload)
+    def send_activation(self, op: Op, payload: Payload, riders: Riders) -> None:
+        self._activation_out.send(op, payload, riders)
 
     def expect_gradient(self, op: Op) -> None:
         self._gradient_in.expect(op)
 
-    def recv_gradient(self, op: Op) -> Payload:
+    def recv_gradient(self, op: Op) -> tuple[Payload, Riders]:
         return self._gradient_in.receive(op)
 
-    def send_gradient(self, op: Op, payload: Payload) -> None:
-        self._gradient_out.send(op, payload)
+    def send_gradient(self, op: Op, payload: Payload, riders: Riders) -> None:
+        self._gradient_out.send(op, payload, riders)
 
     def announce(self, next_op: Op, whole_batch: Callable[[], bool]) -> bool:
         """Whether the batch that begins with `next_op` is whole: asked of the first stage, told to the next one."""
@@ -221,7 +221,7 @@ class Links:
             word = torch.tensor([whole_batch()])
         else:
             self._word_in.expect(next_op)
-            word = self._word_in.receive(next_op)
+            word, _ = self._word_in.receive(next_op)
         if self._word_out is not None:
             self._word_out.send(next_op, word)
         return bool(word)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Layout", "Payload"]
+__all__ = ["Layout", "Payload", "Riders"]
 
 Payload = torch.Tensor | tuple[torch.Tensor, ...]
-"""What travels in one message: a tensor, or a tuple of tensors (also of one)."""
+"""What a stage hands to its neighbour: a tensor, or a tuple of tensors (also of one)."""
+
+Riders = tuple[torch.Tensor, ...]
+"""Small tensors that travel with a payload: losses, norms."""
 
 _ALIGN = 16  # bytes, so that every part can be viewed in any dtype
 
@@ -20,29 +23,33 @@ class Layout:
     """Shapes and dtypes of the tensors of a message, in order.
 
     Attributes:
-        parts: shape and dtype of each tensor.
+        parts: shape and dtype of each tensor of the payload, then of each rider.
+        riders: how many of the parts are riders.
         bare: the payload is a tensor, not a tuple.
     """
 
     parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    riders: int
     bare: bool
 
     @classmethod
-    def of(cls, payload: Payload) -> Layout:
-        """The layout that fits `payload`."""
+    def of(cls, payload: Payload, riders: Riders = ()) -> Layout:
+        """The layout that fits."""
         bare = isinstance(payload, torch.Tensor)
-        tensors = (payload,) if bare else payload
-        return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), bare)
+        tensors = (*((payload,) if bare else payload), *riders)
+        return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), len(riders), bare)
 
     def __str__(self) -> str:
-        return ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in self.parts)
+        payload = self.parts[: len(self.parts) - self.riders]
+        return ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in payload)
 
-    def pack(self, payload: Payload) -> torch.Tensor:
-        """The payload as one contiguous uint8 tensor; without a copy if it is a single contiguous tensor."""
-        if isinstance(payload, torch.Tensor):
-            return payload.detach().contiguous().flatten().view(torch.uint8)
-        buffer = self.empty(payload[0].device)
-        for view, tensor in zip(self._views(buffer), payload, strict=True):
+    def pack(self, payload: Payload, riders: Riders = ()) -> torch.Tensor:
+        """The message as one contiguous uint8 tensor; without a copy if it is a single contiguous tensor."""
+        tensors = (*((payload,) if self.bare else payload), *riders)
+        if len(tensors) == 1:
+            return tensors[0].detach().contiguous().flatten().view(torch.uint8)
+        buffer = self.empty(tensors[0].device)
+        for view, tensor in zip(self._views(buffer), tensors, strict=True):
             view.copy_(tensor.detach())
         return buffer
 
@@ -51,10 +58,12 @@ class Layout:
         shape, dtype = self.parts[-1]
         return torch.empty(self._offsets()[-1] + math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
 
-    def unpack(self, buffer: torch.Tensor) -> Payload:
-        """The payload in `buffer`, as views of it."""
+    def unpack(self, buffer: torch.Tensor) -> tuple[Payload, Riders]:
+        """The message in `buffer`: the payload as views of it, the riders as copies, which may outlive it."""
         views = self._views(buffer)
-        return views[0] if self.bare else tuple(views)
+        split = len(views) - self.riders
+        payload = views[0] if self.bare else tuple(views[:split])
+        return payload, tuple(view.clone() for view in views[split:])
 
     def _offsets(self) -> list[int]:
         offsets = [0]

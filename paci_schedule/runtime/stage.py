@@ -18,9 +18,10 @@ from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
-from paci_schedule.runtime.message import Payload
-from paci_schedule.runtime.timeline import Timeline
-from paci_schedule.schedules import paci
+from paci_schedule.runtime.message import Payload, Riders
+from paci_schedule.runtime.norms import CarriedNorms
+from paci_schedule.runtime.stopwatch import DATA, Stopwatch
+from paci_schedule.schedules import one_f_one_b, paci
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["StageCompute", "StageRunner"]
@@ -66,29 +67,41 @@ class StageRunner:
         stage: this rank's stage.
         compute: the framework's part.
         links: the stage's links.
-        timeline: where the time is booked.
+        stopwatch: where the time is booked; the caller of `train_batch` starts it.
+        norms: gradient norms that travel with the messages; None for none.
 
     Attributes:
+        flushing: run 1F1B, with a flush after every batch, instead of PACI; changed while the pipe is empty.
         admitted: micro-batches taken in since the pipe was last empty.
         finished: backwards done by every stage since then, at the end of a `lead_batch`.
         forwards, backwards: ops done since construction.
         peak_in_flight: the most micro-batches that were live at once.
         meter: drift and version counted so far.
+        window_drift: the largest drift of the update's micro-batches so far.
         interrupted: an error left micro-batches in flight that nothing can finish.
     """
 
-    def __init__(self, spec: PipelineSpec, stage: int, compute: StageCompute, links: Links, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        stage: int,
+        compute: StageCompute,
+        links: Links,
+        stopwatch: Stopwatch,
+        norms: CarriedNorms | None = None,
+    ) -> None:
         self.spec = spec
         self.stage = stage
+        self.flushing = False
         self.admitted = self.finished = 0
         self.interrupted = False
-        self.forwards = self.backwards = self.peak_in_flight = 0
+        self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
-        self._compute, self._links, self._timeline = compute, links, timeline
+        self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
         self._received: dict[int, Payload] = {}
-        self._outputs: dict[int, Payload] = {}
-        self._gradients: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._outputs: dict[int, tuple[Payload, Riders]] = {}
+        self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
         self._finished: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
         self._execute = {
@@ -98,7 +111,7 @@ class StageRunner:
             OpKind.EXPECT_ACTIVATION: links.expect_activation,
             OpKind.RECV_ACTIVATION: self._recv_activation,
             OpKind.SEND_ACTIVATION: self._send_activation,
-            OpKind.EXPECT_GRADIENT: links.expect_gradient,
+            OpKind.EXPECT_GRADIENT: self._expect_gradient,
             OpKind.RECV_GRADIENT: self._recv_gradient,
             OpKind.SEND_GRADIENT: self._send_gradient,
         }
@@ -110,6 +123,8 @@ class StageRunner:
 
     def train_batch(self) -> torch.Tensor | None:
         """Admit a micro-batches.  Returns the mean losses over those finished in this call, None if none was."""
+        if self.flushing:
+            return self._run(one_f_one_b.batch(self.spec))
         losses = self._run(paci.train_batch(self.spec, self.admitted))
         self.admitted += self.spec.accumulation
         return losses
@@ -138,15 +153,20 @@ class StageRunner:
 
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
+        self._stopwatch.start()
         losses = self._run(paci.drain(self.spec, self.admitted))
         self.admitted = 0
         self._links.finish()
+        if self._norms is not None:
+            self._norms.exchange()
         return losses
 
     def respec(self, spec: PipelineSpec) -> None:
         """Go on with another spec, from an empty pipe."""
         assert self.admitted == 0, "drain before changing the spec"
         self.spec = spec
+        if self._norms is not None:
+            self._norms.respec(spec)
 
     def stats(self) -> dict[str, Any]:
         """What this stage has done since construction, but for the seconds: those are since the last call to this.
@@ -174,9 +194,9 @@ class StageRunner:
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""
-        totals = self._timeline.totals()
-        compute = sum(seconds for kind, seconds in totals.items() if kind is not None and kind.is_compute)
-        return compute, sum(totals.values()) - totals[None] - compute
+        totals = self._stopwatch.totals()
+        compute = sum(totals[kind.value] for kind in OpKind if kind.is_compute)
+        return compute, sum(totals.values()) - totals[None] - totals[DATA] - compute
 
     def _run(self, segment: paci.Segment) -> torch.Tensor | None:
         if self.interrupted:
@@ -186,17 +206,17 @@ class StageRunner:
             )
         self.interrupted = True
         self._finished.clear()
-        self._timeline.start()
         for op in lower(segment, self.stage):
             self._execute[op.kind](op)
-            self._timeline.lap(op)
+            self._stopwatch.lap(op)
         self.interrupted = False
         return torch.stack(self._finished).mean(0) if self._finished else None
 
     def _forward(self, op: Op) -> None:
         outputs = self._compute.forward(op.index, self._received.pop(op.index, None))
         if outputs is not None:
-            self._outputs[op.index] = outputs
+            # Taken when the content is made, not when it is sent: what arrives follows from the rounds, not the cut.
+            self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
         self.forwards += 1
         self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
@@ -206,30 +226,50 @@ class StageRunner:
             gradients = self._compute.backward(op.index, ())
             losses = self._compute.losses(op.index)
         else:
-            *incoming, losses = self._gradients.pop(op.index)
-            losses = losses.clone()  # a view of the message: let its buffer go with the gradients
-            gradients = self._compute.backward(op.index, tuple(incoming))
+            incoming, (losses, *_) = self._gradients.pop(op.index)
+            gradients = self._compute.backward(op.index, incoming)
         self._finished.append(losses)
         self._window.append(losses)
         if self.stage > 0:
-            self._gradients[op.index] = (*gradients, losses)
-        self.meter.record(op)
+            self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
+        self.window_drift = max(self.window_drift, self.meter.record(op))
         self.backwards += 1
 
     def _step(self, op: Op) -> None:
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         self._compute.step(op.index, losses)
+        if self._norms is not None:
+            self._norms.close_update()
+        self.window_drift = 0
         self.meter.record(op)
 
     def _recv_activation(self, op: Op) -> None:
-        self._received[op.index] = self._links.recv_activation(op)
+        self._received[op.index], riders = self._links.recv_activation(op)
+        if self._norms is not None:
+            self._norms.came_down(op.index, *riders)
 
     def _send_activation(self, op: Op) -> None:
-        self._links.send_activation(op, self._outputs.pop(op.index))
+        self._links.send_activation(op, *self._outputs.pop(op.index))
+
+    @property
+    def _expects_late(self) -> bool:
+        """A flushed batch of a <= d_s micro-batches posts the first gradient's receive before its last forward.
+
+        The first receive on a link waits for the layout of its messages, here of a gradient that needs this forward.
+        """
+        return self.flushing and self.spec.accumulation <= self.spec.look_ahead(self.stage)
+
+    def _expect_gradient(self, op: Op) -> None:
+        if not self._expects_late:
+            self._links.expect_gradient(op)
 
     def _recv_gradient(self, op: Op) -> None:
-        self._gradients[op.index] = self._links.recv_gradient(op)
+        if self._expects_late:
+            self._links.expect_gradient(op)
+        self._gradients[op.index] = message = self._links.recv_gradient(op)
+        if self._norms is not None:
+            self._norms.came_up(op.index, message[1][-1])
 
     def _send_gradient(self, op: Op) -> None:
-        self._links.send_gradient(op, self._gradients.pop(op.index))
+        self._links.send_gradient(op, *self._gradients.pop(op.index))

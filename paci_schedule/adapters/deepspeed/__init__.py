@@ -8,8 +8,9 @@ from paci_schedule.adapters.deepspeed.hooks import probe
 
 if TYPE_CHECKING:
     from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
+    from paci_schedule.adapters.deepspeed.partition import CutPipelineModule, balanced_cut, layer_costs
 
-__all__ = ["PaciPipelineEngine", "probe", "register"]
+__all__ = ["CutPipelineModule", "PaciPipelineEngine", "balanced_cut", "layer_costs", "probe", "register"]
 
 
 def register() -> None:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> object:
         from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
 
         return PaciPipelineEngine
+    if name in __all__:
+        from paci_schedule.adapters.deepspeed import partition
+
+        return getattr(partition, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

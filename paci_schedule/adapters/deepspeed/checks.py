@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.module import PipelineModule
 
 from paci_schedule.errors import UnsupportedError
 
@@ -64,15 +64,5 @@ def _config_reasons(config: DeepSpeedConfig, stages: int) -> Iterator[str]:
 def _module_reasons(module: PipelineModule) -> Iterator[str]:
     if module.dynamic_shape:
         yield "PipelineModule(dynamic_shape=True): PACI posts receives before their sizes are sent; pad to one shape"
-    owners: dict[str, set[int]] = {}
-    for index, layer in enumerate(module._layer_specs):
-        if isinstance(layer, TiedLayerSpec):
-            owners.setdefault(layer.key, set()).add(module.stage_owner(index))
-    for key, stages in owners.items():
-        if len(stages) > 1:
-            yield (
-                f"TiedLayerSpec key {key!r} is shared by stages {sorted(stages)}: tied gradients would be summed "
-                "across stages at every step; untie the layers (LayerSpec)"
-            )
     if any(isinstance(part, MoE) for part in module.modules()):
         yield "deepspeed.moe.MoE layers reduce over groups that span stages; use dense layers"

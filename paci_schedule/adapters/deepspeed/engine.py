@@ -9,44 +9,54 @@ gradients.
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
+from paci_schedule.choice import check_schedule
 from paci_schedule.errors import DataEndedError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.norms import CarriedNorms, NormGroup
+from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
-from paci_schedule.runtime.timeline import Timeline
+from paci_schedule.runtime.stopwatch import DATA, Stopwatch
+from paci_schedule.runtime.tied import TiedGradient
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
 
-logger = logging.getLogger(__name__)
+_LATE = "paci_schedule"  # the key of our part in a checkpoint's client state
 
 
 class PaciPipelineEngine(PipelineEngine):
     """A pipeline engine whose stages never flush between batches and update by themselves.
 
     Constructed by ``deepspeed.initialize`` when the config says ``"pipeline_schedule": "paci"``.  Used like
-    DeepSpeed's; what is new is `drain` and `pipeline_stats`.
+    DeepSpeed's; what is new is `drain`, `pipeline_stats` and `set_pipeline_schedule`.
+
+    `get_global_grad_norm` is the norm that this stage's latest update, number `global_steps`, was clipped by: its own
+    at that update, other stages' of the updates that `runtime.norms` says.
 
     Raises:
         ConfigError: an option that the rules do not allow.
@@ -58,10 +68,23 @@ class PaciPipelineEngine(PipelineEngine):
         self, has_bool_tensors: bool = False, *args: Any, config_class: DeepSpeedConfig, **kwargs: Any
     ) -> None:
         self._runner: StageRunner | None = None
-        options = PaciOptions.read(config_class._param_dict)
+        self._options = options = PaciOptions.read(config_class._param_dict)
+        self._schedule = "paci"
         module: PipelineModule = kwargs["model"]
         check_supported(config_class, module)
-        self._stage_mpu = StageMpu(module.mpu())
+        grid = module.mpu()
+        spec = PipelineSpec(
+            stages=module.num_stages,
+            accumulation=config_class.gradient_accumulation_steps,
+            extra_in_flight=options.extra_in_flight,
+        )
+        self._norms = self._norm_group = None
+        if config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1:
+            device = torch.device(get_accelerator().current_device_name())
+            pipeline = grid.get_pipe_parallel_group()
+            self._norms = CarriedNorms(spec, grid.get_stage_id(), pipeline, device, agrees=bool(module.tied_comms))
+            self._norm_group = NormGroup(self._norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
+        self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
         self._compute_loss = True
         self._reporter = (
@@ -69,16 +92,13 @@ class PaciPipelineEngine(PipelineEngine):
             if self.is_first_stage()
             else None
         )
-        spec = self._spec()
+        # DeepSpeed's slicing of messages over tensor-parallel ranks is its own protocol; ours sends them whole.
+        self.is_pipe_partitioned = self.is_grad_partitioned = False
+        self._tied = self._tied_gradients(spec)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timedelta(seconds=options.timeout))
-        self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, Timeline(self.device))
-        if self.global_rank == 0 and self.gradient_clipping() > 0 and self.num_stages > 1:
-            logger.warning(
-                "gradient_clipping=%g (DeepSpeed's default is 1.0) clips each stage by the norm of its own gradients, "
-                "not by the norm over all stages",
-                self.gradient_clipping(),
-            )
+        self._stopwatch = Stopwatch(self.device, records=options.record is not None)
+        self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -98,6 +118,8 @@ class PaciPipelineEngine(PipelineEngine):
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        self._stopwatch.start()
+        self._choose_schedule()
         source, pulled = self.data_iterator, []
 
         def pull() -> bool:
@@ -117,6 +139,7 @@ class PaciPipelineEngine(PipelineEngine):
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"
             )
+        self._stopwatch.lap(DATA)
         self.module.train()
         self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
         self.data_iterator = source if source is None else iter(pulled)
@@ -125,6 +148,18 @@ class PaciPipelineEngine(PipelineEngine):
         finally:
             self.data_iterator = source
         return self._aggregate(losses)
+
+    def set_pipeline_schedule(self, schedule: str) -> None:
+        """Go on with another schedule, after a `drain`; call it on every rank.
+
+        Args:
+            schedule: "paci", or "1f1b" for a flush after every batch, as DeepSpeed's own engine computes it.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        self._schedule = check_schedule(schedule, f"schedule={schedule!r}")
+        self.drain()
 
     def drain(self) -> torch.Tensor:
         """Finish the outstanding backwards; call it on every rank.
@@ -139,6 +174,9 @@ class PaciPipelineEngine(PipelineEngine):
         losses = self._runner.drain()
         if self._reporter is not None:
             self._reporter.flush()
+        if self._options.record is not None and self._stage_mpu.get_model_parallel_rank() == 0:
+            name = f"stage{self.stage_id}-replica{self.grid.get_data_parallel_id()}.jsonl"
+            write_recording(Path(self._options.record, name), self._runner.spec, self.stage_id, self._stopwatch)
         return self._aggregate(losses)
 
     def pipeline_stats(self) -> dict[str, Any]:
@@ -163,6 +201,9 @@ class PaciPipelineEngine(PipelineEngine):
         """
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
+            for (weight, _), tied in zip(self.module.get_tied_weights_and_groups(), self._tied, strict=True):
+                gradient = weight._hp_grad if self.using_bf16_optimizer else weight.grad
+                tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
             self._exec_reduce_grads()
             self._exec_optimizer_step()
         if self._reporter is not None and self._reporter.wants(self.global_steps):
@@ -171,7 +212,7 @@ class PaciPipelineEngine(PipelineEngine):
                 samples=self.global_samples,
                 losses=HostCopy(self._mean_over_replicas(losses)),
                 names=self._additional_names(),
-                drift=self._runner.meter.largest,
+                drift=self._runner.window_drift,
                 seconds=self._runner.seconds(),
                 at=time.perf_counter(),
             )
@@ -184,15 +225,24 @@ class PaciPipelineEngine(PipelineEngine):
         self.drain()
         return super().eval_batch(*args, **kwargs)
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's, after a `drain`."""
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, **kwargs: Any
+    ) -> bool:
+        """As DeepSpeed's, after a `drain`, with what is late by design: carried norms and tied gradients' sums."""
         self.drain()
-        return super().save_checkpoint(*args, **kwargs)
+        late = {"norms": self._norms.state() if self._norms else [], "tied": self._pending_sums()}
+        return super().save_checkpoint(save_dir, tag, {**(client_state or {}), _LATE: late}, **kwargs)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
         """As DeepSpeed's, after a `drain`."""
         self.drain()
-        return super().load_checkpoint(*args, **kwargs)
+        path, client_state = super().load_checkpoint(*args, **kwargs)
+        late = (client_state or {}).pop(_LATE, {"norms": [], "tied": []})
+        if self._norms:
+            self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
+        for tied, sums in zip(self._tied, late["tied"] or [[]] * len(self._tied), strict=True):
+            tied.load_pending([total.to(self.device) for total in sums])
+        return path, client_state
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
@@ -203,7 +253,10 @@ class PaciPipelineEngine(PipelineEngine):
         """As DeepSpeed's, after a `drain`: the number of micro-batches to an update changes."""
         self.drain()
         super().set_train_batch_size(train_batch_size)
-        self._runner.respec(self._spec())
+        spec = replace(self._runner.spec, accumulation=self.micro_batches)
+        self._runner.respec(spec)
+        for tied, fresh in zip(self._tied, self._tied_gradients(spec), strict=True):
+            tied.delay = fresh.delay
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """As DeepSpeed's, after a `drain`: the shapes of the messages change."""
@@ -243,11 +296,53 @@ class PaciPipelineEngine(PipelineEngine):
             self.mpu = grid
 
     def clip_fp32_gradients(self) -> None:
-        if any(parameter.grad is not None for parameter in self.module.parameters()):
-            clip_grad_norm_(self.module.parameters(), self.gradient_clipping(), mpu=self._stage_mpu)
+        first_slice = self._stage_mpu.get_model_parallel_rank() == 0
+        with_gradient = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norms = [
+            parameter.grad.norm()
+            for parameter in with_gradient
+            # Once: not again for the copies of a tied weight, nor for what the tensor-parallel ranks all hold.
+            if not parameter.ds_pipe_replicated and (first_slice or is_model_parallel_parameter(parameter))
+        ]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        deepspeed.comm.all_reduce(square, group=self._stage_mpu.get_model_parallel_group())
+        self._global_grad_norm = square.sqrt()
+        # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
+        limit = torch.full_like(square, self.gradient_clipping())
+        scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
+        for parameter in with_gradient:
+            parameter.grad.mul_(scale)
 
-    def _spec(self) -> PipelineSpec:
-        return PipelineSpec(stages=self.num_stages, accumulation=self.micro_batches)
+    def _tied_gradients(self, spec: PipelineSpec) -> list[TiedGradient]:
+        """One for each entry of the module's tied weights, in its order."""
+        tied = []
+        for comm in self.module.tied_comms.values():
+            stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
+            apart = spec.look_ahead(min(stages)) - spec.look_ahead(max(stages))
+            delay = -(-apart // spec.accumulation)
+            tied += [TiedGradient(comm["group"], delay) for _ in comm["weight_attr"]]
+        return tied
+
+    def _pending_sums(self) -> list[list[torch.Tensor]]:
+        """The tied gradients' pending sums, made the same on all replicas, of which one writes the checkpoint."""
+        sums = [tied.pending() for tied in self._tied]
+        if self.is_data_parallel:
+            for total in (total for pending in sums for total in pending):
+                total.div_(self.dp_world_size)
+                dist.all_reduce(total, group=self.grid.get_data_parallel_group())
+        return sums
+
+    def _choose_schedule(self) -> None:
+        """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""
+        runner = self._runner
+        if runner.admitted:
+            return
+        flushing = self._schedule == "1f1b" or self.global_steps < self._options.flush_warmup_steps
+        if runner.flushing and not flushing and self._norms is not None:
+            self._norms.exchange()
+        runner.flushing = flushing
+        if self._norm_group is not None:
+            self._norm_group.flushing = flushing
 
     def _aggregate(self, losses: torch.Tensor | None) -> torch.Tensor:
         """The mean over the replicas, kept where DeepSpeed keeps it; NaN for None."""

@@ -30,7 +30,10 @@ _HOOKS = {
     f"{_ENGINE}.set_train_micro_batch_size": ("micro_batch_size",),
     f"{_ENGINE}.destroy": (),
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
-    "deepspeed.runtime.utils:clip_grad_norm_": ("parameters", "max_norm", "mpu"),
+    "deepspeed.runtime.utils:is_model_parallel_parameter": ("p",),
+    "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
+    "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
+    "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }
 

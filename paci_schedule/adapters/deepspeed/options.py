@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
@@ -20,6 +20,18 @@ class PaciOptions(BaseModel):
 
     timeout: float = Field(600.0, gt=0)
     """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
+
+    clip: Literal["global", "stage"] = "global"
+    """Whose norm "gradient_clipping" limits: the whole model's, with other stages' parts late, or each stage's own."""
+
+    flush_warmup_steps: int = Field(0, ge=0)
+    """Updates at the start of training that run 1F1B, for the learning-rate warm-up, where delay hurts most."""
+
+    extra_in_flight: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
+
+    record: str | None = None
+    """Folder to record runs in: at every drain, each rank's newest ops with their times, for ``paci trace``."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PaciOptions:

@@ -18,16 +18,21 @@ class StageMpu:
     """One stage's view of a PipelineParallelGrid: model parallelism is tensor slicing alone, the pipe has one stage.
 
     Everything else is the grid's own answer.
+
+    Args:
+        grid: the job's.
+        model_parallel: what stands for the group of all model-parallel ranks; None for the tensor-slicing group.
     """
 
-    def __init__(self, grid: PipelineParallelGrid) -> None:
+    def __init__(self, grid: PipelineParallelGrid, model_parallel: dist.ProcessGroup | None = None) -> None:
         self._grid = grid
+        self._model_parallel = model_parallel or grid.get_slice_parallel_group()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._grid.get_slice_parallel_group()
+        return self._model_parallel
 
     def get_model_parallel_rank(self) -> int:
         return self._grid.get_slice_parallel_rank()

@@ -20,7 +20,7 @@ from paci_schedule.adapters.megatron.stage_local import make_optimizer_local
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.stage import StageRunner
-from paci_schedule.runtime.timeline import Timeline
+from paci_schedule.runtime.stopwatch import Stopwatch
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["ModelStream"]
@@ -56,7 +56,7 @@ class ModelStream:
         spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
         links = Links(spec, pipelines, device, timedelta(seconds=options.timeout))
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)
-        self._runner = StageRunner(spec, stage, self._compute, links, Timeline(device))
+        self._runner = StageRunner(spec, stage, self._compute, links, Stopwatch(device))
         self._loss: torch.Tensor | None = None
         self._between_calls = ExitStack()
 

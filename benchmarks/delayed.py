@@ -1,0 +1,53 @@
+"""A torch.distributed backend on gloo whose point-to-point messages arrive a fixed time late: slow links, made here."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from paci_schedule.runtime.staged import StagedGroup
+
+__all__ = ["use_delayed_links"]
+
+
+class _Late(dist.Work):
+    def __init__(self, done: Future[None]) -> None:
+        super().__init__()
+        self._done = done
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self._done.result(timeout.total_seconds() or None)
+        return True
+
+    def is_completed(self) -> bool:
+        return self._done.done()
+
+
+def use_delayed_links(latency: float) -> None:
+    """Make every process group from here on one whose messages take `latency` seconds longer, in order."""
+
+    class DelayedGroup(StagedGroup):
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+            super().__init__(store, rank, size, timeout)
+            self._wires: dict[int, ThreadPoolExecutor] = {}
+
+        def send(self, tensors: list[torch.Tensor], destination: int, tag: int) -> dist.Work:
+            due, message = time.monotonic() + latency, [tensors[0].clone()]
+
+            def arrive() -> None:
+                time.sleep(max(0.0, due - time.monotonic()))
+                super(DelayedGroup, self).send(message, destination, tag).wait()
+
+            wire = self._wires.setdefault(destination, ThreadPoolExecutor(max_workers=1))
+            return _Late(wire.submit(arrive))
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.Backend.register_backend("delayed", DelayedGroup, devices=["cpu"])
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), world, is_master=False)
+    dist.init_process_group("delayed", store=dist.PrefixStore("delayed", store), rank=rank, world_size=world)

@@ -1,0 +1,183 @@
+"""What a training loop and rank 0's log and monitor are told, and that they speak of the update they name."""
+
+import csv
+import math
+import re
+
+import pytest
+
+from integration_tests import deepspeed_job, jobs, oracle, ranks
+from integration_tests.jobs import Job
+
+SAMPLES = 3  # in a micro-batch
+
+
+def steps_of(engine):
+    return {"global_steps": engine.global_steps, "global_samples": engine.global_samples, "lr": engine.get_lr()}
+
+
+@pytest.mark.parametrize(("stages", "accumulation"), [(3, 2), (4, 1), (2, 3)])
+def test_steps_samples_and_rates_are_the_stage_s_own(stages, accumulation):
+    """Between drains they differ from stage to stage, by what the stage has not yet updated."""
+    job = Job(stages=stages, accumulation=accumulation, script=("train x5",), warmup=True)
+    truth = oracle.run(job)[-1]
+    results = deepspeed_job.run(job, inspect=steps_of)
+    for stage, result in enumerate(results):
+        version = truth.version[stage]
+        assert result["inspected"] == {"global_steps": version, "lr": [truth.rate[stage]],
+                                       "global_samples": version * accumulation * SAMPLES}
+    assert len(set(truth.version)) > 1
+    assert len(set(truth.rate)) > 1
+
+
+def scheduler_of_the_config(engine):
+    return engine.get_lr()[0], engine.lr_scheduler.last_batch_iteration
+
+
+def test_a_scheduler_of_the_config_steps_with_the_stage():
+    """DeepSpeed's WarmupLR, linear: after v updates the rate is 0.02 v / 5, or 0.02 from the fifth on."""
+    config = {"scheduler": {"type": "WarmupLR", "params": {
+        "warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "warmup_type": "linear"}}}
+    job = Job(stages=4, accumulation=1, script=("train x4",), config=config)
+    versions = [moment["stats"]["version"] for moment in (
+        result["moments"][-1] for result in deepspeed_job.run(job, inspect=scheduler_of_the_config))]
+    assert versions == [1, 2, 3, 4]
+    stock = deepspeed_job.run(Job(stages=1, accumulation=1, script=("train x4",), config=config), "stock")
+    rates = [moment["rate"] for moment in stock[0]["moments"]]
+    for result in deepspeed_job.run(job):
+        for moment in result["moments"]:
+            version = moment["stats"]["version"]
+            if version:
+                assert moment["rate"] == rates[version - 1]
+
+
+def windows(job):
+    """Mean loss of the micro-batches of every update, by stage, from the reference."""
+    reference = oracle.Reference(job)
+    reference.run()
+    return [stage.windows for stage in reference.stages]
+
+
+def test_all_stages_see_the_same_loss_for_an_update():
+    """The loss of a micro-batch does not depend on who asks; it only arrives later upstream."""
+    by_stage = windows(Job(stages=3, accumulation=2, script=("train x5", "drain")))
+    assert by_stage[0] == by_stage[1] == by_stage[2]
+    assert len(set(by_stage[0])) == 5
+
+
+def read(folder, name):
+    """The rows of a monitor file: (sample count, value)."""
+    with open(folder / "job" / f"{name}.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[0] == "step"
+    return [(int(step), float(value)) for step, value in rows]
+
+
+def monitored(folder, **config):
+    return {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "job"}, **config}
+
+
+MONITORED = {
+    "P=3 a=2": Job(stages=3, accumulation=2, script=("train x6", "drain"), warmup=True),
+    "P=4 a=1, drains between": Job(stages=4, accumulation=1, script=("train x5", "drain", "train x4", "drain"),
+                                   warmup=True),
+    "one stage": Job(stages=1, accumulation=3, script=("train x4", "drain"), warmup=True),
+    "bf16": Job(stages=2, accumulation=2, script=("train x4", "drain"), warmup=True, precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_the_monitor_is_right_about_which_update_it_speaks_of(name, tmp_path):
+    job = MONITORED[name]
+    monitored_job = Job(**{**vars(job), "config": monitored(tmp_path)})
+    deepspeed_job.run(monitored_job)
+    reference = oracle.Reference(job)
+    moments = reference.run()
+    first = reference.stages[0]
+    samples = [(update + 1) * job.accumulation * SAMPLES for update in range(first.version)]
+    losses = read(tmp_path, "Train_Samples_train_loss")
+    assert [step for step, _ in losses] == samples
+    assert [value for _, value in losses] == pytest.approx(first.windows, rel=1e-6)
+    rates = read(tmp_path, "Train_Samples_lr")
+    assert [step for step, _ in rates] == samples
+    assert len({value for _, value in rates}) > 1
+    waiting = read(tmp_path, "Train_Samples_waiting_share")
+    assert [step for step, _ in waiting] == samples
+    assert all(0.0 <= value <= 1.0 for _, value in waiting)
+    assert moments[-1].live == [0] * job.stages
+
+
+def test_the_monitored_drift_is_that_of_the_update(tmp_path):
+    """The largest drift of the update's own micro-batches: it falls after a drain."""
+    job = MONITORED["P=4 a=1, drains between"]
+    deepspeed_job.run(Job(**{**vars(job), "config": monitored(tmp_path)}))
+    assert [value for _, value in read(tmp_path, "Train_Samples_drift")] == [0, 1, 2, 3, 3, 0, 1, 2, 3]
+
+
+def test_the_monitored_drift_is_written_at_every_update(tmp_path):
+    job = MONITORED["P=3 a=2"]
+    deepspeed_job.run(Job(**{**vars(job), "config": monitored(tmp_path)}))
+    samples = [(update + 1) * job.accumulation * SAMPLES for update in range(6)]
+    assert read(tmp_path, "Train_Samples_drift") == list(zip(samples, [0, 1, 1, 1, 1, 1], strict=True))
+
+
+def test_the_monitored_rate_is_the_one_stock_shows(tmp_path):
+    """At one stage both engines write the same rows, whatever convention stock has for the rate of an update."""
+    rows = []
+    for schedule in ("paci", "stock"):
+        job = Job(stages=1, accumulation=2, script=("train x4",), warmup=True, config=monitored(tmp_path / schedule))
+        deepspeed_job.run(job, schedule)
+        rows.append([read(tmp_path / schedule, f"Train_Samples_{name}")[:3] for name in ("lr", "train_loss")])
+    assert rows[0] == rows[1]
+
+
+def print_steps(job):
+    """Train, drain and let rank 0 print."""
+    engine = deepspeed_job.build(job)
+    feed = jobs.data(job.model)
+    for _ in range(7):
+        engine.train_batch(feed)
+    engine.drain()
+    return engine.stage_id
+
+
+def test_the_printed_line_is_right_about_which_update_it_speaks_of():
+    """Every second update: its number and the mean loss of its own micro-batches; only rank 0 prints."""
+    job = Job(stages=3, accumulation=2, script=("train x7", "drain"), config={"steps_per_print": 2})
+    outcomes = ranks.gather_outcomes(print_steps, 3, (job,))
+    assert [outcome.ended for outcome in outcomes] == ["returned"] * 3, outcomes
+    pattern = r"steps: (\d+) loss: ([\d.]+)"
+    printed = [(int(step), float(loss)) for step, loss in re.findall(pattern, outcomes[0].output)]
+    expected = windows(job)[0]
+    assert printed == [(step, pytest.approx(expected[step - 1], abs=6e-5)) for step in (2, 4, 6)]
+    assert re.findall(r"iter time \(s\): [\d.]+ samples/sec: [\d.]+", outcomes[0].output)
+    assert not any(re.search(pattern, outcome.output) for outcome in outcomes[1:])
+
+
+def statistics(job):
+    """pipeline_stats after some batches, twice in a row, and after a drain."""
+    engine = deepspeed_job.build(job)
+    feed = jobs.data(job.model)
+    for _ in range(4):
+        engine.train_batch(feed)
+    first, second = engine.pipeline_stats(), engine.pipeline_stats()
+    engine.drain()
+    return first, second, engine.pipeline_stats()
+
+
+def test_pipeline_stats():
+    results = ranks.run_ranks(statistics, 4, (Job(stages=4, accumulation=2, script=()),))
+    for stage, (first, second, drained) in enumerate(results):
+        assert {key: first[key] for key in ("stage", "stages", "accumulation", "forwards", "in_flight",
+                                            "peak_in_flight", "drift_bound")} == {
+            "stage": stage, "stages": 4, "accumulation": 2, "forwards": 8, "in_flight": 3 - stage,
+            "peak_in_flight": 4 - stage, "drift_bound": [2, 1, 1, 0][stage]}
+        assert first["backwards"] == 8 - (3 - stage)
+        assert first["version"] == first["backwards"] // 2
+        assert first["max_drift"] <= first["drift_bound"]
+        assert first["compute_seconds"] > 0
+        assert first["wait_seconds"] >= 0
+        assert second["compute_seconds"] == 0, "seconds are those since the last call"
+        assert drained["compute_seconds"] > 0 or stage == 3
+        assert (drained["version"], drained["in_flight"], drained["backwards"]) == (4, 0, 8)
+        assert math.isfinite(drained["wait_seconds"])

@@ -1,0 +1,91 @@
+"""`python -m paci_schedule.launch script.py ...` registers and runs the script unchanged, under any launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration_tests import ranks
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = '''
+import argparse, json, os, sys
+import helper                                    # lies beside the script
+import deepspeed
+from deepspeed.pipe import PipelineModule
+from integration_tests import deepspeed_job, jobs
+from integration_tests.jobs import Job
+
+assert __name__ == "__main__"
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int, default=-1)
+parser.add_argument("--out")
+parser.add_argument("--steps", type=int)
+parser.add_argument("words", nargs="*")
+arguments = parser.parse_args()
+deepspeed.init_distributed(verbose=False)
+job = Job(stages=2, accumulation=2, script=())
+module = PipelineModule(jobs.layers(job.model), num_stages=2, partition_method="uniform", loss_fn=jobs.loss)
+parameters = list(module.parameters())
+engine, *_ = deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=parameters,
+                                  config=deepspeed_job.config(job, "paci"))
+feed = jobs.data(job.model)
+losses = [engine.train_batch(feed).item() for _ in range(arguments.steps)]
+engine.drain()
+with open(f"{arguments.out}/{engine.stage_id}.json", "w") as file:
+    json.dump({"argv": sys.argv, "path": sys.path[0], "words": arguments.words, "help": helper.HELP,
+               "version": engine.pipeline_stats()["version"], "engine": type(engine).__name__,
+               "losses": [str(loss) for loss in losses]}, file)
+'''
+
+
+def launch(*command, **options):
+    """Run a launcher; its result, with what it printed."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=180,
+                          env=environment, check=False, **options)
+
+
+@pytest.mark.skipif(ranks.on_gpus(2), reason="the script trains on the CPU")
+def test_torchrun_runs_the_script_with_the_schedule(tmp_path):
+    script = tmp_path / "folder" / "train.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    (script.parent / "helper.py").write_text("HELP = 42\n")
+    done = launch("torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                  "localhost:0", "-m", "paci_schedule.launch", str(script), "--out", str(tmp_path), "--steps", "3",
+                  "one", "two words", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in range(2):
+        told = json.loads((tmp_path / f"{stage}.json").read_text())
+        assert told["argv"] == [str(script), "--out", str(tmp_path), "--steps", "3", "one", "two words"]
+        assert told["words"] == ["one", "two words"]
+        assert told["path"] == str(script.parent)
+        assert (told["help"], told["version"]) == (42, 3)
+        assert told["engine"] != "PipelineEngine"
+        assert all(float(loss) == float(loss) for loss in told["losses"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["missing.py"], ["--steps", "3"]], ids=["nothing", "no file", "no script"])
+def test_without_a_script_it_says_how_to_call_it(arguments):
+    done = launch("paci_schedule.launch", *arguments)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "ConfigError" in last
+    assert "paci_schedule.launch train.py" in last
+
+
+def test_an_error_of_the_script_is_the_script_s(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit(7)\n")
+    assert launch("paci_schedule.launch", str(script)).returncode == 7
+    script.write_text("1 / 0\n")
+    done = launch("paci_schedule.launch", str(script))
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert 'fails.py", line 1' in done.stderr

@@ -1,0 +1,216 @@
+"""Uneven stages: measure what each layer costs, find the cut with the fastest slowest stage, hand it to DeepSpeed.
+
+DeepSpeed's own methods count layers ("uniform", "type:regex") or parameters ("parameters"); an embedding has many
+parameters and next to nothing to compute, a head and its loss weigh as much as several blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import nn
+
+from paci_schedule.balance import Cut, LayerCost, balance, check_bounds
+from paci_schedule.errors import ConfigError, PaciError
+from paci_schedule.runtime.profile import Layer, profile_layers
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
+
+logger = logging.getLogger(__name__)
+
+
+class CutPipelineModule(PipelineModule):
+    """DeepSpeed's PipelineModule, whose `partition_method` may also be a cut.
+
+    Args:
+        partition_method: a `Cut`, such as `balanced_cut` returns, or its bounds: P + 1 layer numbers from 0 to n, where
+            each stage begins and the last one ends; the same on every rank.  A string is DeepSpeed's own method.
+
+    Raises:
+        ConfigError: the bounds do not cut these layers into these stages.
+    """
+
+    def _partition_layers(self, method: str | Cut | Sequence[int] = "uniform") -> None:
+        if isinstance(method, str):
+            super()._partition_layers(method)
+            return
+        bounds = method.bounds if isinstance(method, Cut) else method
+        check_bounds(bounds, self._num_layers, self.num_stages)
+        self.parts = list(bounds)
+        self._set_bounds(*self.parts[self.stage_id : self.stage_id + 2])
+
+
+def balanced_cut(
+    layers: Sequence[Any],
+    micro_batch: tuple[Any, Any],
+    *,
+    num_stages: int | None = None,
+    topology: ProcessTopology | None = None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    activation_checkpoint_interval: int = 0,
+    memory_limit: int | Sequence[int] | None = None,
+    extra_in_flight: int | tuple[int, ...] = 0,
+    file: str | Path | None = None,
+    **measuring: Any,
+) -> Cut:
+    """The cut with the fastest slowest stage for this model, measured on this machine; the same on every rank.
+
+        cut = balanced_cut(layers, next(iter(loader)), num_stages=8, loss_fn=loss)
+        module = CutPipelineModule(layers, num_stages=8, loss_fn=loss, partition_method=cut)
+
+    Call it on every rank.  Rank 0 measures, with the ranks of its tensor-parallel group if `topology` has one, and the
+    others wait, so that nobody disturbs.  Layers are made one at a time and thrown away; torch's random state stays.
+
+    Args:
+        layers, num_stages, topology, loss_fn, activation_checkpoint_interval: as of the PipelineModule.
+        micro_batch: inputs and labels, as the data iterator yields them.
+        memory_limit: bytes that a stage may take, one number for all or one for each; see `balance.evaluate` for what
+            is counted, and leave room for the rest.  None for no limit.
+        extra_in_flight: as in the block ``"paci"`` of the config; counts for the memory.
+        file: JSON that the cut is read from if it exists, and else written to.  Optimizer states are saved by stage, so
+            a run that resumes needs the cut of the run that it resumes, not one measured anew.
+        measuring: dtype, bytes_per_parameter and repeats of `layer_costs`.
+
+    Raises:
+        ConfigError: a layer fails on the micro-batch, no cut keeps to the limit, or the file's cut is another model's.
+        PaciError: on the other ranks, when one could not measure.
+    """
+    stages = num_stages if topology is None else topology.get_dim("pipe")
+    spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
+
+    def measure() -> Cut:
+        costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)
+        return balance(costs, spec, memory_limit=memory_limit, recompute_every=activation_checkpoint_interval)
+
+    cut = None if file is None else _agree(lambda: _read(Path(file), len(layers), stages), [0])
+    if cut is None:
+        cut = _agree(measure, _measuring_ranks(topology))
+        if file is not None and dist.get_rank() == 0:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_text(json.dumps(asdict(cut)), encoding="utf-8")
+    if dist.get_rank() == 0:
+        logger.info("%s", cut)
+    return cut
+
+
+def layer_costs(
+    layers: Iterable[Any],
+    micro_batch: tuple[Any, Any],
+    *,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    **measuring: Any,
+) -> list[LayerCost]:
+    """What each layer of a pipeline model costs on this rank's device, the loss counted with the last one.
+
+    Args:
+        layers: modules, LayerSpecs, TiedLayerSpecs or functions, as a PipelineModule takes them; left as they are.
+        micro_batch: inputs and labels, as the data iterator yields them.
+        loss_fn: of outputs and labels.
+        measuring: dtype, bytes_per_parameter and repeats of `runtime.profile.profile_layers`.
+
+    Raises:
+        ConfigError: a layer fails on the micro-batch.
+    """
+    specs = list(layers)
+    device = torch.device(get_accelerator().current_device_name())
+    inputs, labels = micro_batch
+    if loss_fn is not None:
+        labels = tuple(one.to(device) for one in labels) if isinstance(labels, (tuple, list)) else labels.to(device)
+    made = _made(specs, [lambda outputs: loss_fn(outputs, labels)] if loss_fn is not None else [])
+    costs = profile_layers(made, inputs, device, **measuring)
+    if loss_fn is not None:
+        costs[-2:] = [_together(*costs[-2:])]
+    keys = [spec.key if isinstance(spec, TiedLayerSpec) else None for spec in specs]
+    return [replace(cost, tied=key) for cost, key in zip(costs, keys, strict=True)]
+
+
+class _Tied(nn.Module):
+    """A layer of a tied module, as its `forward_fn` uses it."""
+
+    def __init__(self, spec: TiedLayerSpec) -> None:
+        super().__init__()
+        self.module, self._forward = spec.build(), spec.forward_fn
+
+    def forward(self, inputs: Any) -> Any:
+        return self.module(inputs) if self._forward is None else self._forward(self.module, inputs)
+
+
+def _made(specs: Iterable[Any], further: Iterable[Layer]) -> Iterator[Layer]:
+    """The layers, each made when it is asked for; copies of those that are made already."""
+    for spec in specs:
+        if isinstance(spec, TiedLayerSpec):
+            yield _Tied(spec)
+        elif isinstance(spec, LayerSpec):
+            yield spec.build()
+        else:
+            yield _copy(spec) if isinstance(spec, nn.Module) else spec
+    yield from further
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy with weights of its own; process groups cannot be copied, it has the same."""
+    held = (value for part in module.modules() for value in vars(part).values())
+    return copy.deepcopy(module, {id(value): value for value in held if isinstance(value, dist.ProcessGroup)})
+
+
+def _together(layer: LayerCost, loss: LayerCost) -> LayerCost:
+    """The last layer and the loss as one.  The loss is never recomputed, so its forward counts with the backward."""
+    return replace(
+        layer,
+        backward=layer.backward + loss.forward + loss.backward,
+        saved_bytes=layer.saved_bytes + loss.input_bytes + loss.saved_bytes,
+        workspace_bytes=max(layer.workspace_bytes, loss.workspace_bytes),
+        output_bytes=loss.output_bytes,
+    )
+
+
+def _measuring_ranks(topology: ProcessTopology | None) -> list[int]:
+    """Rank 0, and the ranks that it shares its layers with."""
+    if topology is None:
+        return [0]
+    return topology.filter_match(**{axis: 0 for axis in topology.get_axis_names() if axis in ("pipe", "data")})
+
+
+def _agree(find: Callable[[], Cut | None], ranks: Sequence[int]) -> Cut | None:
+    """What rank 0 of `ranks` found, on every rank; if one of them failed, an error on every rank."""
+    found: tuple[Cut | None, Exception | None] = None, None
+    if dist.get_rank() in ranks:
+        try:
+            found = find(), None
+        except Exception as error:
+            found = None, error
+    told: list[tuple[Cut | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(told, (found[0], None if found[1] is None else str(found[1])))
+    if found[1] is not None:
+        raise found[1]
+    for rank, (_, failure) in enumerate(told):
+        if failure is not None:
+            raise PaciError(f"rank {rank} found no cut: {failure}")
+    return told[0][0]
+
+
+def _read(path: Path, layers: int, stages: int) -> Cut | None:
+    """The cut in the file; None if there is no file."""
+    if not path.exists():
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        cut = Cut(**{field.name: tuple(known[field.name]) for field in fields(Cut)})
+        check_bounds(cut.bounds, layers, stages)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"file={str(path)!r}: holds no cut of this model ({error}); remove it to measure anew"
+        ) from error
+    return cut

@@ -1,0 +1,55 @@
+"""The bytes of the tensors that ops make, for as long as they live, on any device.
+
+A storage is watched from the op that makes it to its end, whoever holds it: a caller, autograd, a function's ``ctx``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["LiveBytes"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that ops make while it is active, until they end.
+
+    Attributes:
+        live, peak: bytes now, and at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        """True if an op made the tensor's storage under this counter."""
+        return tensor.untyped_storage() in self._known
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            if storage._cdata not in given:
+                self._watch(storage)
+        return made
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._end, storage.nbytes())
+
+    def _end(self, size: int) -> None:
+        self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,67 @@
+"""Tied weights without a flush: the sum of the copies' gradients is applied a fixed number of updates later.
+
+Every copy's gradient of update k is summed over the stages that hold a copy, asynchronously.  Update k applies the sum
+of update k - j, with j = ceil((d_first - d_last) / a), the newest that the last of these stages has in steady state
+without waiting: j = ceil((P - 1) / a) between the first and the last stage.  All copies apply the same sum at the same
+update, so they stay identical, version by version.  Precisely:
+
+* updates 0 to j - 1 of a run that begins without pending sums apply a gradient of zero;
+* a drain changes nothing: the j newest sums stay pending, are saved with a checkpoint, and the next updates apply them;
+* an update under a flush (1F1B) applies its own sum at once, and whatever was pending with it: no gradient is lost;
+* where j shrinks (more micro-batches to an update), the next update applies all sums that are then due.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["TiedGradient"]
+
+
+class TiedGradient:
+    """The gradient of this stage's copy of one tied weight.
+
+    Args:
+        group: the ranks that hold a copy.
+        delay: j, in updates.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, delay: int) -> None:
+        self.delay = delay
+        self._group = group
+        self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
+
+    def exchange(self, gradient: torch.Tensor) -> None:
+        """Hand in this update's gradient, and replace it in place by the sum that the update is to apply."""
+        mine = gradient.clone()
+        self._pending.append((mine, dist.all_reduce(mine, group=self._group, async_op=True)))
+        gradient.zero_()
+        while len(self._pending) > self.delay:
+            gradient.add_(self._pop())
+
+    def exchange_now(self, gradient: torch.Tensor) -> None:
+        """As `exchange`, under a flush: apply this update's sum and all that are pending."""
+        dist.all_reduce(gradient, group=self._group)
+        while self._pending:
+            gradient.add_(self._pop())
+
+    def pending(self) -> list[torch.Tensor]:
+        """The sums that wait to be applied, oldest first; to be read and changed in place while the pipe is empty."""
+        for _, work in self._pending:
+            if work is not None:
+                work.wait()
+        self._pending = deque((total, None) for total, _ in self._pending)
+        return [total for total, _ in self._pending]
+
+    def load_pending(self, sums: list[torch.Tensor]) -> None:
+        """Go on with these sums pending, oldest first."""
+        self._pending = deque((total, None) for total in sums)
+
+    def _pop(self) -> torch.Tensor:
+        total, work = self._pending.popleft()
+        if work is not None:
+            work.wait()
+        return total
