@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class GptJob:
     """Micro-batches that the data has fewer than the calls need."""
     evaluate_after: tuple[int, ...] = ()
     """Calls after which the loop evaluates one batch of 2 micro-batches."""
+    resume_after: int | None = None
+    """A call after which everything is saved, built anew, and loaded."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Attributes to set on the config of the model or of its DDP once it is built, whatever they mean."""
     paci: dict[str, Any] = field(default_factory=dict)
@@ -123,10 +126,13 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE,
         pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=job.tied,
     ).cuda().to(dtype)
+    tied = model.shared_embedding_or_output_weight() if job.tied else None
+    if tied is not None and stage > 0:
+        tied.shared = True  # as in a real last stage: its copy does not count in the norm
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
-        seed = f"{stage} {name} {tensor_rank if split else 0}"
+        seed = f"{'tied' if parameter is tied else f'{stage} {name}'} {tensor_rank if split else 0}"
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         value = 0.2 * torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(1.0 + value if "norm" in name and name.endswith("weight") else value)
@@ -180,22 +186,12 @@ class Counted:
         return item
 
 
-def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trained:
-    """Train on this rank, with the process groups of the job set up.
-
-    Args:
-        job: what to train.
-        begins: told of every call before it begins.
-    """
+def _wired(job: GptJob) -> tuple[Any, Any]:
+    """This rank's model and optimizer, and what its config must know of them."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from paci_schedule.adapters.megatron import pipeline_stats
-
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    replica = parallel_state.get_data_parallel_rank()
-    model, optimizer = build(job, stage, job.stages, job.stages)
+    model, optimizer = build(job, parallel_state.get_pipeline_model_parallel_rank(), job.stages, job.stages)
     config = model.config
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
@@ -204,6 +200,23 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
     if job.overlap_grad_reduce:
         config.no_sync_func = model.no_sync
         config.grad_sync_func = model.start_grad_sync if job.align_grad_reduce else None
+    return model, optimizer
+
+
+def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trained:
+    """Train on this rank, with the process groups of the job set up.
+
+    Args:
+        job: what to train.
+        begins: told of every call before it begins.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from paci_schedule.adapters.megatron import load_state_dict, pipeline_stats, state_dict
+
+    replica = parallel_state.get_data_parallel_rank()
+    model, optimizer = _wired(job)
     seen = Trained()
     count = job.calls * job.accumulation + (job.stages if "train_iters" not in job.paci else 0)
     data = Counted(micro_batch(index, replica) for index in range(count - job.missing))
@@ -233,6 +246,12 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
                 )
             model.train()
             seen.evaluations.append([entry["lm loss"].item() for entry in reduced])
+        if call + 1 == job.resume_after:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), state_dict(model)))
+            model, optimizer = _wired(job)
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            load_state_dict(model, saved[2])
     seen.weights = {name: p.detach().clone().cpu() for name, p in model.module.named_parameters()}
     if job.schedule == "paci" and job.stages > 1:
         seen.stats = pipeline_stats(model)

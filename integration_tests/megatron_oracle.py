@@ -8,8 +8,10 @@ megatron-core's own, so that equality can be asked for to the last bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
+import torch.distributed as dist
 
 from integration_tests.megatron_job import SEQUENCE, GptJob, Trained, build, mean_loss, micro_batch, prepare, set_up
 
@@ -24,10 +26,15 @@ class _Stage:
         alone = dataclasses.replace(job, overlap_grad_reduce=False)
         self.model, self.optimizer = build(alone, number, job.stages, 1)
         self.seen = Trained()
+        self.norms = _Norms(job, number)
+        for optimizer in self.optimizer.chained_optimizers:
+            optimizer.grad_stats_parallel_group = self.norms
+        self.tied = self.model.module.shared_embedding_or_output_weight() if job.tied else None
         self.live: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
         self.version = 0
         self.born: dict[int, int] = {}
         self.drifts: list[int] = []
+        self.handed: list[torch.Tensor] = []
         self._restart()
 
     def _restart(self) -> None:
@@ -62,9 +69,23 @@ class _Stage:
             self.drifts.append(self.version - self.born.pop(micro))
         return None if received is None else received.grad
 
-    def step(self) -> None:
+    def step(self, stages: list[_Stage], micro: int, emptied: int) -> None:
+        """The update after the backward before which this stage's latest forward was of `micro`.
+
+        Args:
+            stages: all of them.
+            micro: counted since the pipe was last empty.
+            emptied: updates done then.
+        """
         for parameter, *sums in zip(self.model.parameters(), *self.sums, strict=True):
             parameter.main_grad.copy_(sum(total * (1.0 / self.job.data_parallel) for total in sums))
+        if self.tied is not None:
+            self.handed.append(self.tied.main_grad.clone())
+            due = self.version - -(-(self.job.stages - 1) // self.job.accumulation)
+            self.tied.main_grad.zero_()
+            if due >= 0:
+                self.tied.main_grad.add_(stages[0].handed[due] + stages[-1].handed[due])
+        self.norms.look_up(stages, self.version, micro, emptied)
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.model.parameters())):
             ok, norm, _ = self.optimizer.step()
         self.optimizer.zero_grad()
@@ -73,6 +94,48 @@ class _Stage:
         self.seen.losses.append(self.losses[0])
         self.version += 1
         self._restart()
+
+
+class _Norms(dist.ProcessGroup):
+    """What a stage's optimizer sums its squared gradient norm over: the stages' norms, as old as the written rule says.
+
+    Attributes:
+        squares: this stage's squared norm of every update.
+    """
+
+    def __init__(self, job: GptJob, stage: int) -> None:
+        super().__init__(0, 1)
+        self.job, self.stage = job, stage
+        self.squares: list[torch.Tensor] = []
+
+    def look_up(self, stages: list[_Stage], update: int, micro: int, emptied: int) -> None:
+        """The rule, for the stage's `update`."""
+        ahead = [self.job.stages - 1 - stage for stage in range(self.job.stages)]
+        self.all_late = self.job.tied
+        self.others = []
+        for other in stages:
+            if self.all_late:
+                at = update - math.ceil((ahead[0] + 1) / self.job.accumulation)
+            elif other.number == self.stage or self.job.paci.get("clip") == "stage":
+                continue
+            elif other.number > self.stage:
+                at = update - 1
+            else:
+                at = emptied - 1 + max(0, micro - ahead[other.number]) // self.job.accumulation
+            self.others.append(other.norms.squares[at] if at >= 0 else torch.zeros(()))
+
+    def allreduce(self, tensors: list[torch.Tensor], options: dist.AllreduceOptions) -> dist.Work:
+        if options.reduceOp == dist.ReduceOp.SUM:
+            own = tensors[0].detach().reshape(()).clone()
+            self.squares.append(own)
+            others = torch.stack(self.others).sum() if self.others else torch.zeros(())
+            tensors[0].copy_(others if self.all_late else own + others)
+        return _Done()
+
+
+class _Done(dist.Work):
+    def wait(self, *_: object) -> bool:
+        return True
 
 
 def oracle_all(jobs: list[GptJob]) -> list[list[Trained]]:
@@ -89,6 +152,7 @@ def oracle_all(jobs: list[GptJob]) -> list[list[Trained]]:
 def _oracle(job: GptJob) -> list[Trained]:
     stages = [_Stage(job, number) for number in range(job.stages)]
     last, count = job.stages - 1, job.calls * job.accumulation
+    planned = bool({"drain_interval", "train_iters"} & set(job.paci))
     drain_every = job.paci.get("drain_interval", job.calls)
     for start in range(0, job.calls, drain_every):
         begin = start * job.accumulation
@@ -107,7 +171,8 @@ def _oracle(job: GptJob) -> list[Trained]:
                         gradient = gradients.pop((stage.number + 1, micro, replica), None)
                         gradients[stage.number, micro, replica] = stage.backward(micro, replica, gradient)
                     if (micro + 1) % job.accumulation == 0:
-                        stage.step()
+                        newest = min(turn, end - 1) if planned else turn
+                        stage.step(stages, newest - begin, start)
     for stage in stages:
         stage.seen.weights = {name: p.detach().clone() for name, p in stage.model.module.named_parameters()}
         stage.seen.stats = {"drifts": stage.drifts}

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from integration_tests.megatron_cpu import shim
 from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
@@ -37,6 +38,7 @@ def assert_equal(got, expected, what):
 
 
 def assert_as_the_oracle_says(jobs):
+    """Returns what the ranks gave, by job."""
     ranks = run_ranks(train_all, world(jobs[0]), (jobs,))
     [expected] = run_ranks(oracle_all, 1, (jobs,))
     for number, job in enumerate(jobs):
@@ -55,8 +57,9 @@ def assert_as_the_oracle_says(jobs):
             assert got.stats["drift_histogram"] == {drift: drifts.count(drift) for drift in set(drifts)}
             assert got.stats["max_drift"] <= got.stats["drift_bound"] == drift_bound(spec, stage)
             assert got.stats["peak_in_flight"] <= spec.in_flight(stage)
-            if "drain_interval" not in job.paci:
+            if not job.paci:
                 assert drifts == [drift_of(spec, stage, index) for index in range(count)]
+    return list(zip(*ranks, strict=True))
 
 
 @EXACT
@@ -78,11 +81,31 @@ def test_so_they_are_however_the_stage_computes():
             {"recompute": "selective", "bf16": True},
             {"deallocate": False},
             {"clip_grad": 0.1},
+            {"clip_grad": 0.1, "bf16": True, "paci": {"drain_interval": 2}},
+            {"clip_grad": 0.1, "paci": {"clip": "stage"}},
+            {"tied": True},
             {"optimizer": "sgd"},
             {"evaluate_after": (1, 3)},
             {"paci": {"drain_interval": 2}},
         )
     ])
+
+
+@EXACT
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_so_they_are_with_tied_embeddings_and_global_clipping(stages):
+    """And the two copies are one weight, to the bit, though no stage waits for the other's gradient."""
+    plain = GptJob(stages=stages, calls=6, tied=True, clip_grad=0.2)
+    jobs = [
+        *(dataclasses.replace(plain, accumulation=accumulation) for accumulation in (1, 2, 3, 4)),
+        dataclasses.replace(plain, tied=False, accumulation=3),
+        dataclasses.replace(plain, bf16=True, distributed_optimizer=True, accumulation=1),
+        dataclasses.replace(plain, paci={"drain_interval": 3}),
+        dataclasses.replace(plain, paci={"train_iters": 6}, clip_grad=0.0),
+    ]
+    for job, ranks in zip(jobs, assert_as_the_oracle_says(jobs), strict=True):
+        first, last = ranks[0].weights["embedding.word_embeddings.weight"], ranks[-1].weights["output_layer.weight"]
+        assert torch.equal(first, last) == job.tied
 
 
 @EXACT
@@ -92,6 +115,8 @@ def test_so_they_are_with_data_parallel_replicas():
         dataclasses.replace(plain, **change)
         for change in (
             {"clip_grad": 0.1},
+            {"clip_grad": 0.1, "tied": True},
+            {"tied": True, "distributed_optimizer": True},
             {"distributed_optimizer": True, "bf16": True},
             {"overlap_grad_reduce": True},
             {"overlap_grad_reduce": True, "align_grad_reduce": True, "distributed_optimizer": True},
@@ -140,6 +165,23 @@ def test_a_micro_batch_is_read_once_and_none_beyond_a_known_end():
     assert [trained.pulled for trained in last] == [[1, 2, 3, 4]] * 3
 
 
+@EXACT
+@pytest.mark.parametrize("change", [{}, {"tied": True}, {"tied": True, "bf16": True}])
+def test_a_resumed_run_goes_on_bit_for_bit(change):
+    """With what is late by design: norms, and sums of tied gradients that wait to be applied."""
+    job = GptJob(stages=3, accumulation=1, calls=8, clip_grad=0.2, paci={"drain_interval": 4}, **change)
+    for straight, resumed in run_ranks(train_all, 3, ([job, dataclasses.replace(job, resume_after=4)],)):
+        assert_equal(resumed.weights, straight.weights, "weight")
+        assert resumed.norms == straight.norms
+
+
+def test_a_state_that_would_lose_micro_batches_is_refused():
+    first, last = run_ranks(refusals, 2, ([GptJob(calls=3, resume_after=2)],))
+    assert first == last
+    assert "1 micro-batches are in flight" in first[0]
+    assert "drain_interval" in first[0]
+
+
 def test_an_evaluation_changes_nothing_and_sees_the_weights_of_all_stages_at_one_version():
     plain = GptJob(stages=2, accumulation=2, calls=4)
     jobs = [plain, dataclasses.replace(plain, evaluate_after=(2, 3)),
@@ -162,6 +204,10 @@ def test_no_collective_of_a_steady_call_spans_stages(change):
         assert trained.collectives
         assert all(set(ranks) <= stages[stage] for _, ranks in trained.collectives), trained.collectives
     if not change:
+        tied = run_ranks(train_recorded, 4, (dataclasses.replace(job, tied=True),))
+        for trained, ends in zip(tied, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True):
+            assert [ranks for _, ranks in trained.collectives if not set(ranks) <= {0, 1} and not set(ranks) <= {2, 3}] \
+                == [ends]
         stock = run_ranks(train_recorded, 4, (dataclasses.replace(job, schedule="1f1b"),))
         assert all(("allreduce", ranks) in trained.collectives
                    for trained, ranks in zip(stock, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True))
@@ -186,7 +232,9 @@ REFUSED = {
     "--overlap-param-gather": {"changes": {"overlap_param_gather": True}},
     "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
     "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
-    "--untie-embeddings-and-output-weights": {"tied": True},
+    "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
+    "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
+    "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
     "did you mean 'timeout'?": {"paci": {"timeot": 3}},
     "'drain_interval': 1.5": {"paci": {"drain_interval": 1.5}},

@@ -4,11 +4,13 @@ torchrun --nproc-per-node 8 -m paci_schedule.launch train.py --deepspeed_config 
 deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.json
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
-DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it: where megatron-core is installed, these
-are ours and are taken out of the script's arguments.
+DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it: where it is found, beside the script or
+on PYTHONPATH, these are ours and are taken out of the script's arguments.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
+    --paci-clip {global,stage}         whose norm --clip-grad limits [global]
     --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
+    --paci-record FOLDER               write what every rank did there, op by op, for `paci trace`
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import runpy
 import sys
 
 from paci_schedule import ConfigError, register
-from paci_schedule.registration import installed
+from paci_schedule.registration import exists
 
 __all__ = ["main"]
 
@@ -39,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{script!r} is not a file: write the training script right after the module, "
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
-    with_megatron = "megatron" in installed()
-    ours, rest = _our_flags().parse_known_args(rest) if with_megatron else (argparse.Namespace(), rest)
-    sys.argv = [script, *leading, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
+    is_megatron = exists("megatron.training")
+    ours, rest = _our_flags().parse_known_args(rest) if is_megatron else (argparse.Namespace(), rest)
+    sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.staged import share_gpus
 
@@ -59,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
 def _our_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     flags.add_argument("--pipeline-schedule")
+    flags.add_argument("--paci-clip")
     flags.add_argument("--paci-timeout", type=float)
+    flags.add_argument("--paci-record")
     return flags
 
 

@@ -99,7 +99,7 @@ class StageRunner:
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
         self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
-        self._received: dict[int, Payload] = {}
+        self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
         self._finished: list[torch.Tensor] = []
@@ -213,9 +213,13 @@ class StageRunner:
         return torch.stack(self._finished).mean(0) if self._finished else None
 
     def _forward(self, op: Op) -> None:
-        outputs = self._compute.forward(op.index, self._received.pop(op.index, None))
+        inputs, riders = self._received.pop(op.index, (None, ()))
+        # Norms count as received when their message is used, as sent when its content is made, whenever the cut between
+        # two calls lets it travel.
+        if riders:
+            self._norms.came_down(op.index, *riders)
+        outputs = self._compute.forward(op.index, inputs)
         if outputs is not None:
-            # Taken when the content is made, not when it is sent: what arrives follows from the rounds, not the cut.
             self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
         self.forwards += 1
@@ -239,15 +243,11 @@ class StageRunner:
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         self._compute.step(op.index, losses)
-        if self._norms is not None:
-            self._norms.close_update()
         self.window_drift = 0
         self.meter.record(op)
 
     def _recv_activation(self, op: Op) -> None:
-        self._received[op.index], riders = self._links.recv_activation(op)
-        if self._norms is not None:
-            self._norms.came_down(op.index, *riders)
+        self._received[op.index] = self._links.recv_activation(op)
 
     def _send_activation(self, op: Op) -> None:
         self._links.send_activation(op, *self._outputs.pop(op.index))

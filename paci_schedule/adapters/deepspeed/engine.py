@@ -41,7 +41,7 @@ from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
-from paci_schedule.runtime.tied import TiedGradient
+from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -206,6 +206,8 @@ class PaciPipelineEngine(PipelineEngine):
                 tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
             self._exec_reduce_grads()
             self._exec_optimizer_step()
+        if self._norms is not None:
+            self._norms.close_update()
         if self._reporter is not None and self._reporter.wants(self.global_steps):
             update = Update(
                 step=self.global_steps,
@@ -318,8 +320,7 @@ class PaciPipelineEngine(PipelineEngine):
         tied = []
         for comm in self.module.tied_comms.values():
             stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
-            apart = spec.look_ahead(min(stages)) - spec.look_ahead(max(stages))
-            delay = -(-apart // spec.accumulation)
+            delay = delay_between(spec, min(stages), max(stages))
             tied += [TiedGradient(comm["group"], delay) for _ in comm["weight_attr"]]
         return tied
 

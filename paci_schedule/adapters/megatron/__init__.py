@@ -10,7 +10,7 @@ from paci_schedule.adapters.megatron.hooks import probe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["pipeline_stats", "probe", "register"]
+__all__ = ["load_state_dict", "pipeline_stats", "probe", "register", "state_dict"]
 
 
 def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -54,3 +54,32 @@ def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, 
     from paci_schedule.adapters.megatron.dispatch import stream_of
 
     return stream_of(model).stats()
+
+
+def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, list[Any]]:
+    """What this rank's stage learns late by design, for a checkpoint of a training loop of your own.
+
+    Call it on every rank after ``optimizer.step()``, where the pipe is empty.  Megatron-LM's own checkpoints have it
+    beside them.
+
+    Returns:
+        norms: the squared gradient norms of all stages of the newest updates;
+        tied: the sums of the tied embedding's gradients that wait to be applied.
+
+    Raises:
+        ConfigError: the model has not been trained under PACI, or micro-batches are in flight.
+    """
+    from paci_schedule.adapters.megatron.dispatch import stream_of
+
+    return stream_of(model).state()
+
+
+def load_state_dict(model: torch.nn.Module | list[torch.nn.Module], state: Mapping[str, Any]) -> None:
+    """Let a model whose weights were loaded go on as the one that gave `state`; call it before the first call.
+
+    Raises:
+        ConfigError: the model is being trained under PACI already.
+    """
+    from paci_schedule.adapters.megatron.dispatch import load_state
+
+    load_state(model, state)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
+from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import optimizers
 from paci_schedule.errors import UnsupportedError
 
@@ -127,13 +128,19 @@ _JOB = (
 
 
 def agree(
-    chunks: list[torch.nn.Module], config: Any, args: Namespace | None, call: dict[str, Any], ranks: list[int]
+    chunks: list[torch.nn.Module],
+    config: Any,
+    options: PaciOptions,
+    args: Namespace | None,
+    call: dict[str, Any],
+    ranks: list[int],
 ) -> list[list[int]]:
     """Ask every rank of the job which pipeline it belongs to, and whether anything there cannot run under PACI.
 
     Args:
         chunks: the model.
         config: its ModelParallelConfig.
+        options: of the schedule.
         args: Megatron-LM's arguments, if this is such a job.
         call: the other arguments of the first call.
         ranks: this rank's pipeline, in stage order.
@@ -144,7 +151,7 @@ def agree(
     Raises:
         UnsupportedError: on every rank, with every reason of any of them, so that none is left waiting.
     """
-    reasons = [*_reasons(chunks, config, args, call)]
+    reasons = [*_reasons(chunks, config, options, args, call)]
     answers: list[tuple[list[int], list[str]]] = [(ranks, reasons)] * dist.get_world_size()
     dist.all_gather_object(answers, (ranks, reasons))
     told = dict.fromkeys(chain.from_iterable(reasons for _, reasons in answers))
@@ -155,7 +162,7 @@ def agree(
 
 
 def _reasons(
-    chunks: list[torch.nn.Module], config: Any, args: Namespace | None, call: dict[str, Any]
+    chunks: list[torch.nn.Module], config: Any, options: PaciOptions, args: Namespace | None, call: dict[str, Any]
 ) -> Iterator[str]:
     yield from _refused(_CONFIG, config)
     ddp = getattr(chunks[0], "ddp_config", None)
@@ -168,10 +175,11 @@ def _reasons(
     module = chunks[0]
     while hasattr(module, "module"):
         module = module.module
-    if getattr(module, "share_embeddings_and_output_weights", False):
+    clips = any(optimizer.config.clip_grad > 0 for optimizer in optimizers(config))
+    if clips and options.clip == "stage" and getattr(module, "share_embeddings_and_output_weights", False):
         yield (
-            "tied embeddings: their gradients are summed over the first and the last stage in every iteration; "
-            "say --untie-embeddings-and-output-weights"
+            "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
+            "different norms; use 'global', or --untie-embeddings-and-output-weights"
         )
     if getattr(getattr(module, "model_type", None), "name", "") == "encoder_and_decoder":
         yield "an encoder-decoder model: PACI runs decoder-only and encoder-only models"

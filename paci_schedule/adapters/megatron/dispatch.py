@@ -22,7 +22,7 @@ from paci_schedule.adapters.megatron.stream import ModelStream
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, UnsupportedError
 
-__all__ = ["Selector", "install", "stream_of"]
+__all__ = ["Selector", "install", "load_state", "stream_of"]
 
 Model = torch.nn.Module | list[torch.nn.Module]
 
@@ -37,6 +37,7 @@ class Selector:
         default: the schedule of a model whose config names none.
         options: of a model whose config has none.
         streams: of the models that are trained under PACI, by their first chunk.
+        states: of models that are yet to be trained, to begin with.
     """
 
     def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
@@ -44,6 +45,7 @@ class Selector:
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
         self.streams: WeakKeyDictionary[torch.nn.Module, ModelStream] = WeakKeyDictionary()
+        self.states: WeakKeyDictionary[torch.nn.Module, Mapping[str, Any]] = WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., list]:
         """As Megatron-core's own; the function that it returns dispatches on the model's config."""
@@ -65,6 +67,8 @@ class Selector:
         if first not in self.streams:
             options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
             self.streams[first] = ModelStream(_chunks(model), group, options, call)
+            if first in self.states:
+                self.streams[first].late.load_state(self.states.pop(first))
         return self.streams[first].train_batch(**call)
 
 
@@ -110,6 +114,17 @@ def stream_of(model: Model) -> ModelStream:
             "that get_forward_backward_func() returns first"
         )
     return stream
+
+
+def load_state(model: Model, state: Mapping[str, Any]) -> None:
+    """Let a model that has no stream yet begin with `state`.  Raises ConfigError if it has one."""
+    selector = schedules.get_forward_backward_func
+    first = _chunks(model)[0]
+    if not isinstance(selector, Selector):
+        raise ConfigError("call paci_schedule.register() before the state is loaded")
+    if first in selector.streams:
+        raise ConfigError("this model is being trained under PACI already: load its state before the first call")
+    selector.states[first] = state
 
 
 def _chunks(model: Model) -> list[torch.nn.Module]:

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 
-__all__ = ["current_args", "iteration", "make_local"]
+from paci_schedule.adapters.megatron.late import Late
+
+__all__ = ["current_args", "iteration", "keep_late", "make_local"]
 
 
 def current_args() -> Namespace | None:
@@ -35,6 +40,43 @@ def make_local(config: Any) -> None:
     training.reduce_max_stat_across_model_parallel_group = _as_it_is
     training.logical_and_across_model_parallel_group = _as_it_is
     config.timers("interval-time").set_barrier_group(parallel_state.get_tensor_model_parallel_group())
+
+
+def keep_late(late: Late, settle: Callable[[], bool], sharded: bool) -> None:
+    """Save what is late by design beside every checkpoint, before it, and begin with what the loaded one has.
+
+    Args:
+        late: of this stage.
+        settle: called before a save; whether the pipe is empty.
+        sharded: whether data-parallel ranks hold different parts of the gradients.
+    """
+    args, training = current_args(), sys.modules["megatron.training.training"]
+    stock_save = training.save_checkpoint
+
+    def path(folder: str, iteration: int) -> Path:
+        return Path(folder, "paci_schedule", f"iter_{iteration:07d}", _rank_name(sharded))
+
+    def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
+        empty = settle()
+        if sharded or parallel_state.get_data_parallel_rank() == 0:
+            file = path(args.save, iteration)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(late.state() if empty else {**late.state(), "norms": []}, file)
+        return stock_save(iteration, *rest, **options)
+
+    training.save_checkpoint = save_checkpoint
+    if args.load and args.iteration and path(args.load, args.iteration).is_file():
+        late.load_state(torch.load(path(args.load, args.iteration), weights_only=True, map_location="cpu"))
+
+
+def _rank_name(sharded: bool) -> str:
+    """Of this rank's file.  It names the topology, for in another one the file means nothing."""
+    state = parallel_state
+    name = f"stage{state.get_pipeline_model_parallel_rank()}of{state.get_pipeline_model_parallel_world_size()}"
+    name += f"-tensor{state.get_tensor_model_parallel_rank()}of{state.get_tensor_model_parallel_world_size()}"
+    if sharded:
+        name += f"-shard{state.get_data_parallel_rank()}of{state.get_data_parallel_world_size()}"
+    return f"{name}.pt"
 
 
 def _as_it_is(value: Any, group: Any = None) -> Any:

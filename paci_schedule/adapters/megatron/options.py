@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
@@ -12,20 +12,38 @@ from paci_schedule.errors import ConfigError, nearest
 __all__ = ["PaciOptions", "read_schedule"]
 
 
+def _option(default: Any, rule: str, holds: Callable[[Any], bool]) -> Any:
+    return field(default=default, metadata={"rule": rule, "holds": holds})
+
+
+def _calls() -> Any:
+    return _option(None, "a whole number of calls greater than 0", lambda value: type(value) is int and value > 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaciOptions:
     """The dictionary ``config.paci``."""
 
-    timeout: float = 600.0
+    timeout: float = _option(
+        600.0, "a number of seconds greater than 0", lambda value: type(value) in (int, float) and value > 0
+    )
     """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
 
-    train_iters: int | None = None
+    clip: Literal["global", "stage"] = _option(
+        "global", "'global' or 'stage'", lambda value: value in ("global", "stage")
+    )
+    """Whose norm clip_grad limits: the whole model's, with other stages' parts late, or each stage's own."""
+
+    train_iters: int | None = _calls()
     """Calls after which training ends; the last ones then cool down instead of reading ahead.  Megatron-LM's own
     --train-iters is known without it."""
 
-    drain_interval: int | None = None
+    drain_interval: int | None = _calls()
     """Calls between two planned ends of the pipe (say, where checkpoints are saved), after which nothing is parked.
     Megatron-LM's own --save-interval and --exit-interval are known without it."""
+
+    record: str | None = _option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "")
+    """Folder to record runs in: at every planned end, each rank's newest ops with their times, for ``paci trace``."""
 
     @classmethod
     def read(cls, block: Any) -> PaciOptions:
@@ -36,14 +54,16 @@ class PaciOptions:
         """
         if not isinstance(block, Mapping):
             raise ConfigError(f"config.paci = {block!r}: must be a dictionary of options, like {{'timeout': 60}}")
-        names = [field.name for field in fields(cls)]
+        options = {option.name: option for option in fields(cls)}
         for name, value in block.items():
-            if name not in names:
-                raise ConfigError(f"config.paci = {{{name!r}: ...}}: unknown option; valid are {nearest(name, names)}")
-            whole = name != "timeout"
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
-                rule = "a whole number of calls" if whole else "a number of seconds"
-                raise ConfigError(f"config.paci = {{{name!r}: {value!r}}}: must be {rule} greater than 0")
+            if name not in options:
+                raise ConfigError(
+                    f"config.paci = {{{name!r}: ...}}: unknown option; valid are {nearest(name, list(options))}"
+                )
+            if not options[name].metadata["holds"](value):
+                raise ConfigError(
+                    f"config.paci = {{{name!r}: {value!r}}}: must be {options[name].metadata['rule']}"
+                )
         return cls(**block)
 
 

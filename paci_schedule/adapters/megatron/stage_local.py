@@ -1,33 +1,45 @@
-"""Megatron-core's optimizers reduce gradient norms over all stages in every update; here, over their own stage."""
+"""Megatron-core's optimizers reduce gradient norms over all stages in every update.
+
+Here they do over their own stage; the other stages' norms come with the messages.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-__all__ = ["make_optimizer_local", "optimizers"]
+from paci_schedule.runtime.norms import CarriedNorms, NormGroup
+
+__all__ = ["is_sharded", "make_optimizer_local", "optimizers"]
 
 logger = logging.getLogger(__name__)
 
 
 def optimizers(config: Any) -> list[MegatronOptimizer]:
     """The optimizers behind a model's config, found through its grad_scale_func; empty where it has none."""
-    owner = getattr(config.grad_scale_func, "__self__", None)
-    if not isinstance(owner, MegatronOptimizer):
-        return []
-    return list(getattr(owner, "chained_optimizers", None) or [owner])
+    owner = _owner(config)
+    return [] if owner is None else list(getattr(owner, "chained_optimizers", None) or [owner])
 
 
-def make_optimizer_local(config: Any, warn: bool) -> None:
-    """Let gradient norms and counts be those of the stage: summed over its tensor-parallel ranks and, where the
-    optimizer is sharded, over the shards.
+def is_sharded(config: Any) -> bool:
+    """Whether data-parallel ranks each keep a shard of the optimizer, and of the reduced gradients."""
+    return any(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers(config))
+
+
+def make_optimizer_local(config: Any, norms: CarriedNorms | None, warn: bool) -> None:
+    """Let sums of the optimizer be those of the stage: over its tensor-parallel ranks and, where the optimizer is
+    sharded, over the shards.  A squared gradient norm is completed with those of the other stages.
 
     Args:
         config: the model's config.
+        norms: of the other stages; None to leave each stage its own norm.
         warn: whether this rank says what that means for clipping.
     """
     found = optimizers(config)
@@ -42,10 +54,34 @@ def make_optimizer_local(config: Any, warn: bool) -> None:
         else:
             group = parallel_state.get_tensor_model_parallel_group()
         optimizer.grad_stats_parallel_group = group
+        if norms is not None:
+            optimizer.grad_stats_parallel_group = NormGroup(norms, group, parallel_state.get_model_parallel_group())
+            # Of the sums over this group, the number of zeros alone is no squared norm.
+            counting = _owner(config)
+            counting.count_zeros = _over(optimizer, group, counting.count_zeros)
     clip = max((optimizer.config.clip_grad for optimizer in found), default=0.0)
-    if clip > 0 and warn:
+    if clip > 0 and norms is None and warn:
         logger.warning(
             "clip_grad=%g (Megatron's default is 1.0) clips each stage by the norm of its own gradients, not by the "
             "norm over all stages; the grad norm in the log is the last stage's",
             clip,
         )
+
+
+def _owner(config: Any) -> MegatronOptimizer | None:
+    owner = getattr(config.grad_scale_func, "__self__", None)
+    return owner if isinstance(owner, MegatronOptimizer) else None
+
+
+def _over(optimizer: MegatronOptimizer, group: dist.ProcessGroup, count: Callable[..., Any]) -> Callable[..., Any]:
+    """`count`, with `group` for the sums of `optimizer`."""
+
+    @functools.wraps(count)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        usual, optimizer.grad_stats_parallel_group = optimizer.grad_stats_parallel_group, group
+        try:
+            return count(*args, **kwargs)
+        finally:
+            optimizer.grad_stats_parallel_group = usual
+
+    return counted
