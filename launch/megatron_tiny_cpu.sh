@@ -16,8 +16,8 @@ exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node
   --transformer-impl local --attention-backend unfused --no-persist-layer-norm --no-masked-softmax-fusion \
   --no-gradient-accumulation-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion \
   --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \
-  --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
-  --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4 --clip-grad 0 \
+  --attention-dropout 0 --hidden-dropout 0 \
+  --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4 \
   --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 1 --num-workers 0 \
   --no-create-attention-mask-in-dataloader --rerun-mode disabled \
   --log-interval 5 --eval-interval 10 --eval-iters 2 --split 90,5,5 "$@"
