@@ -3,8 +3,8 @@
     python -m benchmarks.megatron_paced --stages 4 --accumulation 4 --forward 40 --backward 80
 
 The loop is Megatron's: zero the gradients, call the schedule, step the optimizer (its gradient norm included).  Both
-schedules run in the same processes, in turns, after a warm-up; the median call counts.  Without a GPU for every rank,
-the CPU plays CUDA.
+schedules run in the same processes, in turns, after a warm-up; the median call counts.  `--tied` adds PACI with one
+weight in the first and the last stage.  Without a GPU for every rank, the CPU plays CUDA.
 """
 
 from __future__ import annotations
@@ -17,26 +17,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.pacing import Pace
 from integration_tests.megatron_job import GptJob, prepare, set_up
 from integration_tests.ranks import run_ranks
 
 SHAPE = (4, 1, 8)  # sequence, micro-batch, hidden: what crosses a link
 
 
-class _Pace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
-        ctx.seconds = backward
-        time.sleep(forward)
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        time.sleep(ctx.seconds)
-        return gradient, None, None
-
-
-def _paced_model(schedule: str, stages: int, forward: float, backward: float) -> tuple[Any, Any]:
+def _paced_model(schedule: str, stages: int, forward: float, backward: float, tied: bool) -> tuple[Any, Any]:
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -49,14 +38,20 @@ def _paced_model(schedule: str, stages: int, forward: float, backward: float) ->
             self.weight = torch.nn.Parameter(torch.ones(SHAPE[-1]))
             self.received: torch.Tensor | None = None
             self.model_type = ModelType.encoder_or_decoder
-            self.pre_process = self.post_process = self.share_embeddings_and_output_weights = False
+            self.share_embeddings_and_output_weights = tied
+            self.pre_process = parallel_state.is_pipeline_first_stage()
+            self.post_process = parallel_state.is_pipeline_last_stage()
+            self.weight.shared = self.post_process
+
+        def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
+            return self.weight if self.pre_process or self.post_process else None
 
         def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
             self.received = tensors[0]
 
         def forward(self) -> torch.Tensor:
             values = torch.ones(SHAPE, device=self.weight.device) if self.received is None else self.received
-            return _Pace.apply(values * self.weight, forward, backward)
+            return Pace.apply(values * self.weight, forward, backward)
 
     config = TransformerConfig(
         num_layers=stages, hidden_size=SHAPE[-1], num_attention_heads=1, pipeline_model_parallel_size=stages,
@@ -73,17 +68,20 @@ def _step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
     return model(), lambda output: (output.mean(), {"loss": output.detach().mean()})
 
 
-def _worker(stages: int, accumulation: int, forward: float, backward: float, calls: int) -> dict[str, Any]:
+def _worker(stages: int, accumulation: int, forward: float, backward: float, tied: bool, calls: int) -> dict[str, Any]:
     prepare()
     set_up(GptJob(stages=stages))
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from paci_schedule.adapters.megatron import pipeline_stats
 
-    jobs = {schedule: _paced_model(schedule, stages, forward, backward) for schedule in ("1f1b", "paci")}
-    seconds: dict[str, list[float]] = {schedule: [] for schedule in jobs}
+    pace = stages, forward, backward
+    jobs = {schedule: _paced_model(schedule, *pace, tied=False) for schedule in ("1f1b", "paci")}
+    if tied:
+        jobs["paci, tied"] = _paced_model("paci", *pace, tied=True)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(2):
-        for schedule, (model, optimizer) in jobs.items():
+        for name, (model, optimizer) in jobs.items():
             for call in range(2 + calls):
                 started = time.perf_counter()
                 model.zero_grad_buffer()
@@ -94,24 +92,27 @@ def _worker(stages: int, accumulation: int, forward: float, backward: float, cal
                 )
                 optimizer.step()
                 if call >= 2:
-                    seconds[schedule].append(time.perf_counter() - started)
+                    seconds[name].append(time.perf_counter() - started)
     stats = pipeline_stats(jobs["paci"][0])
     return {"seconds": seconds, "max_drift": stats["max_drift"], "peak_in_flight": stats["peak_in_flight"]}
 
 
-def measure(stages: int, accumulation: int, forward: float, backward: float, calls: int = 6) -> dict[str, Any]:
-    """Median milliseconds per call of both schedules, and the time of a call without any bubble.
+def measure(
+    stages: int, accumulation: int, forward: float, backward: float, tied: bool, calls: int = 6
+) -> dict[str, Any]:
+    """Median milliseconds per call of the schedules, and the time of a call without any bubble.
 
     Args:
         stages: of the pipeline, a process each.
         accumulation: micro-batches to a call.
         forward, backward: seconds.
+        tied: whether to run PACI with a tied weight, too.
         calls: measured in each turn.
     """
-    ranks = run_ranks(_worker, stages, (stages, accumulation, forward, backward, calls), timeout=600)
+    ranks = run_ranks(_worker, stages, (stages, accumulation, forward, backward, tied, calls), timeout=600)
     medians = {
-        schedule: 1e3 * statistics.median(second for rank in ranks for second in rank["seconds"][schedule])
-        for schedule in ("1f1b", "paci")
+        name: 1e3 * statistics.median(second for rank in ranks for second in rank["seconds"][name])
+        for name in ranks[0]["seconds"]
     }
     ideal = 1e3 * accumulation * (forward + backward)
     return {
@@ -133,8 +134,10 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--forward", type=float, default=40.0, help="milliseconds")
     parser.add_argument("--backward", type=float, default=80.0, help="milliseconds")
+    parser.add_argument("--tied", action="store_true")
     arguments = parser.parse_args()
-    row = measure(arguments.stages, arguments.accumulation, arguments.forward / 1e3, arguments.backward / 1e3)
+    pace = arguments.forward / 1e3, arguments.backward / 1e3
+    row = measure(arguments.stages, arguments.accumulation, *pace, arguments.tied)
     print(json.dumps(row, indent=2))
 
 
