@@ -3,9 +3,8 @@
     python -m benchmarks.simulator_vs_real              # the table; exit code 1 where a row is more than 5% off
 
 DeepSpeed's 1F1B and PACI run in their engines; torch.distributed.pipelining's 1F1B, InterleavedZeroBubble (one stage a
-rank: ZB-H1) and ZBVZeroBubble in theirs.  The simulator gets the
-paced times alone, so what the runners take for themselves counts as its error;
-longer ops (`--scale`) make that smaller.
+rank: ZB-H1) and ZBVZeroBubble in theirs.  The simulator gets the paced times alone, so what the runners take for
+themselves counts as its error; longer ops (`--scale`) make that smaller.
 """
 
 from __future__ import annotations
@@ -166,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", nargs="+", help="only these schedules")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiply all times (the engines' own work is not)")
+    parser.add_argument("--scale", type=float, default=2.0, help="multiply all times (the engines' own work is not)")
     parser.add_argument("--json", help="file to write the rows to")
     arguments = parser.parse_args()
     rows, console = [], Console(width=110)

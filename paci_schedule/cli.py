@@ -5,7 +5,9 @@ Bad input is one line on standard error that names the value, the rule and the r
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
 import sys
 from collections import Counter
@@ -22,8 +24,9 @@ from paci_schedule.costs import Costs
 from paci_schedule.doctor import examine
 from paci_schedule.errors import ConfigError, PaciError, ScheduleError
 from paci_schedule.model import built_in, from_config, from_layers, load_config
-from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, plan
-from paci_schedule.render import chrome_trace, picture, text
+from paci_schedule.picture import picture
+from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
+from paci_schedule.render import chrome_trace, text
 from paci_schedule.report import report
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.registry import SCHEDULES, schedule
@@ -82,6 +85,10 @@ _output = click.option(
     help="Write a picture: .svg, .png, .txt, or .json for a Chrome trace (ui.perfetto.dev).",
 )
 
+_width = click.option(
+    "--width", type=click.IntRange(1), metavar="CHARACTERS", help="Cut the text off there (the terminal's)."
+)
+
 _pipeline = _options(
     click.option("--schedule", "name", required=True, metavar="NAME[,NAME...]", help=", ".join(SCHEDULES) + "."),
     click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages."),
@@ -133,7 +140,7 @@ def _paci() -> None:
 @_pipeline
 @_costs
 @click.option("--batches", type=int, default=1, metavar="N", help="Batches to draw (1).")
-@click.option("--width", type=int, metavar="CHARACTERS", help="Cut the text off there (the terminal's).")
+@_width
 @_output
 @_json
 def show(batches: int, width: int | None, output: Path | None, as_json: bool, **options: object) -> None:
@@ -148,7 +155,7 @@ def show(batches: int, width: int | None, output: Path | None, as_json: bool, **
     if output:
         picture(timelines, output)
     if as_json:
-        _print_json(chrome_trace(next(iter(timelines.values()))))
+        _print_json(chrome_trace(timelines))
     elif not output:
         console = _console()
         for title, timeline in timelines.items():
@@ -225,14 +232,16 @@ def simulate_(
 
 
 @_paci.command("plan")
-@click.option("--model", metavar="NAME", help="A Hugging Face config: a name, a config.json or its folder.")
+@click.option(
+    "--model", metavar="NAME", help="A Hugging Face config: a size of ours, a config.json, a type, a name on the hub."
+)
 @click.option(
     "--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Measured layers (JSON)."
 )
 @click.option("--devices", type=int, required=True, metavar="N", help="How many devices.")
 @click.option("--memory", type=float, required=True, metavar="GIB", help="Of one device.")
 @click.option("--global-batch", type=int, required=True, metavar="G", help="Sequences of an update.")
-@click.option("--sequence-length", type=int, metavar="TOKENS", help="Of a sequence (the model's longest).")
+@click.option("--sequence-length", type=click.IntRange(1), metavar="TOKENS", help="Of a sequence (the longest).")
 @click.option("--tflops", type=float, default=100.0, metavar="T", help="What a device really does in a second (100).")
 @click.option(
     "--measured",
@@ -248,7 +257,7 @@ def simulate_(
 @click.option("--stages", type=int, multiple=True, metavar="P", help="Only these; can be repeated.")
 @click.option("--micro-batch-size", "sizes", type=int, multiple=True, metavar="S", help="Only these; can be repeated.")
 @click.option("--recompute", type=click.Choice(["none", "full", "both"]), default="both", help="Search which (both).")
-@click.option("--top", type=int, default=10, metavar="N", help="Rows to print of those that run (10).")
+@click.option("--top", type=click.IntRange(1), default=10, metavar="N", help="Rows to print of those that run (10).")
 @_json
 def plan_(
     model: str | None,
@@ -265,9 +274,14 @@ def plan_(
     as_json: bool,
     **given: object,
 ) -> None:
-    """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest pipeline of a model."""
+    """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest pipeline of a model.
+
+    Exit code 1 where none can run.
+    """
     if (model is None) == (layers is None):
         raise ConfigError("the model is missing or there twice: give either --model NAME or --layers FILE")
+    if layers and sequence_length:
+        raise ConfigError(f"sequence_length={sequence_length}: the layers were measured at the file's; leave it out")
     shape = from_config(_config(model), sequence_length) if layers is None else from_layers(layers)
     job = Job(
         model=shape,
@@ -287,14 +301,22 @@ def plan_(
         settings = best and {
             "row": asdict(best),
             "deepspeed": deepspeed_config(job, best),
+            "pipeline_module": pipeline_module(best),
             "megatron": megatron_flags(job, best),
         }
         _print_json({"parameters": shape.parameters, "rows": [asdict(row) for row in rows], "settings": settings})
-        return
+    else:
+        _print_plan(job, rows, best, top)
+    if all(row.refused for row in rows):
+        raise click.exceptions.Exit(1)
+
+
+def _print_plan(job: Job, rows: Sequence[Row], best: Row | None, top: int) -> None:
+    """Print the `top` fastest rows, an example of every reason to refuse one, and the settings of the best row."""
     console = _console()
     console.print(
-        f"{shape.parameters / 1e9:.2f} B parameters, {len(shape.layers)} layers, {job.devices} devices, "
-        f"{job.global_batch} sequences of {shape.sequence_length} tokens an update"
+        f"{job.model.parameters / 1e9:.2f} B parameters, {len(job.model.layers)} layers, {job.devices} devices, "
+        f"{job.global_batch} sequences of {job.model.sequence_length} tokens an update"
     )
     running = [row for row in rows if not row.refused]
     table = Table(
@@ -318,7 +340,7 @@ def plan_(
             f"{row.memory / 2**30:.1f}",
             str(row.drift),
         )
-    console.print(table)
+    console.print(table if running else "No pipeline can run; raise --memory, --max-drift or --global-batch.")
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in rows[len(running) :]:
         reasons.setdefault((row.schedule, re.sub(r"[\d.]+", "#", row.refused)), []).append(row)
@@ -331,9 +353,11 @@ def plan_(
             refused.add_row(*_place(like[0]), str(len(like)), like[0].refused)
         console.print(refused)
     if best:
+        module = ", ".join(f"{key}={value}" for key, value in pipeline_module(best).items())
         click.echo(
-            f"\nThe fastest that runs with paci_schedule: {best.schedule}, PipelineModule(num_stages={best.stages})\n"
+            f"\nThe fastest that runs with paci_schedule: {best.schedule}\n"
             f"DeepSpeed  {json.dumps(deepspeed_config(job, best))}\n"
+            f"           PipelineModule({module})\n"
             f"Megatron   {' '.join(megatron_flags(job, best))}"
         )
 
@@ -349,11 +373,13 @@ def _place(row: Row) -> tuple[str, str, str, str]:
 
 @_paci.command("trace")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--last", type=float, metavar="SECONDS", help="Draw only the end of the run.")
-@click.option("--width", type=int, metavar="CHARACTERS", help="Cut the text off there (the terminal's).")
+@click.option(
+    "--batches", type=click.IntRange(1), default=3, metavar="N", help="Draw the last N (3; .json holds the whole run)."
+)
+@_width
 @_output
 @_json
-def trace_(files: Sequence[Path], last: float | None, width: int | None, output: Path | None, as_json: bool) -> None:
+def trace_(files: Sequence[Path], batches: int, width: int | None, output: Path | None, as_json: bool) -> None:
     """Read a recorded run (a FILE a stage, or their folder): where the time went, with a simulated run beside it."""
     paths = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
     if not paths:
@@ -361,13 +387,17 @@ def trace_(files: Sequence[Path], last: float | None, width: int | None, output:
     recordings = trace.merge([trace.read(path) for path in paths])
     recorded, expected = trace.timeline(recordings), trace.simulated(recordings)
     spent = [trace.spent(recording) for recording in recordings]
+    accumulation = recordings[0].accumulation
+    drawn = {"recorded": recorded, "simulated": expected}
+    if output is None or output.suffix != ".json":
+        drawn = {title: trace.last_batches(whole, accumulation, batches) for title, whole in drawn.items()}
     if output:
-        drawn = {"recorded": _end_of(recorded, last), "simulated": _end_of(expected, last)}
         picture(drawn, output, unit="s")
     if as_json:
         _print_json(
             {
                 "stages": len(recordings),
+                "accumulation": accumulation,
                 "makespan": recorded.makespan,
                 "simulated_makespan": expected.makespan,
                 "spent": spent,
@@ -384,16 +414,17 @@ def trace_(files: Sequence[Path], last: float | None, width: int | None, output:
         f"recorded {recorded.makespan:.3f} s, simulated with the medians of its ops {expected.makespan:.3f} s"
     )
     if output is None:
-        for title, drawn in (("recorded", recorded), ("simulated", expected)):
-            console.print(title)
-            _print_grid(console, _end_of(drawn, last), width)
+        for title, timeline in drawn.items():
+            console.print(f"{title}, its last {timeline.makespan:.3f} s (--batches {batches})")
+            _print_grid(console, timeline, width or console.width)
 
 
 @_paci.command()
 @_json
 def doctor(as_json: bool) -> None:
     """Say what is installed and supported and whether each hook exists; exit code 1 if not."""
-    findings = list(examine())
+    with contextlib.redirect_stdout(sys.stderr):  # where frameworks log while they are imported
+        findings = list(examine())
     healthy = all(finding.ok for finding in findings if finding.required)
     if as_json:
         _print_json({"ok": healthy, "findings": [finding._asdict() for finding in findings]})
@@ -475,19 +506,21 @@ def _shape(
 
 
 def _config(name: str) -> dict[str, object]:
-    """The config of a model by name or file, from the Hugging Face hub if need be."""
+    """The config of a model by name or file: ours, a type's default in transformers, or one on the Hugging Face hub."""
     config = load_config(name)
     if config is not None:
         return config
     try:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
-        return AutoConfig.from_pretrained(name).to_dict()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report every retry
+        found = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+        return found.get_text_config().to_dict()
     except (ImportError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model={name!r}: none of {', '.join(built_in())}, no file, and not on the hub ({reason}); "
-            "give a config.json"
+            f"model={name!r}: none of {', '.join(built_in())}, no file, no type in transformers, and not on the hub "
+            f"({reason}); give a config.json"
         ) from None
 
 
@@ -508,12 +541,6 @@ def _print_grid(console: Console, timeline: Timeline, width: int | None) -> None
     """Print the timeline as text, cut off at `width`, by default at the terminal's where there is one."""
     fits = width or (console.width if console.is_terminal else None)
     console.print(text(timeline, fits), soft_wrap=True)
-
-
-def _end_of(timeline: Timeline, seconds: float | None) -> Timeline:
-    """The last `seconds` of a timeline; all of it where None."""
-    begin = timeline.start if seconds is None else timeline.end - seconds
-    return Timeline([[span for span in row if span.start >= begin] for row in timeline.rows])
 
 
 def _figures(found: dict[str, object]) -> Table:

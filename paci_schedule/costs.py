@@ -12,9 +12,11 @@ from paci_schedule.errors import ConfigError
 from paci_schedule.ops import OpKind
 from paci_schedule.schedules.base import Schedule
 
-__all__ = ["Costs", "Noise"]
+__all__ = ["Costs", "Noise", "check_amount"]
 
 PerStage = float | Sequence[float]
+
+_MOST = 1e100  # sums over a run, and squares, stay finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Costs:
     stage spreads them evenly over the chunks.
 
     Raises:
-        ConfigError: a cost is negative or not a number.
+        ConfigError: a cost is not a number from 0 to 1e100.
     """
 
     forward: PerStage
@@ -64,8 +66,7 @@ class Costs:
             for number in value if isinstance(value, Sequence) else [value]:
                 if number is None or (field.name == "bandwidth" and number == math.inf):
                     continue
-                if not isinstance(number, int | float) or not 0 <= number < math.inf:
-                    raise ConfigError(f"{field.name}={number!r}: must be a finite number of at least 0")
+                check_amount(field.name, number)
         if not self.bandwidth:
             raise ConfigError("bandwidth=0: must be more than 0; leave it out for links of any bandwidth")
 
@@ -117,6 +118,12 @@ class Costs:
                 )
             return np.array(value, dtype=float)
         return np.full(stages, float(value))
+
+
+def check_amount(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a number from 0 to 1e100."""
+    if not isinstance(value, int | float) or not 0 <= value <= _MOST:
+        raise ConfigError(f"{name}={value!r}: must be a number from 0 to {_MOST:g}")
 
 
 class Noise:

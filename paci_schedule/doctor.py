@@ -24,7 +24,7 @@ class Finding(NamedTuple):
         name: what.
         ok: whether it serves.
         detail: its version, or what is wrong and what to do.
-        required: False for what PACI does without.
+        required: False for what PACI does without; of the frameworks it needs one.
     """
 
     name: str
@@ -34,20 +34,23 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """Look at Python, the libraries, PyTorch with its back ends, and the hooks of each framework that is installed."""
+    """Look at Python, the libraries, PyTorch with its back ends, and the hooks of each framework that is installed.
+
+    What a framework lacks is required only while no other framework has all.
+    """
     supported = platform.python_version_tuple() >= ("3", "10")
     yield Finding("python", supported, platform.python_version())
     for library in _LIBRARIES:
         yield _distribution(library)
     yield from _torch()
-    installed = [adapter for adapter, distribution in _FRAMEWORKS.items() if _version(distribution)]
-    if not installed:
-        yield Finding(
-            "framework", False, "neither deepspeed nor megatron-core is installed: install the one that your job uses"
-        )
-    for adapter in installed:
-        yield Finding(adapter, True, _version(_FRAMEWORKS[adapter]))
-        yield from _hooks(adapter)
+    found = {adapter: [*_framework(adapter)] for adapter in _FRAMEWORKS}
+    complete = [adapter for adapter, findings in found.items() if all(finding.ok for finding in findings)]
+    for findings in found.values():
+        yield from (finding._replace(required=finding.ok or not complete) for finding in findings)
+    listed = ", ".join(complete)
+    yield Finding(
+        "a supported framework", bool(complete), listed or "none has all that PACI needs: see the lines above"
+    )
 
 
 def _version(distribution: str) -> str:
@@ -83,8 +86,12 @@ def _torch() -> Iterator[Finding]:
     yield Finding("gpus", count > 0, f"{count} visible", required=False)
 
 
-def _hooks(adapter: str) -> Iterator[Finding]:
-    """What the adapter says of the hooks that it relies on."""
+def _framework(adapter: str) -> Iterator[Finding]:
+    """Whether a framework is installed, and what its adapter says of the hooks that it relies on."""
+    found = _distribution(_FRAMEWORKS[adapter])
+    yield found
+    if not found.ok:
+        return
     name = f"paci_schedule.adapters.{adapter}"
     try:
         spec = importlib.util.find_spec(name)

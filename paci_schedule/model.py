@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from paci_schedule.costs import check_amount
 from paci_schedule.errors import ConfigError
 
 __all__ = ["Layer", "Model", "built_in", "from_config", "from_layers", "load_config"]
@@ -68,6 +69,9 @@ _KEYS = MappingProxyType(
     }
 )
 
+_EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
+_MOST_LAYERS = 1000
+
 _SIZES = MappingProxyType(
     {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
         "gpt2": (12, 768, 12),
@@ -110,7 +114,7 @@ def from_config(config: dict[str, object], sequence_length: int | None = None) -
         sequence_length: tokens of a sequence; None: the longest of the config.
 
     Raises:
-        ConfigError: a key is missing.
+        ConfigError: a key is missing or has no sense, or the model is a mixture of experts.
     """
     found = {}
     for need, names in _KEYS.items():
@@ -118,11 +122,21 @@ def from_config(config: dict[str, object], sequence_length: int | None = None) -
         if not values:
             raise ConfigError(f"model config without {' or '.join(names)}: the planner needs it; add it to the config")
         found[need] = values[0]
+    for key in _EXPERTS:
+        if (config.get(key) or 1) != 1:
+            raise ConfigError(f"{key}={config[key]!r}: the planner knows dense models only; measure the layers")
     hidden, vocabulary, sequence = found["hidden"], found["vocabulary"], sequence_length or found["sequence"]
     inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    queries, keys = found["heads"], config.get("num_key_value_heads") or found["heads"]
+    width = config.get("head_dim") or hidden / queries if queries else 0
+    given = {**found, "inner": inner, "key-value heads": keys, "head width": width, "sequence": sequence}
+    for name, value in given.items():
+        if not isinstance(value, int | float) or not value >= 1:
+            raise ConfigError(f"model config with {name}={value!r}: must be a number of at least 1")
+    if found["layers"] > _MOST_LAYERS:
+        raise ConfigError(f"model config with layers={found['layers']}: must be at most {_MOST_LAYERS}")
     gated = config.get("hidden_act") in ("silu", "swish")
-    shared = (config.get("num_key_value_heads") or found["heads"]) / found["heads"]
-    matrices = hidden * hidden * (2 + 2 * shared) + (3 if gated else 2) * hidden * inner
+    matrices = 2 * hidden * width * (queries + keys) + (3 if gated else 2) * hidden * inner
     row = 2 * sequence * hidden
     block_work = sequence * (2 * matrices + 4 * sequence * hidden)
     head_work = sequence * 2 * hidden * vocabulary
@@ -151,24 +165,30 @@ def from_layers(path: Path) -> Model:
     "input_bytes": 2e6, "count": 24}, ...]}`; "count" repeats a layer and may be left out.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is missing or not a number of at least 0.
+        ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.
     """
     content = _read_json("layers", path)
     layers: list[Layer] = []
     try:
         for number, entry in enumerate(content["layers"]):
             values = {key: float(entry[key]) for key in Layer.__annotations__}
-            if min(values.values()) < 0:
-                raise ValueError(f"layer {number} has a negative number")
-            layers += [Layer(**values)] * int(entry.get("count", 1))
+            for key, value in values.items():
+                check_amount(f"{key} of layer {number}", value)
+            layers += [Layer(**values)] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
         sequence = int(content["sequence_length"])
-    except (KeyError, TypeError, ValueError) as error:
+    except ConfigError as error:
+        raise ConfigError(f"layers={str(path)!r}: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs "
             f"{', '.join(Layer.__annotations__)}, and the file a sequence_length"
         ) from None
-    if not layers or sequence < 1:
-        raise ConfigError(f"layers={str(path)!r}: needs at least one layer and a sequence_length of at least 1")
+    if not 1 <= len(layers) <= _MOST_LAYERS or sequence < 1:
+        raise ConfigError(
+            f"layers={str(path)!r}: needs 1 to {_MOST_LAYERS} layers and a sequence_length of at least 1"
+        )
+    if not any(layer.forward + layer.backward for layer in layers):
+        raise ConfigError(f"layers={str(path)!r}: no layer takes any time; write the measured seconds")
     return Model(layers, sequence, measured=True)
 
 

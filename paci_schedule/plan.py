@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf, isqrt
 
-from paci_schedule.costs import Costs
+from paci_schedule.costs import Costs, check_amount
 from paci_schedule.errors import ConfigError
 from paci_schedule.model import Layer, Model
 from paci_schedule.report import time_per_micro_batch
@@ -19,7 +20,7 @@ from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.registry import SCHEDULES, schedule
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["Job", "Row", "calibrated", "deepspeed_config", "megatron_flags", "plan"]
+__all__ = ["Job", "Row", "calibrated", "deepspeed_config", "megatron_flags", "pipeline_module", "plan"]
 
 _GIB = 2**30
 _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter
@@ -76,9 +77,11 @@ class Job:
         for name in ("devices", "global_batch", "memory", "flops", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be more than 0")
-        for name in ("latency", "max_drift"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0")
+        if self.flops == inf:
+            raise ConfigError(f"flops={self.flops}: must be finite; say what a device really does")
+        check_amount("latency", self.latency)
+        if self.max_drift < 0:
+            raise ConfigError(f"max_drift={self.max_drift}: must be at least 0")
         if self.zero not in (0, 1):
             raise ConfigError(f"zero={self.zero}: pipelines run with ZeRO stage 0 or 1; take one of them")
         for stages in self.stages:
@@ -166,7 +169,7 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
 
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
-    """The DeepSpeed JSON of a row; the number of stages goes to PipelineModule(num_stages=...)."""
+    """The DeepSpeed JSON of a row; what else DeepSpeed must know is in `pipeline_module`."""
     return {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
@@ -177,8 +180,13 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
     }
 
 
+def pipeline_module(row: Row) -> dict[str, int]:
+    """The arguments of DeepSpeed's PipelineModule for a row."""
+    return {"num_stages": row.stages} | ({"activation_checkpoint_interval": 1} if row.recompute else {})
+
+
 def megatron_flags(job: Job, row: Row) -> list[str]:
-    """The Megatron-LM flags of a row."""
+    """The Megatron-LM flags of a row; the model's own are not among them."""
     flags = {
         "--pipeline-model-parallel-size": row.stages,
         "--micro-batch-size": row.micro_batch_size,
@@ -186,7 +194,9 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
         "--seq-length": job.model.sequence_length,
         "--pipeline-schedule": row.schedule,
     }
-    words = [word for flag, value in flags.items() for word in (flag, str(value))] + ["--bf16"]
+    words = [word for flag, value in flags.items() for word in (flag, str(value))]
+    words += ["--untie-embeddings-and-output-weights", "--bf16"]
+    words += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
     words += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     return words + recompute * row.recompute
@@ -203,7 +213,7 @@ def _place(row: Row) -> tuple[int, int, bool]:
 
 def _shapes(job: Job) -> Iterator[tuple[int, int, int, bool]]:
     """(stages, micro-batch size, accumulation, recompute) of everything to look at."""
-    for stages in job.stages or [count for count in range(1, job.devices + 1) if job.devices % count == 0]:
+    for stages in job.stages or _divisors(job.devices):
         share, rest = divmod(job.global_batch * stages, job.devices)
         if rest:
             continue  # the replicas cannot share the batch evenly
@@ -212,6 +222,12 @@ def _shapes(job: Job) -> Iterator[tuple[int, int, int, bool]]:
             if share % size == 0:
                 for recompute in job.recompute:
                     yield stages, size, share // size, recompute
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
+    small = [count for count in range(1, isqrt(number) + 1) if number % count == 0]
+    return small + [number // count for count in reversed(small) if count * count != number]
 
 
 def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompute: bool) -> Row:
@@ -235,8 +251,11 @@ def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompu
     row = replace(row, memory=memory, layers=[len(layers) for layers in cut])
     if memory > job.memory:
         return replace(row, refused=f"needs {memory / _GIB:.1f} GiB of {job.memory / _GIB:.1f}")
-    seconds = time_per_micro_batch(chosen, spec, _costs(job, row, cut))
-    samples = replicas * size / seconds if seconds else float("inf")
+    try:
+        seconds = time_per_micro_batch(chosen, spec, _costs(job, row, cut))
+    except ConfigError as error:  # too many ops to simulate
+        return replace(row, refused=str(error))
+    samples = replicas * size / seconds
     return replace(
         row, tokens_per_second=samples * job.model.sequence_length, samples_per_second_per_device=samples / job.devices
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from paci_schedule.costs import Costs
+from paci_schedule.costs import Costs, check_amount
 from paci_schedule.drift import DriftMeter, drift_histogram
 from paci_schedule.errors import ConfigError
 from paci_schedule.schedules.base import Schedule
@@ -82,8 +82,7 @@ def report(
         spec: the pipeline.
         costs: what things take.
         batches: how many batches `makespan`, `peak_in_flight` and the drift are of; None: one for the makespan, and
-        enough
-            to reach the steady state for the others.
+            enough to reach the steady state for the others.
         activation_bytes: activations of one micro-batch on one stage.
         weight_bytes: weights of one stage.
 
@@ -93,6 +92,8 @@ def report(
     schedule.check(spec)
     if batches is not None and batches < 1:
         raise ConfigError(f"batches={batches}: must be at least 1")
+    check_amount("activation_bytes", activation_bytes)
+    check_amount("weight_bytes", weight_bytes)
     steady = _steady(schedule, spec, costs, batches or 0)
     counted = batches or steady.batches
     makespan = steady.makespan if steady.batches == batches else _makespan(schedule, spec, costs, batches or 1)

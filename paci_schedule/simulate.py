@@ -4,8 +4,7 @@ The simulator executes any schedule.  `wavefront.py` runs PACI's stream many tim
 
 * A stage does one op at a time, in the order of its program.
 * A message starts when its op ends and its link is free, occupies the link for bytes / bandwidth, and arrives one
-  latency
-  later.  Sends and receives cost the stage nothing.  The two directions of a link do not disturb each other.
+  latency later.  Sends and receives cost the stage nothing.  The two directions of a link do not disturb each other.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from paci_schedule.schedules.base import Schedule
 from paci_schedule.spec import PipelineSpec
 from paci_schedule.timeline import Span, Timeline
 
-__all__ = ["execute", "simulate"]
+__all__ = ["check_size", "execute", "simulate"]
 
 _MOST_OPS = 10_000_000
 _KINDS = OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT, OpKind.STEP
@@ -34,15 +33,20 @@ def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int 
     Raises:
         ConfigError: the schedule does not exist for `spec`, or a list of costs has another length than the stages.
     """
+    check_size(schedule, spec, batches)
+    programs = [list(schedule.calls(spec, stage, batches)) for stage in range(spec.stages)]
+    return execute(schedule, programs, costs)
+
+
+def check_size(schedule: Schedule, spec: PipelineSpec, batches: int) -> None:
+    """Raises ConfigError where the schedule does not exist for `spec`, or has more ops than can be held."""
     schedule.check(spec)
     count = 3 * spec.stages * schedule.chunks * spec.accumulation * batches
     if count > _MOST_OPS:
         raise ConfigError(
             f"{spec.stages} stages x {spec.accumulation} micro-batches x {batches} batches: up to {count} ops, and "
-            f"the general simulator holds {_MOST_OPS}; take fewer, or paci, which is summed up at any size"
+            f"the general simulator holds {_MOST_OPS}; take fewer, or simulate paci, which goes further"
         )
-    programs = [list(schedule.calls(spec, stage, batches)) for stage in range(spec.stages)]
-    return execute(schedule, programs, costs)
 
 
 def execute(schedule: Schedule, programs: Sequence[Sequence[Iterable[Op]]], costs: Costs) -> Timeline:

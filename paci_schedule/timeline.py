@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from paci_schedule.ops import Op, OpKind
@@ -27,15 +28,17 @@ class Timeline:
     Attributes:
         rows: for each stage its spans.
         calls: for each stage, how many of its spans were done at the end of each call of the training loop.
+        shown_from: pictures leave out the spans that start before.
     """
 
     rows: Sequence[Sequence[Span]]
     calls: Sequence[Sequence[int]] = ()
+    shown_from: float = -inf
 
     @property
     def start(self) -> float:
-        """When the first op of any stage starts."""
-        return min((row[0].start for row in self.rows if row), default=0.0)
+        """When the first op of any stage starts, of those that are shown."""
+        return max(self.shown_from, min((row[0].start for row in self.rows if row), default=0.0))
 
     @property
     def end(self) -> float:

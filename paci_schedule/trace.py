@@ -28,9 +28,10 @@ from paci_schedule.errors import ConfigError, ScheduleError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.schedules.registry import schedule
 from paci_schedule.simulate import execute
+from paci_schedule.spec import PipelineSpec
 from paci_schedule.timeline import Span, Timeline
 
-__all__ = ["Recording", "merge", "read", "simulated", "spent", "timeline"]
+__all__ = ["Recording", "last_batches", "merge", "read", "simulated", "spent", "timeline"]
 
 _CATEGORIES = {
     OpKind.FORWARD: "compute",
@@ -83,10 +84,16 @@ def read(path: Path) -> Recording:
     try:
         header = json.loads(lines[0])
         shift = float(header["clock"]["wall"]) - float(header["clock"]["mono"])
-        recording = Recording(int(header["stage"]), int(header["stages"]), int(header["accumulation"]), [], [])
+        if not -inf < shift < inf:
+            raise ValueError(f"the clocks are {shift} apart")
+        spec = PipelineSpec(stages=header["stages"], accumulation=header["accumulation"])
+        spec.check_stage(header["stage"])
+        recording = Recording(header["stage"], spec.stages, spec.accumulation, [], [])
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007
             entry = json.loads(line)
             start, end = float(entry["start"]), float(entry["end"])
+            if not -inf < start <= end < inf:
+                raise ValueError(f"from {start} to {end} is no time")
             if entry["op"] == "data":
                 recording.data.append((start, end))
             else:
@@ -119,8 +126,8 @@ def merge(recordings: Sequence[Recording]) -> list[Recording]:
         )
     if stages != list(range(ordered[0].stages)):
         raise ConfigError(
-            f"traces of stages {stages}: there must be one of each of the {ordered[0].stages} stages; name one "
-            "file a stage (of one data-parallel replica)"
+            f"traces of stages {stages}: there must be one of each of the {ordered[0].stages} stages; name the files "
+            "of one data-parallel replica, such as FOLDER/*-replica0.jsonl"
         )
     merged = ordered[:1]
     for recording in ordered[1:]:
@@ -136,8 +143,14 @@ def timeline(recordings: Sequence[Recording]) -> Timeline:
     )
 
 
+def last_batches(timeline: Timeline, accumulation: int, batches: int) -> Timeline:
+    """The end of a timeline, from where its last stage begins the last but `batches` - 1 of its batches."""
+    forwards = [span for span in timeline.rows[-1] if span.op.kind is OpKind.FORWARD]
+    return replace(timeline, shown_from=forwards[max(0, len(forwards) - batches * accumulation)].start)
+
+
 def spent(recording: Recording) -> dict[str, float]:
-    """Where a stage's time went: category -> seconds.  "other" is what no record covers."""
+    """Where a stage's time went: category -> seconds.  "other" is sending, and what no record covers."""
     times = dict.fromkeys(["compute", "wait for activation", "wait for gradient", "step", "data", "other"], 0.0)
     for span in recording.spans:
         if span.op.kind in _CATEGORIES:
@@ -155,7 +168,7 @@ def simulated(recordings: Sequence[Recording]) -> Timeline:
     Micro-batches that not every stage recorded from F to the end of B are left out.
 
     Raises:
-        ConfigError: no micro-batch was recorded whole.
+        ConfigError: no micro-batch was recorded whole, or the ops' order is not one that a pipeline can run.
     """
     rows = [[span for span in recording.spans if span.op.kind.is_compute] for recording in recordings]
     whole = set.intersection(
@@ -175,7 +188,13 @@ def simulated(recordings: Sequence[Recording]) -> Timeline:
         weight=_medians(rows, OpKind.WEIGHT),
         step=_medians(rows, OpKind.STEP),
     )
-    return execute(schedule("zb-h1" if split else "paci"), programs, costs)
+    try:
+        return execute(schedule("zb-h1" if split else "paci"), programs, costs)
+    except ScheduleError:
+        raise ConfigError(
+            "traces whose ops cannot run in the order that they stand in: lines are missing or there twice; record "
+            "the run again"
+        ) from None
 
 
 def _medians(rows: Sequence[Sequence[Span]], kind: OpKind) -> list[float]:

@@ -16,7 +16,7 @@ from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.paci import Segment
-from paci_schedule.simulate import execute
+from paci_schedule.simulate import check_size, execute
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["check_grid", "check_rendezvous", "check_schedule", "check_segments", "check_stream"]
@@ -37,10 +37,10 @@ def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> 
     """Check `batches` batches of any schedule, from an empty pipe to an empty pipe: see `check_grid`.
 
     Raises:
-        ConfigError: the schedule does not exist for `spec`.
+        ConfigError: the schedule does not exist for `spec`, or has more ops than can be held.
         ScheduleError: naming the first violation and showing the grid.
     """
-    schedule.check(spec)
+    check_size(schedule, spec, batches)
     check_grid(schedule, spec, [list(schedule.stream(spec, stage, batches)) for stage in range(spec.stages)])
 
 

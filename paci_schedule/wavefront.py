@@ -22,6 +22,7 @@ from paci_schedule.spec import PipelineSpec
 __all__ = ["Marks", "sweep"]
 
 _BLOCK = 256
+_MOST_STAGES, _MOST_MICRO_BATCHES = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,19 @@ def sweep(schedule: Paci, spec: PipelineSpec, costs: Costs, batches: int, window
         window: two batches, the first before the second; see `Marks`.
 
     Raises:
-        ConfigError: `costs.sync` is set, or the schedule does not exist for `spec`.
+        ConfigError: `costs.sync` is set, the schedule does not exist for `spec`, or the run is too large.
     """
     schedule.check(spec)
+    count = batches * spec.accumulation
+    if spec.stages > _MOST_STAGES or count + spec.look_ahead(0) > _MOST_MICRO_BATCHES:
+        raise ConfigError(
+            f"{spec.stages} stages, {count} micro-batches and {spec.look_ahead(0)} ahead: a run has at most "
+            f"{_MOST_STAGES} stages and {_MOST_MICRO_BATCHES} micro-batches; take fewer"
+        )
     if costs.sync is not None:
         raise ConfigError(f"sync={costs.sync}: a run that synchronises every call has no wavefronts; use simulate()")
     marked = (0, window[0] * spec.accumulation, window[1] * spec.accumulation)
-    return _Sweep(schedule, spec, costs, batches * spec.accumulation).run(marked)
+    return _Sweep(schedule, spec, costs, count).run(marked)
 
 
 class _Sweep:

@@ -97,7 +97,7 @@ def test_show_draws_text_pictures_and_traces(paci, tmp_path):
     both = paci(*arguments(line.replace("gpipe", "gpipe,1f1b")))[1]
     assert "1f1b, 2 stages, 2 micro-batches\nstage 0   F0 F1 .  B0 .  B1|" in both
     trace = json.loads(paci(*arguments(line), "--json")[1])
-    assert len(trace["traceEvents"]) == 2 + 2 * 5
+    assert len(trace["traceEvents"]) == 1 + 2 + 2 * 5
     for name in ("a.svg", "a.png", "a.json", "a.txt"):
         assert paci(*arguments(line), "--output", tmp_path / name) == (0, "", "")
         assert (tmp_path / name).stat().st_size > 50
@@ -123,11 +123,31 @@ def test_plan_prints_rows_reasons_and_settings(paci):
     line = "plan --model gpt2-medium --devices 8 --memory 16 --global-batch 64 --stages 8 --micro-batch-size 1"
     code, out, _ = paci(*arguments(line))
     assert code == 0
-    for words in ("paci", "refused because", "drift up to 7, limit 1", '"pipeline_schedule": ', "--pipeline-schedule "):
+    for words in (
+        "paci",
+        "refused because",
+        "drift up to 7, limit 1",
+        '"pipeline_schedule": ',
+        "PipelineModule(num_stages=8)",
+        "--pipeline-schedule ",
+    ):
         assert words in out
     found = json.loads(paci(*arguments(line), "--json")[1])
     assert found["settings"]["deepspeed"]["train_batch_size"] == 64
     assert {row["schedule"] for row in found["rows"]} >= {"paci", "1f1b", "zb-v"}
+
+
+def test_plan_fails_where_nothing_can_run(paci):
+    code, out, _ = paci(*arguments("plan --model gpt2 --devices 8 --memory 0.01 --global-batch 64"))
+    assert (code, "No pipeline can run" in out) == (1, True)
+    assert "GiB of 0.0" in out
+
+
+def test_plan_knows_the_types_of_transformers(paci):
+    pytest.importorskip("transformers")
+    line = "plan --model llama --devices 8 --memory 80 --global-batch 8 --schedule 1f1b --json"
+    found = json.loads(paci(*arguments(line))[1])
+    assert found["parameters"] == pytest.approx(6.74e9, rel=0.01)
 
 
 def test_trace_tells_where_the_time_went(paci, tmp_path):
@@ -136,18 +156,30 @@ def test_trace_tells_where_the_time_went(paci, tmp_path):
     assert code == 0
     assert "wait for gradient" in out
     assert out.count("stage 2") == 2
-    found = json.loads(paci("trace", tmp_path, "--output", tmp_path / "run.svg", "--last", 10, "--json")[1])
+    found = json.loads(paci("trace", tmp_path, "--output", tmp_path / "run.svg", "--json")[1])
     assert found["makespan"] == pytest.approx(found["simulated_makespan"])
     assert found["spent"][1]["compute"] == pytest.approx(18)
     assert "simulated" in (tmp_path / "run.svg").read_text()
 
 
+def test_trace_draws_the_last_batches(paci, tmp_path):
+    recorded(tmp_path)
+    out = paci("trace", tmp_path, "--batches", 1)[1]
+    assert "recorded, its last 10.500 s (--batches 1)" in out
+    assert (out.count(" F3"), out.count(" F5")) == (0, 2 * 3)
+    cut = [line for line in paci("trace", tmp_path, "--width", 40)[1].splitlines() if line.startswith("stage ")]
+    assert [len(line) for line in cut] == [40] * 6
+    assert paci("trace", tmp_path, "--batches", 1, "--output", tmp_path / "run.json")[0] == 0
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "F0" for event in events) == 2 * 3
+
+
 # ---- doctor ---------------------------------------------------------------------------------------------------------
 
 
-def adapter(monkeypatch, probe):
-    """Install a stand-in adapter for DeepSpeed, and no other framework."""
-    monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "pytest"})
+def adapter(monkeypatch, probe, other="no-such-distribution"):
+    """Install a stand-in adapter for DeepSpeed; Megatron comes from the distribution `other`, with the same hooks."""
+    monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "pytest", "megatron": other})
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: types.SimpleNamespace(name=name))
     monkeypatch.setattr(doctor.importlib, "import_module", lambda name: types.SimpleNamespace(probe=probe))
     monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
@@ -165,6 +197,26 @@ def test_doctor_passes_where_all_is_there(paci, monkeypatch):
         "required": True,
     }
     assert found["click"]["ok"]
+
+
+def test_doctor_wants_one_framework_with_all_its_hooks(paci, monkeypatch):
+    probes = iter([[("PipelineEngine", True, "there")], [("schedules", False, "gone")]])
+    adapter(monkeypatch, lambda: next(probes), other="pytest")
+    code, out, _ = paci("doctor", "--json")
+    found = {finding["name"]: finding for finding in json.loads(out)["findings"]}
+    assert code == 0
+    assert (found["megatron: schedules"]["ok"], found["megatron: schedules"]["required"]) == (False, False)
+    assert found["a supported framework"]["detail"] == "deepspeed"
+
+
+def test_what_frameworks_print_does_not_spoil_the_json(paci, monkeypatch):
+    def probe():
+        print("[WARNING] Setting accelerator to CPU")
+        return []
+
+    adapter(monkeypatch, probe)
+    code, out, err = paci("doctor", "--json")
+    assert (code, json.loads(out)["ok"], "WARNING" in err) == (0, True, True)
 
 
 def test_doctor_fails_where_a_hook_is_gone(paci, monkeypatch):
@@ -187,12 +239,15 @@ def test_doctor_fails_without_a_framework(paci, monkeypatch):
     monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "no-such-distribution"})
     monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
     code, out, _ = paci("doctor")
-    assert (code, "install the one that your job uses" in out) == (1, True)
+    assert code == 1
+    assert "pip install no-such-distribution" in out
+    assert "none has all that PACI needs" in out
 
 
 # ---- bad input: one line, exit code 2 -------------------------------------------------------------------------------
 
 SIZE = "--stages 3 --micro-batches 4"
+PLAN = "plan --devices 8 --memory 80 --global-batch 64"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +259,7 @@ SIZE = "--stages 3 --micro-batches 4"
         ("simulate --schedule paci --stages x --micro-batches 4", "'x' is not a valid integer"),
         ("simulate --stages 3", "Missing option '--schedule'"),
         ("simulate --schedule interleaved-1f1b --stages 3 --micro-batches 4", "multiple of the 3 stages"),
-        (f"simulate --schedule 1f1b {SIZE} --forward -1", "forward=-1.0: must be a finite number of at least 0"),
+        (f"simulate --schedule 1f1b {SIZE} --forward -1", "forward=-1.0: must be a number from 0 to 1e+100"),
         (f"simulate --schedule 1f1b {SIZE} --forward 1,b", "'1,b' is not a number"),
         (f"simulate --schedule 1f1b {SIZE} --backward 1,2", "2 values for 3 stages"),
         (f"simulate --schedule paci {SIZE} --chunks 3", "chunks=3: not an option of the paci schedule"),
@@ -217,6 +272,8 @@ SIZE = "--stages 3 --micro-batches 4"
         (f"simulate --schedule paci {SIZE} --fowrard 2", "No such option '--fowrard'"),
         (f"show --schedule paci {SIZE} --output a.gif", "the ending says the format"),
         (f"show --schedule paci {SIZE} --batches 0", "batches=0"),
+        (f"show --schedule paci {SIZE} --width 0", "0 is not in the range x>=1"),
+        ("check --schedule paci --stages 100000 --micro-batches 64", "the general simulator holds 10000000"),
         ("check --schedule paci --micro-batches 4", "stages is missing"),
         ("check no-such-file --schedule paci --micro-batches 4", "cannot be read"),
         ("plan --devices 8 --memory 80 --global-batch 64", "give either --model NAME or --layers FILE"),
@@ -225,6 +282,10 @@ SIZE = "--stages 3 --micro-batches 4"
             "plan --model gpt2 --devices 8 --memory 80 --global-batch 64 --stages 5",
             "stages=5: must divide the 8 devices",
         ),
+        (f"{PLAN} --model gpt2 --sequence-length 0", "0 is not in the range x>=1"),
+        (f"{PLAN} --model gpt2 --tflops inf", "flops=inf: must be finite"),
+        (f"{PLAN} --model gpt2 --latency inf", "latency=inf: must be a number from 0"),
+        (f"{PLAN} --layers none.json --sequence-length 8", "sequence_length=8: the layers were measured"),
         ("trace", "no trace files"),
         ("trace no-such-file", "cannot be read"),
         ("draw", "No such command 'draw'"),

@@ -2,12 +2,13 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
 from paci_schedule import ConfigError
 from paci_schedule.model import Layer, Model, built_in, from_config, from_layers, load_config
-from paci_schedule.plan import Job, calibrated, deepspeed_config, megatron_flags, plan
+from paci_schedule.plan import Job, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
 
 GIB = 2**30
 
@@ -156,10 +157,13 @@ def test_settings_of_a_row():
         "zero_optimization": {"stage": 1},
         "pipeline_schedule": "paci",
     }
+    assert pipeline_module(row) == {"num_stages": 8, "activation_checkpoint_interval": 1}
     flags = megatron_flags(wanted, row)
     assert flags[flags.index("--pipeline-model-parallel-size") + 1] == "8"
     assert flags[flags.index("--pipeline-schedule") + 1] == "paci"
     assert "--recompute-granularity" in flags
+    assert flags[flags.index("--rerun-mode") + 1] == "disabled"
+    assert "--rerun-mode" not in megatron_flags(wanted, replace(row, schedule="1f1b"))
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -191,6 +195,8 @@ def test_newer_configs_and_their_defaults(tmp_path):
     assert block.backward == 2 * block.forward
     assert block.parameters == matrices + 4 * 64
     assert model.layers[-1].forward == 16 * 2 * 64 * 100
+    wide = from_config(config | {"head_dim": 16}, sequence_length=16)
+    assert wide.layers[1].parameters - block.parameters == 64 * 8 * (8 + 8 + 2 + 2)
 
 
 def test_measured_layers(tmp_path):
@@ -221,14 +227,23 @@ def test_bad_jobs_are_refused(changes, message):
         job(**changes)
 
 
+def _layers(**changes):
+    layer = {"forward": 1, "backward": 2, "parameters": 1, "activation_bytes": 1, "input_bytes": 1}
+    return json.dumps({"sequence_length": 8, "layers": [layer | changes]})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object"),
-        ('{"sequence_length": 8, "layers": []}', "at least one layer"),
+        ('{"sequence_length": 8, "layers": []}', "needs 1 to 1000 layers"),
         ('{"sequence_length": 8, "layers": [{"forward": 1}]}', "each layer needs forward, backward"),
         ('{"layers": []}', "sequence_length"),
+        (_layers(forward=float("nan")), "forward of layer 0=nan"),
+        (_layers(count=-1), "needs 1 to 1000 layers"),
+        (_layers(count=1e12), "needs 1 to 1000 layers"),
+        (_layers(forward=0, backward=0), "no layer takes any time"),
     ],
 )
 def test_bad_layer_files_are_refused(tmp_path, content, message):
@@ -241,6 +256,30 @@ def test_bad_layer_files_are_refused(tmp_path, content, message):
 def test_a_config_without_a_key_is_refused():
     with pytest.raises(ConfigError, match="num_hidden_layers or n_layer"):
         from_config({"n_embd": 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": -4}, "hidden=-4: must be a number of at least 1"),
+        ({"n_head": 0}, "heads=0"),
+        ({"n_inner": "x"}, "inner='x'"),
+        ({"n_layer": 5000}, "layers=5000: must be at most 1000"),
+        ({"num_local_experts": 8}, "num_local_experts=8: the planner knows dense models only"),
+    ],
+)
+def test_configs_without_sense_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config(load_config("gpt2") | changes)
+
+
+def test_many_devices_are_searched_by_their_divisors():
+    rows = plan(job(devices=10**9 + 7, global_batch=8, schedules=("paci",)))
+    assert {row.stages for row in rows} == {10**9 + 7}
+    assert all("stages with 1 chunks, and 8 layers" in row.refused for row in rows)
+    rows = plan(job(devices=36, global_batch=36, schedules=("1f1b",)))
+    assert sorted({row.stages for row in rows}) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    assert [row.micro_batch_size for row in rows if row.stages == 6] == [1, 2]
 
 
 def test_calibration_needs_one_run():

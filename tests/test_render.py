@@ -1,13 +1,15 @@
 """Pictures of timelines: text, Chrome traces, SVG and PNG."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
 from paci_schedule.costs import Costs
 from paci_schedule.ops import Op
-from paci_schedule.render import chrome_trace, picture, text, versions
+from paci_schedule.picture import picture
+from paci_schedule.render import chrome_trace, text, versions
 from paci_schedule.schedules.registry import schedule
 from paci_schedule.simulate import simulate
 from paci_schedule.timeline import Span, Timeline
@@ -41,6 +43,30 @@ def test_text_is_cut_off_at_the_width():
     assert all(line.endswith("…") for line in lines)
 
 
+def test_a_window_keeps_the_versions_of_the_whole(tmp_path):
+    whole = paci()
+    window = replace(whole, shown_from=next(span.start for span in whole.rows[2] if str(span.op) == "F4"))
+    assert text(window).plain.splitlines()[2] == "stage 2   F4 B4--- F5 B5---|"
+    assert "F3" not in text(window).plain
+    assert window.makespan == whole.end - window.shown_from
+    picture({"": window}, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert ("version 0" in drawn, "version 1" in drawn, "version 2" in drawn) == (False, True, True)
+
+
+def test_updates_are_counted_on_where_a_recording_begins_late():
+    row = [Span(Op.parse(op), at, at + 1.0) for at, op in enumerate(("F8", "B7", "STEP3", "F9", "B8"))]
+    assert [found[1:] for found in versions(row)] == [(3, 3), (3, 3), (3, 3), (4, 4), (4, 3)]
+
+
+def test_sizes_that_cannot_be_drawn_are_cut_off_or_refused(tmp_path):
+    late = text(paci(latency=1e99)).plain.splitlines()
+    assert all(len(line) == 100_000 for line in late)
+    for timelines in ({"": paci(6000)}, {str(title): paci() for title in range(67)}):
+        with pytest.raises(ConfigError, match=r"\d+ ops in \d+ rows: a picture shows at most 50000 in 200"):
+            picture(timelines, tmp_path / "a.svg")
+
+
 def test_versions_have_their_own_colours_in_text():
     styles = {str(span.style) for span in text(paci()).spans}
     assert any("underline" in style for style in styles)
@@ -49,14 +75,15 @@ def test_versions_have_their_own_colours_in_text():
 
 def test_chrome_trace_has_every_op_with_version_and_drift():
     timeline = paci()
-    trace = json.loads(json.dumps(chrome_trace(timeline)))
-    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    trace = json.loads(json.dumps(chrome_trace({"short": paci(1), "PACI": timeline})))
+    spans = [event for event in trace["traceEvents"] if (event["ph"], event["pid"]) == ("X", 1)]
     assert len(spans) == sum(len(row) for row in timeline.rows)
     late = next(event for event in spans if (event["tid"], event["name"]) == (0, "B2"))
     assert (late["cat"], late["args"]) == ("backward", {"version": 1, "drift": 1})
     assert late["dur"] == 2e6
     names = [event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"]
-    assert names == ["stage 0", "stage 1", "stage 2"]
+    stages = ["stage 0", "stage 1", "stage 2"]
+    assert names == ["short", *stages, "PACI", *stages]
 
 
 @pytest.mark.parametrize("ending", [".svg", ".png", ".json", ".txt"])

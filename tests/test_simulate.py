@@ -274,12 +274,13 @@ def test_reported_peaks_are_those_of_the_ops(name):
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ({"forward": -1.0}, r"forward=-1.0: must be a finite number"),
+        ({"forward": -1.0}, r"forward=-1.0: must be a number from 0"),
         ({"forward": [1.0, float("nan"), 1.0]}, r"forward=nan"),
         ({"forward": [1.0, 2.0]}, r"2 values for 3 stages"),
         ({"latency": [1.0]}, r"1 values for the 2 links"),
         ({"bandwidth": 0.0}, r"bandwidth=0"),
         ({"jitter": float("inf")}, r"jitter=inf"),
+        ({"jitter": 1e200}, r"jitter=1e\+200: must be a number from 0 to 1e\+100"),
     ],
 )
 def test_bad_costs_are_refused(costs, message):
@@ -288,5 +289,11 @@ def test_bad_costs_are_refused(costs, message):
 
 
 def test_sizes_beyond_memory_are_refused():
+    costs, endless = Costs(forward=1.0, backward=1.0), PipelineSpec(stages=2, accumulation=2, extra_in_flight=10**9)
     with pytest.raises(ConfigError, match=r"the general simulator holds"):
-        simulate(schedule("1f1b"), PipelineSpec(stages=1024, accumulation=100_000), Costs(forward=1.0, backward=1.0))
+        simulate(schedule("1f1b"), PipelineSpec(stages=1024, accumulation=100_000), costs)
+    for spec in (endless, PipelineSpec(stages=10_001, accumulation=2)):
+        with pytest.raises(ConfigError, match="at most 10000 stages and 1000000 micro-batches"):
+            report(schedule("paci"), spec, costs)
+    with pytest.raises(ConfigError, match="weight_bytes=nan"):
+        report(schedule("1f1b"), PipelineSpec(stages=2, accumulation=2), costs, weight_bytes=float("nan"))
