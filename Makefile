@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # DeepSpeed compiles its optional kernels when, and only if, they are used.
 export DS_BUILD_OPS := 0
 
-.PHONY: venv train test test-slow lint clean
+.PHONY: venv train test test-slow lint docs clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,10 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# Every picture and every command's output in the documents, made anew by the commands that they name.
+docs: $(STAMP)
+	$(BIN)/python docs/rebuild.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache

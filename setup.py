@@ -9,9 +9,10 @@ HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "paci_schedule" / "__init__.py").read_text(), re.MULTILINE)[1]
 README = HERE / "README.md"
 
+CORE = ["click>=8", "matplotlib>=3.8", "numpy>=1.26", "rich>=13"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20", "torch>=2.7"]
 MEGATRON = ["megatron-core>=0.16.1,<0.17", "torch>=2.7"]
-LAUNCH = ["datasets", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "tqdm", "transformers>=5"]
+LAUNCH = ["datasets", "filelock", "tokenizers", "tqdm", "transformers>=5"]
 
 setup(
     name="paci-schedule",
@@ -23,6 +24,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["paci_schedule", "paci_schedule.*"]),
+    entry_points={"console_scripts": ["paci = paci_schedule.cli:main"]},
+    install_requires=CORE,
     extras_require={
         "deepspeed": DEEPSPEED,
         "megatron": MEGATRON,

@@ -67,6 +67,11 @@ class Job:
 # ---- models: every layer is seeded by its number, so that any process builds the same --------------------------------
 
 
+def _fit(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """x with zeros behind, or without its last features, as wide as what `linear` puts out."""
+    return torch.nn.functional.pad(x, (0, linear.out_features - linear.in_features))
+
+
 class _Embed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -78,7 +83,7 @@ class _Embed(nn.Module):
 
 
 class _Mix(nn.Module):
-    """Attention over the sequence and a widening or narrowing MLP."""
+    """Attention over the sequence, added to what comes in, which is padded or cropped to the new width."""
 
     def __init__(self, width: int, wide: int) -> None:
         super().__init__()
@@ -90,7 +95,7 @@ class _Mix(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key = self.query_key(self.norm(x)).chunk(2, dim=-1)
         weight = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
-        return torch.tanh(weight @ self.value(x)) * self.scale
+        return _fit(x, self.value) + torch.tanh(weight @ self.value(x)) * self.scale
 
 
 class _Squeeze(nn.Module):
@@ -121,7 +126,11 @@ class _PairMix(nn.Module):
 
     def forward(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         left, right, ids = batch
-        return torch.tanh(self.left(left)), torch.sin(self.right(right)), ids
+        return (
+            _fit(left, self.left) + torch.tanh(self.left(left)),
+            _fit(right, self.right) + torch.sin(self.right(right)),
+            ids,
+        )
 
 
 class _PairHead(nn.Module):

@@ -149,6 +149,7 @@ class _Stage:
         windows: for every update, the mean loss of its micro-batches.
         drift: updates between forward and backward, for every micro-batch finished.
         peak: the most micro-batches that were saved at any time.
+        factors: for every update of a stage that clips, clip / norm; below 1 it scaled the gradients.
     """
 
     def __init__(self, job: Job, stage: int, layers: list[nn.Module]) -> None:
@@ -163,6 +164,10 @@ class _Stage:
         self.windows: list[float] = []
         self.drift: list[int] = []
         self.peak = 0
+
+    @property
+    def factors(self) -> list[float]:
+        return self._updater.factors
 
     def forward(self, index: int, batch: Any, labels: Any) -> Any:
         """Run micro-batch `index` through the layers; what the next stage gets, or None at the last stage.
@@ -227,6 +232,7 @@ class _Updater:
     def __init__(self, job: Job, module: nn.Module) -> None:
         self.parameters = list(module.parameters())
         self.clip = job.clip
+        self.factors: list[float] = []
         self.optimizer, self.schedule = None, None
         if self.parameters:
             self.optimizer = jobs.optimizer(job)(self.groups(job))
@@ -258,10 +264,15 @@ class _Updater:
         gradients = self.gradients()
         if self.clip and gradients:
             norms = torch.stack([gradient.float().norm(2.0) for gradient in gradients])
-            factor = self.clip / (norms.pow(2.0).sum().pow(0.5) + 1e-6)
+            factor = self.factor(norms.pow(2.0).sum().pow(0.5) + 1e-6)
+            self.factors.append(factor.item())
             if factor < 1:
                 for gradient in gradients:
                     gradient.mul_(factor)
+
+    def factor(self, norm: torch.Tensor) -> torch.Tensor:
+        """clip / norm, as DeepSpeed divides it for fp32 gradients: one fp32 number by another."""
+        return torch.tensor(self.clip) / norm
 
     def gradients(self) -> list[torch.Tensor]:
         """The accumulated gradients, those tensors themselves."""
@@ -315,6 +326,9 @@ class _MasterUpdater(_Updater):
     def reduce(self) -> None:
         for _, _, total in self._flat:
             total.copy_(total.to(self._wire_dtype))
+
+    def factor(self, norm: torch.Tensor) -> torch.Tensor:
+        return self.clip / norm  # in PyTorch the reciprocal of the norm, times a Python number
 
     def gradients(self) -> list[torch.Tensor]:
         return [piece for parameters, _, total in self._flat for piece in self._pieces(parameters, total)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,7 +31,7 @@ from torch.distributed import TCPStore
 __all__ = ["Outcome", "RankError", "gather_outcomes", "on_gpus", "run_ranks"]
 
 _PRELOAD = ["torch", "torch.distributed", "deepspeed"]
-_GRACE = 2.0  # seconds that the other ranks get to end by themselves after one has failed
+_GRACE = 2.0  # seconds that the others get to end by themselves after a rank has failed that should not have
 
 
 class RankError(Exception):
@@ -85,7 +87,7 @@ def run_ranks(
         RankError: with the traceback and the output of the rank that failed first; a death comes before the errors of
             the ranks that it left alone.
     """
-    outcomes = _run(target, world_size, args, timeout, env, stop_early=True)
+    outcomes = _run(target, world_size, args, timeout, env, _GRACE)
     failed = [outcome for outcome in outcomes if outcome.ended != "returned"]
     if failed:
         first = min(failed, key=lambda outcome: (["died", "raised", "killed"].index(outcome.ended), outcome.seconds))
@@ -104,9 +106,15 @@ def gather_outcomes(
     *,
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
+    grace: float | None = None,
 ) -> list[Outcome]:
-    """As `run_ranks`, but for ranks that may fail: every rank runs to its end or the deadline, and all are reported."""
-    return _run(target, world_size, args, timeout, env, stop_early=False)
+    """As `run_ranks`, but for ranks that may fail: every rank runs to its end or the deadline, and all are reported.
+
+    Args:
+        grace: once a rank has failed, seconds after which the others that still run are killed; None waits for the
+            deadline.
+    """
+    return _run(target, world_size, args, timeout, env, math.inf if grace is None else grace)
 
 
 @functools.cache
@@ -120,7 +128,7 @@ def _fork_context() -> multiprocessing.context.BaseContext:
 _BASE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
 
 
-def _run(target, world_size, args, timeout, env, stop_early) -> list[Outcome]:
+def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
     gpus = on_gpus(world_size)
     context = multiprocessing.get_context("spawn") if gpus else _fork_context()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -151,8 +159,8 @@ def _run(target, world_size, args, timeout, env, stop_early) -> list[Outcome]:
             for rank in waiting:
                 if pipes[rank].poll():
                     ends[rank] = (_received(pipes[rank]), time.monotonic() - started)
-                    if stop_early and (ends[rank][0] is None or ends[rank][0][0] != "returned"):
-                        deadline = min(deadline, time.monotonic() + _GRACE)
+                    if ends[rank][0] is None or ends[rank][0][0] != "returned":
+                        deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() >= deadline:
                 for rank in waiting:
                     if rank not in ends:
@@ -168,7 +176,7 @@ def _run(target, world_size, args, timeout, env, stop_early) -> list[Outcome]:
             process.join()
             pipes[rank].close()
             if message is None:
-                message = _killed(timeout) if rank in killed else _died(process.exitcode)
+                message = _killed(timeout, grace) if rank in killed else _died(process.exitcode)
             output = Path(folder, str(rank)).read_text(encoding="utf-8", errors="replace")
             outcomes.append(Outcome(rank, *message, seconds, output))
     return outcomes
@@ -182,8 +190,8 @@ def _received(pipe: multiprocessing.connection.Connection) -> tuple | None:
         return None
 
 
-def _killed(timeout: float) -> tuple:
-    return "killed", None, f"still running at the deadline ({timeout:g} s, or {_GRACE:g} s after another failed)", ()
+def _killed(timeout: float, grace: float) -> tuple:
+    return "killed", None, f"still running at the deadline ({timeout:g} s, or {grace:g} s after another failed)", ()
 
 
 def _died(exitcode: int | None) -> tuple:
@@ -205,6 +213,7 @@ def _rank(target, args, settings, backend, timeout, writer, folder) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage all the time: spare it what was imported
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)

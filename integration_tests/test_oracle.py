@@ -11,9 +11,9 @@ from paci_schedule.drift import drift_bound, drift_of
 
 BATCHES = ("train x2", "eval", "train x2")
 STOCK = {
-    "one stage clips": Job(stages=1, accumulation=3, script=BATCHES, clip=0.4, warmup=True),
-    "one stage clips, bf16": Job(stages=1, accumulation=3, script=BATCHES, clip=0.4, precision="bf16"),
-    "one stage clips, bf16 sums": Job(stages=1, accumulation=4, script=BATCHES, clip=0.4, precision="bf16-bf16"),
+    "one stage clips": Job(stages=1, accumulation=3, script=BATCHES, clip=0.85, warmup=True),
+    "one stage clips, bf16": Job(stages=1, accumulation=3, script=BATCHES, clip=0.6, precision="bf16"),
+    "one stage clips, bf16 sums": Job(stages=1, accumulation=4, script=BATCHES, clip=0.55, precision="bf16-bf16"),
     "fp32": Job(stages=2, accumulation=3, script=BATCHES, warmup=True),
     "fp32, two optimizer groups": Job(stages=3, accumulation=2, script=BATCHES, model="pairs", optimizer="groups"),
     "bf16": Job(stages=3, accumulation=2, script=BATCHES, model="pairs", precision="bf16", warmup=True),
@@ -38,7 +38,15 @@ def flushed(job):
 @pytest.mark.parametrize("name", STOCK)
 def test_drained_after_every_batch_the_reference_is_stock_deepspeed(name):
     job = STOCK[name]
-    deepspeed_job.assert_equal(deepspeed_job.run(job, schedule=None), flushed(job), counters=False)
+    deepspeed_job.assert_equal(deepspeed_job.run(job, schedule="stock"), flushed(job), counters=False)
+
+
+@pytest.mark.parametrize("name", [name for name, job in STOCK.items() if job.clip])
+def test_some_updates_are_clipped_and_some_are_not(name):
+    reference = oracle.Reference(STOCK[name])
+    reference.run()
+    factors = reference.stages[0].factors
+    assert min(factors) < 1 < max(factors)
 
 
 @pytest.mark.slow
@@ -48,8 +56,8 @@ def test_drained_after_every_batch_the_reference_is_stock_deepspeed(name):
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_every_combination_is_stock_deepspeed(stages, optimizer, model, precision):
     job = Job(stages=stages, accumulation=3, script=BATCHES, model=model, precision=precision, optimizer=optimizer,
-              clip=0.4 if stages == 1 else 0.0, warmup=True)
-    deepspeed_job.assert_equal(deepspeed_job.run(job, schedule=None), flushed(job), counters=False)
+              clip=0.6 if stages == 1 else 0.0, warmup=True)
+    deepspeed_job.assert_equal(deepspeed_job.run(job, schedule="stock"), flushed(job), counters=False)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 6])

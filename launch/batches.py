@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from launch.errors import LaunchError
+
 __all__ = ["MicroBatches", "Sequences", "split_stream"]
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -51,7 +53,7 @@ class MicroBatches:
         seed: of the shuffle, a new one every epoch; None keeps the order of the text.
 
     Raises:
-        ValueError: there are fewer sequences than one batch takes.
+        LaunchError: there are fewer sequences than one batch takes.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class MicroBatches:
         self._order = np.empty(0, dtype=np.int64)
         needed = micro_batch_size * accumulation * replicas
         if len(sequences) < needed:
-            raise ValueError(
+            raise LaunchError(
                 f"{len(sequences)} sequences of {sequences.length} tokens: one batch takes {needed}; "
                 "use more text, shorter sequences or a smaller batch"
             )

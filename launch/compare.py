@@ -15,8 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.errors import LaunchError
 from launch.runlog import LOG_NAME, read_log
 
 __all__ = ["RunSummary", "comparison", "ideal_speed_up", "main", "plot", "summarise"]
@@ -48,10 +53,10 @@ class RunSummary:
         """Seconds per update, drains included, from the first log record (so without the start-up) to the last.
 
         Raises:
-            ValueError: the log has fewer than two records of training.
+            LaunchError: the log has fewer than two records of training.
         """
         if len(self.updates) < 2:
-            raise ValueError(f"{self.name}: a speed needs two records of training; train longer or log more often")
+            raise LaunchError(f"{self.name}: a speed needs two records of training; train longer or log more often")
         first, last = self.updates[0], self.updates[-1]
         return (last["seconds"] - first["seconds"]) / (last["update"] - first["update"])
 
@@ -80,7 +85,7 @@ def summarise(folder: Path) -> RunSummary:
     """Read the log in `folder`.
 
     Raises:
-        ValueError: there is no log, or the run did not get to its end.
+        LaunchError: there is no log, or the run did not get to its end.
     """
     records = read_log(folder / LOG_NAME)
     by_event: dict[str, list[dict[str, Any]]] = {}
@@ -88,7 +93,7 @@ def summarise(folder: Path) -> RunSummary:
         by_event.setdefault(record["event"], []).append(record)
     missing = {"start", "update", "validation", "end"} - set(by_event)
     if missing:
-        raise ValueError(f"log in {str(folder)!r}: has no record of {', '.join(sorted(missing))}; has the run ended?")
+        raise LaunchError(f"log in {str(folder)!r}: has no record of {', '.join(sorted(missing))}; has the run ended?")
     start, end = by_event["start"][0], by_event["end"][-1]
     stages = sorted(end["stages"], key=lambda stage: (stage["stage"], stage["replica"]))
     name = _NAMES.get(start["schedule"], start["schedule"])
@@ -126,12 +131,8 @@ def comparison(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
 
 def plot(runs: Sequence[RunSummary], path: Path) -> None:
     """Write the loss against tokens and against wall-clock as a PNG: training as a line, validation as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for number, run in enumerate(runs):
         colour = f"C{number}"
         for axis, key, scale in zip(axes, ("tokens", "seconds"), (1e-6, 1), strict=True):
@@ -149,7 +150,6 @@ def plot(runs: Sequence[RunSummary], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[1].legend(title="line: training, dots: validation")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -161,13 +161,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         runs = [summarise(folder) for folder in args.runs]
         rows = comparison(runs)
-    except ValueError as error:
+    except LaunchError as error:
         parser.exit(2, f"compare: error: {error}\n")
     path = args.plot or args.runs[0].resolve().parent / "loss.png"
     plot(runs, path)
-
-    from rich.console import Console
-    from rich.table import Table
 
     start = runs[0].start
     table = Table(title=f"GPT-2 {start['model']}, {start['parameters'] / 1e6:.1f}M parameters, on {start['data']}")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars, load_dataset
 
+from launch.errors import LaunchError
+
 __all__ = ["Corpus", "open_corpus"]
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -41,7 +43,7 @@ def open_corpus(source: str = "stdlib", *, split: str = "train", column: str = "
         column: the text column of a hub dataset.
 
     Raises:
-        ValueError: no file matches `source`.
+        LaunchError: no file matches `source`.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -52,21 +54,31 @@ def open_corpus(source: str = "stdlib", *, split: str = "train", column: str = "
         }
         return _files(f"Python {sys.version.split()[0]} standard library", found)
     if source.startswith("hub:"):
-        name, _, configuration = source.removeprefix("hub:").partition(":")
-        return Corpus(
-            name=source.removeprefix("hub:"),
-            identity=f"{source} {split} {column}",
-            load=lambda: load_dataset(name, configuration or None, split=split)
-            .select_columns(column)
-            .rename_columns({} if column == "text" else {column: "text"}),
-        )
+        return _hub(source, split, column)
     found = {path: Path(path) for path in glob.glob(source, recursive=True) if Path(path).is_file()}
     if not found:
-        raise ValueError(
+        raise LaunchError(
             f"data {source!r}: no such file; name a text file, a glob such as 'books/**/*.txt', "
             "'hub:NAME' for a dataset of the hub, or 'stdlib'"
         )
     return _files(source, found)
+
+
+def _hub(source: str, split: str, column: str) -> Corpus:
+    name, _, configuration = source.removeprefix("hub:").partition(":")
+
+    def load() -> Dataset:
+        try:
+            documents = load_dataset(name, configuration or None, split=split)
+        except (OSError, ValueError) as error:
+            raise LaunchError(
+                f"data {source!r}: the hub has no such dataset, configuration or split, or cannot be reached ({error})"
+            ) from error
+        if column not in documents.column_names:
+            raise LaunchError(f"data {source!r}: no column {column!r} among {', '.join(documents.column_names)}")
+        return documents.select_columns(column).rename_columns({column: "text"})
+
+    return Corpus(name=source.removeprefix("hub:"), identity=f"{source} {split} {column}", load=load)
 
 
 def _files(name: str, named: dict[str, Path]) -> Corpus:

@@ -15,22 +15,12 @@ from torch.nn import functional
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
-from paci_schedule.adapters.deepspeed import CutPipelineModule
-from paci_schedule.balance import Cut
+from launch.errors import LaunchError
 
-__all__ = [
-    "SIZES",
-    "GPT2Head",
-    "GPT2PipeBlock",
-    "TokenEmbedding",
-    "gpt2_config",
-    "gpt2_layers",
-    "gpt2_pipeline",
-    "next_token_loss",
-]
+__all__ = ["SIZES", "GPT2Head", "GPT2PipeBlock", "TokenEmbedding", "gpt2_config", "gpt2_layers", "gpt2_pipeline"]
 
 SIZES = {
-    "tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4},
+    "tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4},
     "small": {"n_layer": 12, "n_embd": 768, "n_head": 12},
     "medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
     "large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
@@ -51,14 +41,14 @@ def gpt2_config(
         blocks: number of transformer blocks, instead of the model's own.
 
     Raises:
-        ValueError: `model` is neither a known name nor a file.
+        LaunchError: `model` is neither a known name nor a file.
     """
     if model in SIZES:
         config = GPT2Config(**SIZES[model])
     elif Path(model).is_file():
         config = GPT2Config.from_json_file(model)
     else:
-        raise ValueError(f"model {model!r}: must be one of {', '.join(SIZES)}, or the path of a GPT-2 config.json")
+        raise LaunchError(f"model {model!r}: must be one of {', '.join(SIZES)}, or the path of a GPT-2 config.json")
     config.update(
         {
             "vocab_size": vocabulary,
@@ -123,16 +113,16 @@ def gpt2_layers(config: GPT2Config) -> list[LayerSpec]:
     return [LayerSpec(TokenEmbedding, config), *blocks, LayerSpec(GPT2Head, config)]
 
 
-def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str | Cut = "parameters") -> PipelineModule:
+def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str = "parameters") -> PipelineModule:
     """The model cut into `stages`.  Its initial weights depend on `seed` alone, not on the cut.
 
     Args:
         config: of `gpt2_config`.
         stages: P; must divide the number of ranks.
         seed: of the initial weights.
-        partition: DeepSpeed's `partition_method`, "parameters", "uniform" or "type:<regex>", or a cut.
+        partition: DeepSpeed's `partition_method`: "parameters", "uniform" or "type:<regex>".
     """
-    return CutPipelineModule(
+    module = PipelineModule(
         gpt2_layers(config),
         num_stages=stages,
         loss_fn=next_token_loss,
@@ -141,6 +131,9 @@ def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str 
         seed_fn=_seed_layer,
         base_seed=seed,
     )
+    # Left on, it reseeds dropout at every forward from a counter that no checkpoint keeps.
+    module.seed_layers = False
+    return module
 
 
 def _seed_layer(seed: int) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launch.errors import LaunchError
+
 __all__ = ["LOG_NAME", "RunLog", "read_log"]
 
 LOG_NAME = "log.jsonl"
@@ -41,11 +43,11 @@ def read_log(path: Path) -> list[Record]:
     """The records of a log file, oldest first.
 
     Raises:
-        ValueError: there is no such file, or a line of it is not a record.
+        LaunchError: there is no such file, or a line of it is not a record.
     """
     if not path.is_file():
-        raise ValueError(f"log {str(path)!r}: no such file; name the folder a run wrote with --output")
+        raise LaunchError(f"log {str(path)!r}: no such file; name the folder a run wrote with --output")
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"log {str(path)!r}: not JSON lines ({error}); was the run cut off while writing?") from None
+        raise LaunchError(f"log {str(path)!r}: not JSON lines ({error}); was the run cut off while writing?") from None

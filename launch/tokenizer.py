@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from launch.errors import LaunchError
+
 __all__ = ["BytePairTokenizer", "ByteTokenizer", "TextTokenizer"]
 
 _END = "<|endoftext|>"
@@ -41,7 +43,7 @@ class BytePairTokenizer:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._end = self._tokenizer.token_to_id(_END)
         if self._end is None:
-            raise ValueError(f"tokenizer {str(path)!r}: has no token {_END} to end a document with; add it")
+            raise LaunchError(f"tokenizer {str(path)!r}: has no token {_END} to end a document with; add it")
         self.vocabulary = self._tokenizer.get_vocab_size()
 
     @staticmethod

@@ -12,6 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from launch.corpus import Corpus
+from launch.errors import LaunchError
 from launch.tokenizer import BytePairTokenizer, ByteTokenizer, TextTokenizer
 
 __all__ = ["TokenStream", "tokenise"]
@@ -41,7 +42,7 @@ def tokenise(corpus: Corpus, cache: Path, *, tokenizer: str = "byte", vocabulary
         vocabulary: size of a trained BPE.
 
     Raises:
-        ValueError: `tokenizer` is none of these, or the corpus holds no text.
+        LaunchError: `tokenizer` is none of these, or the corpus holds no text.
     """
     made_with = tokenizer
     if tokenizer == "bpe":
@@ -49,7 +50,7 @@ def tokenise(corpus: Corpus, cache: Path, *, tokenizer: str = "byte", vocabulary
     elif Path(tokenizer).is_file():
         made_with = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     elif tokenizer != "byte" and not tokenizer.startswith("hub:"):
-        raise ValueError(f"tokenizer {tokenizer!r}: must be 'byte', 'bpe', 'hub:NAME' or the path of a tokenizer.json")
+        raise LaunchError(f"tokenizer {tokenizer!r}: must be 'byte', 'bpe', 'hub:NAME' or the path of a tokenizer.json")
     key = hashlib.sha256(f"{_FORMAT}\n{made_with}\n{corpus.identity}".encode()).hexdigest()[:16]
     folder = cache / key
     cache.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def _make(corpus: Corpus, folder: Path, tokenizer: str, vocabulary: int) -> None
                 file.write(ids.astype(dtype).tobytes())
                 count += len(ids)
     if not count:
-        raise ValueError(f"data {corpus.name!r}: holds no text")
+        raise LaunchError(f"data {corpus.name!r}: holds no text")
     facts = {"corpus": corpus.name, "tokens": count, "vocabulary": encoder.vocabulary, "dtype": dtype.name}
     (partial / "facts.json").write_text(json.dumps(facts))
     partial.rename(folder)

@@ -9,7 +9,6 @@ default launch/configs/gpt_tiny.json; flags override what one tries out most.  M
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,21 +21,23 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
-from transformers import GPT2Config
+from deepspeed import PipelineEngine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.batches import MicroBatches, Sequences, split_stream
+import paci_schedule
+from launch.batches import MicroBatches, split_stream
+from launch.config import deepspeed_config
 from launch.corpus import open_corpus
-from launch.gpt2 import SIZES, gpt2_config, gpt2_layers, gpt2_pipeline, next_token_loss
+from launch.errors import LaunchError
+from launch.gpt2 import SIZES, gpt2_config, gpt2_pipeline
 from launch.optimizer import warm_up_cosine, weight_decay_groups
 from launch.runlog import RunLog
 from launch.tokens import tokenise
 from launch.training import LoopOptions, Training
-from paci_schedule.adapters.deepspeed import balanced_cut
-from paci_schedule.balance import Cut
+from paci_schedule import PaciError
 
-_CONFIGS = Path(__file__).resolve().parent / "configs"
+_DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "gpt_tiny.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,58 +46,60 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         _train(args)
-    except ValueError as error:
+    except (LaunchError, PaciError) as error:
         parser.exit(2, f"train_gpt: error: {error}\n")
 
 
 def _train(args: argparse.Namespace) -> None:
     if "RANK" not in os.environ:
-        raise ValueError("no RANK in the environment: start with torchrun --nproc-per-node STAGES launch/train_gpt.py")
+        raise LaunchError("no RANK in the environment: start with torchrun --nproc-per-node STAGES launch/train_gpt.py")
     world = int(os.environ["WORLD_SIZE"])
     stages = args.stages or world
     if world % stages:
-        raise ValueError(f"--stages {stages}: must divide the number of processes, {world}")
-    config = _deepspeed_config(args)
+        raise LaunchError(f"--stages {stages}: must divide the number of processes, {world}")
+    config = deepspeed_config(
+        args.deepspeed_config,
+        pipeline_schedule=args.pipeline_schedule,
+        micro_batch_size=args.micro_batch_size,
+        accumulation=args.accumulation,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+    )
     schedule = config.get("pipeline_schedule", "1f1b")
     if schedule != "1f1b":  # the baseline runs on DeepSpeed as it comes
-        import paci_schedule
-
         paci_schedule.register()
 
     corpus = open_corpus(args.data, split=args.data_split, column=args.data_column)
     stream = tokenise(corpus, args.cache, tokenizer=args.tokenizer, vocabulary=args.vocabulary)
     training_text, held_out = split_stream(stream.ids, args.sequence_length)
-
-    if os.environ.get("DS_ACCELERATOR") == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    model = gpt2_config(
-        args.model,
-        vocabulary=stream.vocabulary,
-        sequence_length=args.sequence_length,
-        dropout=args.dropout,
-        blocks=args.blocks,
-    )
-    partition = args.partition
-    if partition == "profile":
-        partition = _profiled_cut(args, model, stages, config, training_text)
-    module = gpt2_pipeline(model, stages=stages, seed=args.seed, partition=partition)
-    own_schedule = None if "scheduler" in config else warm_up_cosine(args.updates, args.warm_up)
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=weight_decay_groups(module), config=config, lr_scheduler=own_schedule
-    )
+    engine = _engine(args, config, stages, stream.vocabulary)
     batch = {
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "accumulation": engine.gradient_accumulation_steps(),
         "replicas": world // stages,
-        "replica": engine.grid.get_data_parallel_id(),
     }
-    logs = engine.is_last_stage() and batch["replica"] == 0
-    log = RunLog(args.output if logs else None)
+    facts = {
+        "schedule": schedule,
+        "stages": stages,
+        **batch,
+        "sequence_length": args.sequence_length,
+        "updates": args.updates,
+        "optimizer": type(engine.basic_optimizer).__name__,
+        "model": args.model,
+        "parameters": _total_parameters(engine.module, batch["replicas"]),
+        "data": corpus.name,
+        "training_tokens": len(training_text) * args.sequence_length,
+        "device": engine.device.type,
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+    replica = engine.grid.get_data_parallel_id()
+    log = RunLog(args.output if engine.is_last_stage() and replica == 0 else None)
     training = Training(
         engine,
-        MicroBatches(training_text, seed=args.seed, **batch),
-        MicroBatches(held_out, **batch),
+        MicroBatches(training_text, seed=args.seed, replica=replica, **batch),
+        MicroBatches(held_out, seed=args.seed, replica=replica, **batch),
         LoopOptions(
             updates=args.updates,
             log_every=args.log_every,
@@ -108,79 +111,33 @@ def _train(args: argparse.Namespace) -> None:
         ),
         log,
     )
-    parameters = _total_parameters(module, replicas=world // stages)
     start = 0
     if args.resume:
         start = training.resume()
     else:
         log.rewind(0)
-        log.write(
-            "start",
-            schedule=schedule,
-            stages=stages,
-            replicas=batch["replicas"],
-            accumulation=batch["accumulation"],
-            micro_batch_size=batch["micro_batch_size"],
-            sequence_length=args.sequence_length,
-            updates=args.updates,
-            optimizer=type(engine.basic_optimizer).__name__,
-            model=args.model,
-            parameters=parameters,
-            data=corpus.name,
-            train_tokens=len(training_text) * args.sequence_length,
-            device=engine.device.type,
-            seed=args.seed,
-            torch=torch.__version__,
-            deepspeed=deepspeed.__version__,
-        )
+        log.write("start", **facts)
     training.run(start)
     dist.destroy_process_group()
 
 
-def _profiled_cut(
-    args: argparse.Namespace, model: GPT2Config, stages: int, config: dict[str, Any], text: Sequences
-) -> Cut:
-    """The cut with the fastest slowest stage, measured; that of the run before if it is resumed."""
-    file = args.output / "cut.json"
-    if not args.resume and dist.get_rank() == 0:
-        file.unlink(missing_ok=True)
-    samples = config.get("train_micro_batch_size_per_gpu", 1)
-    cut = balanced_cut(
-        gpt2_layers(model),
-        next(MicroBatches(text, micro_batch_size=samples, accumulation=1).from_batch(0)),
-        num_stages=stages,
-        loss_fn=next_token_loss,
-        dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else None,
-        file=file,
+def _engine(args: argparse.Namespace, config: dict[str, Any], stages: int, vocabulary: int) -> PipelineEngine:
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    model = gpt2_config(
+        args.model,
+        vocabulary=vocabulary,
+        sequence_length=args.sequence_length,
+        dropout=args.dropout,
+        blocks=args.blocks,
     )
-    if dist.get_rank() == 0:
-        print(cut, flush=True)
-    return cut
-
-
-def _deepspeed_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The DeepSpeed JSON with the flags that were given put over it."""
-    path = args.deepspeed_config
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed-config {str(path)!r}: cannot be read as JSON ({error})") from None
-    if args.pipeline_schedule:
-        config["pipeline_schedule"] = args.pipeline_schedule
-    if args.micro_batch_size:
-        config["train_micro_batch_size_per_gpu"] = args.micro_batch_size
-    if args.accumulation:
-        config["gradient_accumulation_steps"] = args.accumulation
-    if args.micro_batch_size or args.accumulation:
-        config.pop("train_batch_size", None)
-    if args.optimizer == "nadamw":  # its look-ahead in the momentum helps delayed gradients
-        given = config["optimizer"]["params"]
-        kept = {name: given[name] for name in ("lr", "betas", "eps", "weight_decay") if name in given}
-        config["optimizer"] = {"type": "NAdam", "params": kept | {"decoupled_weight_decay": True}}
-        config["zero_allow_untested_optimizer"] = True
-    if args.learning_rate:
-        config["optimizer"]["params"]["lr"] = args.learning_rate
-    return config
+    deepspeed.init_distributed()
+    module = gpt2_pipeline(model, stages=stages, seed=args.seed, partition=args.partition)
+    scheduler = None if "scheduler" in config else warm_up_cosine(args.updates, args.warm_up)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=weight_decay_groups(module), config=config, lr_scheduler=scheduler
+    )
+    return engine
 
 
 def _total_parameters(module: torch.nn.Module, replicas: int) -> int:
@@ -194,14 +151,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="train_gpt", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("DeepSpeed").add_argument
-    add("--deepspeed-config", type=Path, default=_CONFIGS / "gpt_tiny.json", metavar="JSON")
+    add("--deepspeed-config", "--deepspeed_config", type=Path, default=_DEFAULT_CONFIG, metavar="JSON")
     add("--pipeline-schedule", choices=["1f1b", "paci"], help="instead of the JSON's pipeline_schedule")
     add("--stages", type=_positive, help="pipeline stages; the other processes are data-parallel replicas [all]")
-    add("--partition", default="parameters", help="of layers into stages: parameters, uniform, type:REGEX, profile")
+    add("--partition", default="parameters", help="DeepSpeed's partition_method: parameters, uniform, type:REGEX")
     add("--micro-batch-size", type=_positive, help="instead of the JSON's")
     add("--accumulation", type=_positive, help="micro-batches per update, instead of the JSON's")
     add("--learning-rate", type=float, help="peak, instead of the JSON's")
-    add("--optimizer", choices=["nadamw"], help="instead of the JSON's; its other parameters are kept")
+    add("--optimizer", choices=["adamw", "nadamw"], help="instead of the JSON's, with the JSON's lr, betas, eps, decay")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny", help=f"{', '.join(SIZES)}, or a GPT-2 config.json")
     add("--blocks", type=_positive, help="number of transformer blocks, instead of the model's")

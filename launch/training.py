@@ -16,6 +16,7 @@ from deepspeed import PipelineEngine
 from tqdm import tqdm
 
 from launch.batches import MicroBatches
+from launch.errors import LaunchError
 from launch.runlog import RunLog
 
 __all__ = ["LoopOptions", "Training"]
@@ -74,12 +75,12 @@ class Training:
         """Load the newest checkpoint.  Returns the update after which it was saved.
 
         Raises:
-            ValueError: there is none.
+            LaunchError: there is none.
         """
         path, state = self._engine.load_checkpoint(str(self._options.checkpoints))
         if path is None:
             folder = str(self._options.checkpoints)
-            raise ValueError(f"resume: no checkpoint in {folder!r}; name the --output of a run with --save-every")
+            raise LaunchError(f"resume: no checkpoint in {folder!r}; name the --output of a run with --save-every")
         self._watch.seconds = self._log.rewind(state["update"])
         return state["update"]
 
@@ -89,7 +90,11 @@ class Training:
         data = self._batches.from_batch(start)
         losses: list[torch.Tensor] = []
         progress = tqdm(
-            total=options.updates, initial=start, unit="update", disable=dist.get_rank() != 0, mininterval=1.0
+            total=options.updates,
+            initial=start,
+            unit="update",
+            disable=dist.get_rank() != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
         dist.barrier()
         self._watch.start()

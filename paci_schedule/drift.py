@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["DriftMeter", "drift_bound", "drift_of"]
+__all__ = ["DriftMeter", "drift_bound", "drift_histogram", "drift_of"]
 
 
 def drift_of(spec: PipelineSpec, stage: int, micro_batch: int) -> int:
@@ -23,6 +23,23 @@ def drift_of(spec: PipelineSpec, stage: int, micro_batch: int) -> int:
 def drift_bound(spec: PipelineSpec, stage: int) -> int:
     """The most that `drift_of` can be at `stage`: ceil(d_s / a)."""
     return -(-spec.look_ahead(stage) // spec.accumulation)
+
+
+def drift_histogram(spec: PipelineSpec, stage: int, micro_batches: int) -> Counter[int]:
+    """Drift -> how many of the first `micro_batches` micro-batches have it at `stage`: `drift_of`, summed up."""
+    window, ahead = spec.accumulation, spec.look_ahead(stage)
+    filling = min(micro_batches, ahead)
+    histogram = Counter({number: min(window, filling - number * window) for number in range(-(-filling // window))})
+    whole, rest = divmod(ahead, window)
+
+    def early(count: int) -> int:
+        """How many of the first `count` stand among the first `rest` of their window."""
+        return count // window * rest + min(count % window, rest)
+
+    one_more = early(max(micro_batches, ahead)) - early(ahead)
+    histogram[whole + 1] += one_more
+    histogram[whole] += micro_batches - filling - one_more
+    return +histogram
 
 
 class DriftMeter:

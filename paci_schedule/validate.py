@@ -6,15 +6,20 @@ Errors show the grid with the offending op marked, so that a schedule can be deb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from paci_schedule import grid
+from paci_schedule.costs import Costs
 from paci_schedule.drift import DriftMeter, drift_bound, drift_of
 from paci_schedule.errors import ScheduleError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
+from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.paci import Segment
+from paci_schedule.simulate import execute
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["check_rendezvous", "check_segments", "check_stream"]
+__all__ = ["check_grid", "check_rendezvous", "check_schedule", "check_segments", "check_stream"]
 
 Program = Sequence[Op]
 
@@ -26,6 +31,77 @@ _LINKS = {  # kind -> (direction of the link, stage offset of its sender, role)
     OpKind.RECV_GRADIENT: ("gradient", +1, "receive"),
     OpKind.SEND_GRADIENT: ("gradient", 0, "send"),
 }
+
+
+def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> None:
+    """Check `batches` batches of any schedule, from an empty pipe to an empty pipe: see `check_grid`.
+
+    Raises:
+        ConfigError: the schedule does not exist for `spec`.
+        ScheduleError: naming the first violation and showing the grid.
+    """
+    schedule.check(spec)
+    check_grid(schedule, spec, [list(schedule.stream(spec, stage, batches)) for stage in range(spec.stages)])
+
+
+def check_grid(schedule: Schedule, spec: PipelineSpec, rows: Sequence[Program]) -> None:
+    """Check that the rows keep what `schedule` promises.
+
+    On every stage and chunk every micro-batch has one F, then one B, then, where the backward is split, one W; an
+    update holds exactly its own micro-batches; in flight and drift stay within the schedule's bounds.  Together the
+    stages finish.
+
+    Raises:
+        ScheduleError: naming the op, the rule and showing the row.
+    """
+    if len(rows) != spec.stages:
+        raise ScheduleError(f"{len(rows)} rows for {spec.stages} stages: write one row a stage")
+    counts = {sum(op.kind is OpKind.FORWARD for op in row) for row in rows}
+    if len(counts) > 1:
+        raise ScheduleError(f"the stages have {sorted(counts)} forwards: every stage runs every micro-batch")
+    for stage, row in enumerate(rows):
+        _check_row(schedule, spec, stage, row)
+    execute(schedule, [[row] for row in rows], Costs(forward=1.0, backward=1.0, weight=1.0))
+
+
+def _check_row(schedule: Schedule, spec: PipelineSpec, stage: int, row: Program) -> None:
+    """What `check_grid` says of one stage."""
+    path = [OpKind.FORWARD, OpKind.BACKWARD] + [OpKind.WEIGHT] * schedule.splits_backward
+    done: dict[tuple[int, int], int] = {}
+    meter, held, finished = DriftMeter(), 0, 0
+    per_update = schedule.micro_batches_per_update(spec)
+
+    def fail(position: int, rule: str) -> ScheduleError:
+        return ScheduleError(f"stage {stage}: {rule}\n{grid.marked({stage: row}, {stage: position})}")
+
+    for position, op in enumerate(row):
+        if op.kind is OpKind.STEP:
+            if op.index != meter.version or finished != (op.index + 1) * per_update * schedule.chunks:
+                raise fail(
+                    position, f"{op} after {finished} backwards, with {per_update * schedule.chunks} to an update"
+                )
+        elif op.kind not in path or op.chunk >= schedule.chunks:
+            raise fail(position, f"{op} is not an op of {schedule.name} with {schedule.chunks} chunks a stage")
+        else:
+            past = done.get((op.index, op.chunk), 0)
+            if past >= len(path) or path[past] is not op.kind:
+                wanted = path[past].value if past < len(path) else "nothing"
+                raise fail(position, f"{op} where {wanted} of that micro-batch is next")
+            done[op.index, op.chunk] = past + 1
+            if (schedule.flushes or past) and meter.version != op.index // per_update:
+                raise fail(position, f"{op} at version {meter.version}, its update is {op.index // per_update}")
+            ends = past + 1 == len(path)
+            finished += ends
+            held += (not past) - ends
+        drift = meter.record(op)
+        if drift is not None and drift > schedule.drift_bound(spec, stage):
+            raise fail(position, f"drift {drift} at {op}, bound {schedule.drift_bound(spec, stage)}")
+        if held > schedule.in_flight(spec, stage):
+            raise fail(position, f"{held} in flight, at most {schedule.in_flight(spec, stage)} allowed")
+    if held or len(done) != schedule.chunks * len({index for index, _ in done}):
+        raise fail(len(row) - 1, f"{held} in flight at the end, {len(done)} of the chunks' micro-batches begun")
+    if meter.version * per_update * schedule.chunks != finished:
+        raise fail(len(row) - 1, f"{finished} backwards but {meter.version} updates of {per_update * schedule.chunks}")
 
 
 def check_segments(spec: PipelineSpec, segments: Sequence[Segment]) -> None:
@@ -60,7 +136,7 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
     meter, forwards, backwards = DriftMeter(), 0, 0
 
     def fail(position: int, rule: str) -> ScheduleError:
-        return ScheduleError(f"stage {stage}: {rule}\n{_marked({stage: ops}, {stage: position})}")
+        return ScheduleError(f"stage {stage}: {rule}\n{grid.marked({stage: ops}, {stage: position})}")
 
     for position, op in enumerate(ops):
         due = backwards // spec.accumulation
@@ -91,6 +167,8 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
             raise fail(position, f"{meter.in_flight} micro-batches in flight, at most {spec.in_flight(stage)} allowed")
     if backwards != forwards:
         raise fail(len(ops) - 1, f"{forwards} forwards but {backwards} backwards")
+    if meter.version != backwards // spec.accumulation:
+        raise fail(len(ops) - 1, f"STEP{meter.version} is missing after {backwards} backwards")
 
 
 def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[int]) -> None:
@@ -107,35 +185,30 @@ def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[in
     Raises:
         ScheduleError: a deadlock, a message that nobody takes, or messages taken in another order than sent.
     """
-    sent: dict[tuple[str, int], list[int]] = {}
-    posted: dict[tuple[str, int], list[int]] = {}
-    taken: dict[tuple[str, int], int] = {}
+    done: dict[tuple[str, int], dict[str, list[_At]]] = {}  # link -> role -> where, in order
     position = [0] * len(programs)
 
     def fail(rule: str) -> ScheduleError:
-        return ScheduleError(f"{rule}\n{_marked(dict(enumerate(programs)), dict(enumerate(position)))}")
+        return ScheduleError(f"{rule}\n{grid.marked(dict(enumerate(programs)), dict(enumerate(position)))}")
 
     def can_run(stage: int, op: Op) -> bool:
         if op.kind.is_compute:
             return True
         direction, offset, role = _LINKS[op.kind]
-        link = direction, stage + offset
-        if role == "expect":
-            posted.setdefault(link, []).append(op.index)
-            return True
+        link = done.setdefault((direction, stage + offset), {"send": [], "expect": [], "receive": []})
+        number = len(link[role])
         if role == "send":
-            number = len(sent.setdefault(link, []))
             slack = gradients_on_wire[stage] - 1 if direction == "gradient" else 0
-            if number - slack >= len(posted.get(link, ())):
+            if number - slack >= len(link["expect"]):
                 return False
-            sent[link].append(op.index)
-            return True
-        number = taken.get(link, 0)
-        if number >= len(sent.get(link, ())):
-            return False
-        if sent[link][number] != op.index:
-            raise fail(f"stage {stage} takes {op} where {sent[link][number]} was sent")
-        taken[link] = number + 1
+        elif role == "receive":
+            if number >= len(link["expect"]):
+                raise fail(f"stage {stage} waits at {op} for a receive that it has not posted")
+            if number >= len(link["send"]):
+                return False
+            if link["send"][number].index != op.index:
+                raise fail(f"stage {stage} takes {op} where {link['send'][number].index} was sent")
+        link[role].append(_At(op.index, stage, position[stage]))
         return True
 
     moving = True
@@ -147,22 +220,20 @@ def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[in
                 moving = True
     if any(at < len(program) for at, program in zip(position, programs, strict=True)):
         raise fail("deadlock: every stage waits for another one at the marked op")
-    for link, indices in posted.items():
-        if taken.get(link, 0) != len(indices):
-            raise fail(f"a receive is posted on the {link[0]} link of stage {link[1]} and never taken")
+    for (direction, sender), link in done.items():
+        counts = {role: len(where) for role, where in link.items()}
+        if len(set(counts.values())) > 1:
+            left_over = max(link.values(), key=len)[min(counts.values())]
+            position[left_over.stage] = left_over.position
+            raise fail(
+                f"the {direction} link of stage {sender} ends with {counts['send']} sends, {counts['expect']} posted "
+                f"receives and {counts['receive']} taken ones"
+            )
 
 
-def _marked(rows: dict[int, Program], marks: dict[int, int], context: int = 6) -> str:
-    """The rows as a text grid, `context` ops either side of the marked one, which stands in >...<."""
-    lines = []
-    for stage, ops in rows.items():
-        mark = marks[stage]
-        window = range(max(0, mark - context), min(len(ops), mark + context + 1))
-        cells = [f">{ops[at]}<" if at == mark else str(ops[at]) for at in window]
-        lines.append(
-            f"  stage {stage:<3} "
-            + ("... " if window.start else "")
-            + " ".join(cells)
-            + (" ..." if window.stop < len(ops) else "")
-        )
-    return "\n".join(lines)
+class _At(NamedTuple):
+    """Where an op of a link stands."""
+
+    index: int
+    stage: int
+    position: int

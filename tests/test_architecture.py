@@ -13,7 +13,7 @@ import paci_schedule
 
 PACKAGE = Path(paci_schedule.__file__).parent
 FRAMEWORKS = {"deepspeed", "megatron", "transformers", "datasets", "accelerate", "lightning"}
-OUTER = {"registration", "launch", "cli", "optim"}  # modules at the top of the package that are no core
+OUTER = {"registration", "launch", "cli", "doctor", "optim"}  # modules at the top of the package that are no core
 
 PUBLIC_NAMES = [
     "ConfigError",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from launch.batches import MicroBatches, Sequences, split_stream
+from launch.errors import LaunchError
 
 LENGTH = 5
 
@@ -91,6 +92,6 @@ def test_the_end_of_the_text_is_held_out():
 
 
 def test_too_little_text_for_one_batch_is_refused():
-    with pytest.raises(ValueError, match="13 sequences of 5 tokens: one batch takes 14"):
+    with pytest.raises(LaunchError, match="13 sequences of 5 tokens: one batch takes 14"):
         batches(micro_batch_size=7, accumulation=2)
     assert batches(micro_batch_size=2, accumulation=3).batches_per_epoch == 2

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from launch import compare
+from launch.errors import LaunchError
 from launch.runlog import RunLog, read_log
 
 TOKENS = 1000
@@ -109,5 +110,5 @@ def test_ranks_that_do_not_log_write_nothing(tmp_path):
 
 def test_a_torn_line_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"event": "start"}) + '\n{"event": "upd')
-    with pytest.raises(ValueError, match="not JSON lines"):
+    with pytest.raises(LaunchError, match="not JSON lines"):
         read_log(tmp_path / "log.jsonl")

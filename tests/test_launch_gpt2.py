@@ -9,6 +9,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from transformers import GPT2LMHeadModel
 
+from launch.errors import LaunchError
 from launch.gpt2 import SIZES, gpt2_config, gpt2_layers, next_token_loss
 
 VOCABULARY, LENGTH = 97, 24
@@ -87,5 +88,5 @@ def test_a_config_comes_from_a_name_or_a_file(tmp_path, config):
     mine = gpt2_config(str(tmp_path / "mine.json"), vocabulary=VOCABULARY, sequence_length=7, dropout=0.25)
     assert (mine.n_layer, mine.n_embd, mine.n_positions) == (3, SIZES["tiny"]["n_embd"], 7)
     assert mine.resid_pdrop == mine.embd_pdrop == mine.attn_pdrop == 0.25
-    with pytest.raises(ValueError, match="model 'mediun': must be one of tiny, small, medium"):
+    with pytest.raises(LaunchError, match="model 'mediun': must be one of tiny, small, medium"):
         gpt2_config("mediun", vocabulary=VOCABULARY, sequence_length=7)

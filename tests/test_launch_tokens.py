@@ -2,16 +2,23 @@
 
 import dataclasses
 
+import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer
 
 from launch.corpus import Corpus, open_corpus
+from launch.errors import LaunchError
 from launch.tokenizer import ByteTokenizer
 from launch.tokens import tokenise
 
 TEXTS = ["def f(x):\n    return x\n", "naïve café ☕ " * 40, ""]
+
+
+@pytest.fixture(autouse=True)
+def no_traces_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 class Reads:
@@ -74,11 +81,11 @@ def test_a_trained_bpe_is_shorter_and_says_the_same(tmp_path):
 
 
 def test_bad_names_are_refused_with_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer 'bytes': must be 'byte', 'bpe'"):
+    with pytest.raises(LaunchError, match="tokenizer 'bytes': must be 'byte', 'bpe'"):
         tokenise(Reads().corpus, tmp_path, tokenizer="bytes")
-    with pytest.raises(ValueError, match=r"data 'nowhere/\*.txt': no such file"):
+    with pytest.raises(LaunchError, match=r"data 'nowhere/\*.txt': no such file"):
         open_corpus("nowhere/*.txt")
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(LaunchError, match="holds no text"):
         tokenise(Reads([]).corpus, tmp_path)
 
 
@@ -92,6 +99,19 @@ def test_files_are_documents_and_a_changed_file_is_another_corpus(tmp_path):
     assert open_corpus(str(tmp_path / "**" / "*.txt")).identity == corpus.identity
     (tmp_path / "b.txt").write_text("three and a half")
     assert open_corpus(str(tmp_path / "**" / "*.txt")).identity != corpus.identity
+
+
+def test_a_hub_dataset_gives_its_text_column(tmp_path):
+    """A folder of data files stands for a dataset of the hub: `load_dataset` takes both."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a", "story": "one"}\n{"text": "b", "story": "two"}\n')
+    assert open_corpus(f"hub:{folder}").load()["text"] == ["a", "b"]
+    assert open_corpus(f"hub:{folder}", column="story").load()["text"] == ["one", "two"]
+    with pytest.raises(LaunchError, match="no column 'body' among text, story"):
+        open_corpus(f"hub:{folder}", column="body").load()
+    with pytest.raises(LaunchError, match="no such dataset, configuration or split"):
+        open_corpus(f"hub:{folder}", split="test").load()
 
 
 def test_the_default_is_this_pythons_standard_library():

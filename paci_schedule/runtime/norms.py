@@ -50,9 +50,14 @@ class CarriedNorms:
         self._down, self._up = self._zeros(), self._zeros()
 
     @property
-    def memory(self) -> int:
-        """J, for how many updates norms are kept."""
+    def delay(self) -> int:
+        """J, in updates."""
         return -(-self._spec.in_flight(0) // self._spec.accumulation)
+
+    @property
+    def memory(self) -> int:
+        """For how many updates norms are kept: the largest J that another number of micro-batches an update makes."""
+        return self._spec.in_flight(0)
 
     def respec(self, spec: PipelineSpec) -> None:
         """Go on with another spec, from an empty pipe."""
@@ -66,7 +71,7 @@ class CarriedNorms:
         first = self._own is None
         self.add_own(square)
         if self._agrees:
-            square.copy_(self._row(self._update - self.memory).sum()) if first else square.zero_()
+            square.copy_(self._row(self._update - self.delay).sum()) if first else square.zero_()
         elif first:
             stages = (stage for stage in range(self._spec.stages) if stage != self._stage)
             square.add_(torch.stack([self._row(self._newest[stage])[stage] for stage in stages]).sum())
@@ -116,7 +121,7 @@ class CarriedNorms:
             self._hear(stage, micro_batch // self._spec.accumulation, squares[stage])
 
     def state(self) -> list[list[float]]:
-        """Of an empty pipe: the squared norms of the last J updates, oldest first, a row of P each."""
+        """Of an empty pipe: the squared norms of the last `memory` updates, oldest first, a row of P each."""
         return [self._row(update).tolist() for update in range(self._update - self.memory, self._update)]
 
     def load_state(self, state: list[list[float]]) -> None:

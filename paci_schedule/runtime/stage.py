@@ -20,7 +20,7 @@ from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.norms import CarriedNorms
-from paci_schedule.runtime.timeline import Timeline
+from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.schedules import one_f_one_b, paci
 from paci_schedule.spec import PipelineSpec
 
@@ -67,7 +67,7 @@ class StageRunner:
         stage: this rank's stage.
         compute: the framework's part.
         links: the stage's links.
-        timeline: where the time is booked.
+        stopwatch: where the time is booked; the caller of `train_batch` starts it.
         norms: gradient norms that travel with the messages; None for none.
 
     Attributes:
@@ -76,6 +76,7 @@ class StageRunner:
         forwards, backwards: ops done since construction.
         peak_in_flight: the most micro-batches that were live at once.
         meter: drift and version counted so far.
+        window_drift: the largest drift of the update's micro-batches so far.
         interrupted: an error left micro-batches in flight that nothing can finish.
     """
 
@@ -85,7 +86,7 @@ class StageRunner:
         stage: int,
         compute: StageCompute,
         links: Links,
-        timeline: Timeline,
+        stopwatch: Stopwatch,
         norms: CarriedNorms | None = None,
     ) -> None:
         self.spec = spec
@@ -93,9 +94,9 @@ class StageRunner:
         self.flushing = False
         self.admitted = 0
         self.interrupted = False
-        self.forwards = self.backwards = self.peak_in_flight = 0
+        self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
-        self._compute, self._links, self._timeline, self._norms = compute, links, timeline, norms
+        self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
         self._received: dict[int, Payload] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -108,7 +109,7 @@ class StageRunner:
             OpKind.EXPECT_ACTIVATION: links.expect_activation,
             OpKind.RECV_ACTIVATION: self._recv_activation,
             OpKind.SEND_ACTIVATION: self._send_activation,
-            OpKind.EXPECT_GRADIENT: links.expect_gradient,
+            OpKind.EXPECT_GRADIENT: self._expect_gradient,
             OpKind.RECV_GRADIENT: self._recv_gradient,
             OpKind.SEND_GRADIENT: self._send_gradient,
         }
@@ -128,6 +129,7 @@ class StageRunner:
 
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
+        self._stopwatch.start()
         losses = self._run(paci.drain(self.spec, self.admitted))
         self.admitted = 0
         self._links.finish()
@@ -144,9 +146,9 @@ class StageRunner:
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""
-        totals = self._timeline.totals()
-        compute = sum(seconds for kind, seconds in totals.items() if kind is not None and kind.is_compute)
-        return compute, sum(totals.values()) - totals[None] - compute
+        totals = self._stopwatch.totals()
+        compute = sum(totals[kind.value] for kind in OpKind if kind.is_compute)
+        return compute, sum(totals.values()) - totals[None] - totals[DATA] - compute
 
     def _run(self, segment: paci.Segment) -> torch.Tensor | None:
         if self.interrupted:
@@ -156,10 +158,9 @@ class StageRunner:
             )
         self.interrupted = True
         self._finished.clear()
-        self._timeline.start()
         for op in lower(segment, self.stage):
             self._execute[op.kind](op)
-            self._timeline.lap(op)
+            self._stopwatch.lap(op)
         self.interrupted = False
         return torch.stack(self._finished).mean(0) if self._finished else None
 
@@ -183,7 +184,7 @@ class StageRunner:
         self._window.append(losses)
         if self.stage > 0:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
-        self.meter.record(op)
+        self.window_drift = max(self.window_drift, self.meter.record(op))
         self.backwards += 1
 
     def _step(self, op: Op) -> None:
@@ -192,6 +193,7 @@ class StageRunner:
         self._compute.step(op.index, losses)
         if self._norms is not None:
             self._norms.close_update()
+        self.window_drift = 0
         self.meter.record(op)
 
     def _recv_activation(self, op: Op) -> None:
@@ -202,7 +204,21 @@ class StageRunner:
     def _send_activation(self, op: Op) -> None:
         self._links.send_activation(op, *self._outputs.pop(op.index))
 
+    @property
+    def _expects_late(self) -> bool:
+        """A flushed batch of a <= d_s micro-batches posts the first gradient's receive before its last forward.
+
+        The first receive on a link waits for the layout of its messages, here of a gradient that needs this forward.
+        """
+        return self.flushing and self.spec.accumulation <= self.spec.look_ahead(self.stage)
+
+    def _expect_gradient(self, op: Op) -> None:
+        if not self._expects_late:
+            self._links.expect_gradient(op)
+
     def _recv_gradient(self, op: Op) -> None:
+        if self._expects_late:
+            self._links.expect_gradient(op)
         self._gradients[op.index] = message = self._links.recv_gradient(op)
         if self._norms is not None:
             self._norms.came_up(op.index, message[1][-1])

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from paci_schedule.ops import Op
+from paci_schedule.ops import Op, OpKind
 from paci_schedule.schedules import paci
+from paci_schedule.schedules.base import Schedule
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["batch", "stream"]
+__all__ = ["OneFOneB", "batch", "stream"]
 
 
 def batch(spec: PipelineSpec) -> paci.Segment:
@@ -28,7 +29,16 @@ def batch(spec: PipelineSpec) -> paci.Segment:
 
 def stream(spec: PipelineSpec, stage: int, batches: int) -> Iterator[Op]:
     """The compute ops of `stage` for `batches` batches; micro-batches and updates count on from batch to batch."""
-    for number in range(batches):
-        for op in batch(spec).ops(stage):
-            shift = number if op.kind.value == "STEP" else number * spec.accumulation
-            yield op._replace(index=op.index + shift)
+    return OneFOneB().stream(spec, stage, batches)
+
+
+class OneFOneB(Schedule):
+    """1F1B, flushed after every batch."""
+
+    name = "1f1b"
+
+    def batch(self, spec: PipelineSpec, stage: int) -> Iterator[Op]:
+        return (op for op in batch(spec).ops(stage) if op.kind is not OpKind.STEP)
+
+    def in_flight(self, spec: PipelineSpec, stage: int) -> int:
+        return min(spec.in_flight(stage), spec.accumulation)

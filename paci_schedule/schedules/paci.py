@@ -20,13 +20,15 @@ since the pipe was last empty, so a drained pipe has no hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from paci_schedule.drift import drift_bound
 from paci_schedule.ops import Op, OpKind
+from paci_schedule.schedules.base import Schedule
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["Segment", "drain", "lead_batch", "stream", "train_batch"]
+__all__ = ["Paci", "Segment", "drain", "lead_batch", "segments", "stream", "train_batch"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,37 @@ def lead_batch(spec: PipelineSpec, finished: int, last: int | None = None) -> Se
     return Segment(spec, finished, stop, admitted if last is None else min(admitted, last), leading=True)
 
 
+def segments(spec: PipelineSpec, batches: int, leading: bool = False) -> Iterator[Segment]:
+    """The calls of `batches` batches from an empty pipe to an empty pipe: lagging and a drain, or leading."""
+    total = batches * spec.accumulation
+    for admitted in range(0, total, spec.accumulation):
+        yield lead_batch(spec, admitted, total) if leading else train_batch(spec, admitted)
+    if not leading:
+        yield drain(spec, total)
+
+
 def stream(spec: PipelineSpec, stage: int, batches: int) -> Iterator[Op]:
     """The compute ops of `stage` for `batches` batches from an empty pipe, and the drain after them."""
-    for batch in range(batches):
-        yield from train_batch(spec, batch * spec.accumulation).ops(stage)
-    yield from drain(spec, batches * spec.accumulation).ops(stage)
+    for segment in segments(spec, batches):
+        yield from segment.ops(stage)
+
+
+class Paci(Schedule):
+    """PACI; `leading` says which cut groups the ops into calls."""
+
+    name = "paci"
+    flushes = False
+    takes_extra = True
+
+    def __init__(self, leading: bool = False) -> None:
+        self.leading = leading
+
+    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterable[Op]]:
+        for segment in segments(spec, batches, self.leading):
+            yield segment.ops(stage)
+
+    def in_flight(self, spec: PipelineSpec, stage: int) -> int:
+        return spec.in_flight(stage)
+
+    def drift_bound(self, spec: PipelineSpec, stage: int) -> int:
+        return drift_bound(spec, stage)

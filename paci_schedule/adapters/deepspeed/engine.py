@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -36,9 +37,10 @@ from paci_schedule.errors import DataEndedError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
+from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
+from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.runtime.tied import TiedGradient
-from paci_schedule.runtime.timeline import Timeline
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -50,7 +52,10 @@ class PaciPipelineEngine(PipelineEngine):
     """A pipeline engine whose stages never flush between batches and update by themselves.
 
     Constructed by ``deepspeed.initialize`` when the config says ``"pipeline_schedule": "paci"``.  Used like
-    DeepSpeed's; what is new is `drain` and `pipeline_stats`.
+    DeepSpeed's; what is new is `drain`, `pipeline_stats` and `set_pipeline_schedule`.
+
+    `get_global_grad_norm` is the norm that this stage's latest update, number `global_steps`, was clipped by: its own
+    at that update, other stages' of the updates that `runtime.norms` says.
 
     Raises:
         ConfigError: an option that the rules do not allow.
@@ -92,9 +97,8 @@ class PaciPipelineEngine(PipelineEngine):
         self._tied = self._tied_gradients(spec)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timedelta(seconds=options.timeout))
-        self._runner = StageRunner(
-            spec, self.stage_id, EngineCompute(self), self._links, Timeline(self.device), self._norms
-        )
+        self._stopwatch = Stopwatch(self.device, records=options.record is not None)
+        self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -114,6 +118,7 @@ class PaciPipelineEngine(PipelineEngine):
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        self._stopwatch.start()
         self._choose_schedule()
         source, pulled = self.data_iterator, []
 
@@ -134,6 +139,7 @@ class PaciPipelineEngine(PipelineEngine):
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"
             )
+        self._stopwatch.lap(DATA)
         self.module.train()
         self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
         self.data_iterator = source if source is None else iter(pulled)
@@ -168,6 +174,9 @@ class PaciPipelineEngine(PipelineEngine):
         losses = self._runner.drain()
         if self._reporter is not None:
             self._reporter.flush()
+        if self._options.record is not None and self._stage_mpu.get_model_parallel_rank() == 0:
+            name = f"stage{self.stage_id}-replica{self.grid.get_data_parallel_id()}.jsonl"
+            write_recording(Path(self._options.record, name), self._runner.spec, self.stage_id, self._stopwatch)
         return self._aggregate(losses)
 
     def pipeline_stats(self) -> dict[str, Any]:
@@ -220,7 +229,7 @@ class PaciPipelineEngine(PipelineEngine):
                 samples=self.global_samples,
                 losses=HostCopy(self._mean_over_replicas(losses)),
                 names=self._additional_names(),
-                drift=self._runner.meter.largest,
+                drift=self._runner.window_drift,
                 seconds=self._runner.seconds(),
                 at=time.perf_counter(),
             )
@@ -247,7 +256,7 @@ class PaciPipelineEngine(PipelineEngine):
         path, client_state = super().load_checkpoint(*args, **kwargs)
         late = (client_state or {}).pop(_LATE, {"norms": [], "tied": []})
         if self._norms:
-            self._norms.load_state(late["norms"])
+            self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
         for tied, sums in zip(self._tied, late["tied"] or [[]] * len(self._tied), strict=True):
             tied.load_pending([total.to(self.device) for total in sums])
         return path, client_state
@@ -315,7 +324,11 @@ class PaciPipelineEngine(PipelineEngine):
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         deepspeed.comm.all_reduce(square, group=self._stage_mpu.get_model_parallel_group())
         self._global_grad_norm = square.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, self.gradient_clipping(), self._global_grad_norm)
+        # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
+        limit = torch.full_like(square, self.gradient_clipping())
+        scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
+        for parameter in with_gradient:
+            parameter.grad.mul_(scale)
 
     def _tied_gradients(self, spec: PipelineSpec) -> list[TiedGradient]:
         """One for each entry of the module's tied weights, in its order."""

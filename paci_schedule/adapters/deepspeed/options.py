@@ -31,6 +31,9 @@ class PaciOptions(BaseModel):
     extra_in_flight: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
     """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
 
+    record: str | None = None
+    """Folder to record runs in: at every drain, each rank's newest ops with their times, for ``paci trace``."""
+
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PaciOptions:
         """The options in a DeepSpeed config.

@@ -49,7 +49,7 @@ class Update:
         samples: samples that the job has trained on by then.
         losses: float32[n]: the mean loss over the update's micro-batches, and the additional losses.
         names: of the additional losses.
-        drift: the largest drift so far, in updates.
+        drift: the largest of the update's micro-batches, in updates.
         seconds: that this stage has computed and waited since its construction.
         at: when the host took the update, in seconds of `time.perf_counter`.
     """

@@ -1,0 +1,209 @@
+"""Global clipping by carried norms: the engine clips by exactly the norms that the written rule names."""
+
+import dataclasses
+import math
+
+import pytest
+
+from integration_tests import late_job, late_oracle, ranks
+from integration_tests.jobs import Job
+from integration_tests.late_oracle import LateReference
+from integration_tests.test_deepspeed_collectives import spanning, steady_calls
+
+MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
+ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+          "zero_allow_untested_optimizer": True}
+STAGE = {"paci": {"clip": "stage"}}
+
+JOBS = {
+    "P=2 a=1": Job(stages=2, accumulation=1, script=MIXED, clip=0.9),
+    "P=2 a=3": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, warmup=True),
+    "P=3 a=1": Job(stages=3, accumulation=1, script=MIXED, clip=0.9, optimizer="sgd"),
+    "P=3 a=2": Job(stages=3, accumulation=2, script=MIXED, clip=0.7, optimizer="groups"),
+    "P=3 a=5": Job(stages=3, accumulation=5, script=("train x3", "eval", "train x2", "drain"), clip=0.5),
+    "P=4 a=1": Job(stages=4, accumulation=1, script=MIXED, clip=0.9),
+    "P=4 a=2": Job(stages=4, accumulation=2, script=MIXED, clip=0.7, warmup=True),
+    "P=4 a=3": Job(stages=4, accumulation=3, script=("train x4", "drain", "train x3"), clip=0.6),
+    "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4,
+                                      config={"optimizer": {"type": "AdamW", "params": {
+                                          "lr": 0.02, "betas": [0.8, 0.95], "weight_decay": 0.03,
+                                          "torch_adam": True}}}),
+    "accumulation changes": Job(stages=3, accumulation=2, clip=0.6, script=(
+        "train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")),
+    "bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.7, precision="bf16", warmup=True),
+    "bf16, two optimizer groups": Job(stages=4, accumulation=3, script=("train x4", "eval", "train x2"), clip=0.6,
+                                      precision="bf16", optimizer="groups"),
+    "bf16 sums": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16"),
+    "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config=ZERO_1),
+    "tuples": Job(stages=2, accumulation=2, script=MIXED, clip=1.4, model="pairs"),
+    "by stage": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, config=STAGE),
+    "by stage, bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, precision="bf16", config=STAGE),
+    "slack": Job(stages=3, accumulation=2, script=MIXED, clip=0.6, config={"paci": {"extra_in_flight": [2, 1]}}),
+    "overflow of one stage": Job(stages=3, accumulation=2, script=("train x5", "drain", "train"), clip=0.7, warmup=True,
+                                 precision="bf16", config={"poison": (1, 2)}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("clip"))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_engine_clips_as_the_reference(name, runs):
+    reference = late_oracle.assert_equal(JOBS[name], runs[name])
+    factors = [factor for stage in reference.stages for factor in stage.factors]
+    assert min(factors) < 1 < max(factors), "some updates shall be clipped, and some not"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-bf16", "bf16-bf16, ZeRO-1"])
+@pytest.mark.parametrize("model", ["words", "tied"])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_the_engine_clips_as_the_reference_everywhere(stages, model, precision, tmp_path):
+    precision, _, zero = precision.partition(", ")
+    everywhere = [Job(stages=stages, accumulation=accumulation, script=MIXED, model=model, precision=precision,
+                      clip=0.7 if model == "words" else 2.5, warmup=True, config=ZERO_1 if zero else {})
+                  for accumulation in range(1, 9)]
+    calls = [(job, "paci", str(tmp_path / str(job.accumulation))) for job in everywhere]
+    for job, results in zip(everywhere, late_job.run(*calls), strict=True):
+        late_oracle.assert_equal(job, results)
+
+
+@pytest.mark.parametrize(
+    ("stages", "accumulation", "extra"), [(2, 1, 0), (2, 3, 1), (3, 1, 2), (3, 2, 0), (4, 1, 0), (4, 3, 2), (6, 4, 0)]
+)
+def test_the_reference_uses_the_norms_of_the_closed_form(stages, accumulation, extra):
+    """v - 1 of later stages, v - ceil((d_r - d_s + 1) / a) of earlier ones, or the last before the pipe was empty."""
+    before, after = 2, 8
+    reference = LateReference(Job(stages=stages, accumulation=accumulation, clip=0.5, extra_in_flight=extra,
+                                  script=(f"train x{before}", "drain", f"train x{after}")))
+    reference.run()
+    seen = set()
+    for (stage, update, other), used in reference.used.items():
+        behind = [reference._behind(number) for number in (stage, other)]
+        delay = 1 if other > stage else math.ceil((behind[1] - behind[0] + 1) / accumulation)
+        emptied = before if update >= before else 0
+        steady = max(emptied - 1, update - delay)
+        if (update + 1 - emptied) * accumulation - 1 + behind[0] < (after if emptied else before) * accumulation:
+            assert used == steady
+            seen.add((stage, update, other))
+        else:  # in the drain, whose last activation tells no less than the closed form asks and no more
+            assert emptied - 1 <= used <= update
+            assert other < stage or used == steady
+    assert len({(stage, other) for stage, update, other in seen if update > before}) == stages * (stages - 1)
+
+
+def test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_stage(runs):
+    """The norm of a stage that overflowed reaches the others as infinite; they go on as if it were zero."""
+    results, job = runs["overflow of one stage"], JOBS["overflow of one stage"]
+    clean = late_oracle.run(dataclasses.replace(job, config={}))
+    assert results[0]["moments"][5]["action"] == "drain"
+    rates = [result["moments"][5]["rate"] for result in results]
+    assert rates[0] == rates[2] != rates[1]  # the learning rate of the stage that skipped is one update behind
+    for stage, result in enumerate(results):
+        assert all(value.isfinite().all() for value in result["moments"][-1]["weights"].values())
+        differs = any((value != clean[-1].weights[stage][name]).any()
+                      for name, value in result["moments"][-1]["weights"].items())
+        assert differs
+
+
+# ---- against other runs of engines -----------------------------------------------------------------------------------
+
+FLUSHED = {
+    "bf16": Job(stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7, precision="bf16",
+                optimizer="groups"),
+    "bf16 sums": Job(stages=3, accumulation=3, script=("train x3",), clip=0.6, precision="bf16-bf16"),
+    "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=("train x4",), clip=0.6, precision="bf16-bf16",
+                             config=ZERO_1),
+    "fp32, no clipping": Job(stages=2, accumulation=3, script=("train x4",)),
+}
+UNCLIPPED = {
+    "fp32": Job(stages=3, accumulation=2, script=MIXED),
+    "bf16": Job(stages=2, accumulation=2, script=MIXED, precision="bf16"),
+}
+
+
+def in_1f1b(job):
+    return dataclasses.replace(job, script=("schedule=1f1b", *job.script))
+
+
+def drained(job):
+    return dataclasses.replace(job, script=("train", "drain") * 4)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    calls = {}
+    for name, job in FLUSHED.items():
+        calls[f"{name}: 1f1b"], calls[f"{name}: stock"] = (in_1f1b(job),), (job, "stock")
+    for name, job in UNCLIPPED.items():
+        calls[f"{name}: none"] = (job,)
+        calls[f"{name}: huge"] = (dataclasses.replace(job, clip=1e9),)
+        calls[f"{name}: drained"] = (drained(job),)
+        calls[f"{name}: flushed"] = (dataclasses.replace(job, script=("train x4",)), "stock")
+    return late_job.Runs(calls, tmp_path_factory.mktemp("pairs"))
+
+
+def assert_same_weights(results, others, step=1, skip=0):
+    """Moments `skip`, `skip` + `step`, ... of the one as all moments of the other."""
+    for result, other in zip(results, others, strict=True):
+        for moment, truth in zip(result["moments"][skip::step], other["moments"], strict=True):
+            for name, value in truth["weights"].items():
+                assert (moment["weights"][name] == value).all(), f"{name} of stage {result['stage']}"
+
+
+@pytest.mark.parametrize("name", FLUSHED)
+def test_in_1f1b_mode_the_engine_clips_as_stock_does(name, pairs):
+    mine, stock = pairs[f"{name}: 1f1b"], pairs[f"{name}: stock"]
+    assert_same_weights(mine, stock, skip=1)
+    if FLUSHED[name].clip:
+        for result, other in zip(mine, stock, strict=True):
+            assert result["norm"][1:] == other["norm"]
+
+
+@pytest.mark.parametrize("name", UNCLIPPED)
+def test_a_limit_that_is_never_reached_changes_nothing(name, pairs):
+    assert_same_weights(pairs[f"{name}: huge"], pairs[f"{name}: none"])
+
+
+@pytest.mark.parametrize("name", UNCLIPPED)
+def test_drained_after_every_batch_the_engine_is_stock(name, pairs):
+    assert_same_weights(pairs[f"{name}: drained"], pairs[f"{name}: flushed"], skip=1, step=2)
+
+
+def assert_same_norms(norms, others):
+    """To the bit, from the first update of a process on; a checkpoint does not hold the norm of the update before."""
+    updated = [not math.isnan(norm) for norm in norms]
+    assert updated == sorted(updated)
+    assert sum(updated) >= len(norms) - 2
+    assert [norm for norm, ever in zip(norms, updated, strict=True) if ever] == others[-sum(updated):]
+
+
+# ---- checkpoints and collectives -------------------------------------------------------------------------------------
+
+RESUMED = {
+    "fp32": Job(stages=3, accumulation=2, clip=0.6, script=("train x4", "save", "train x3", "drain")),
+    "bf16": Job(stages=3, accumulation=1, clip=0.8, script=("train x4", "save", "train x3", "drain"), precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_carried_norms_travel_with_a_checkpoint(name, tmp_path):
+    job = RESUMED[name]
+    rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
+    whole, resumed = late_job.run((job, "paci", str(tmp_path)), (rest, "paci", str(tmp_path), True))
+    late_oracle.assert_equal(job, whole)
+    for result, other in zip(resumed, whole, strict=True):
+        assert_same_norms(result["norm"], other["norm"][5:])
+    assert_same_weights(whole, resumed, skip=5)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [Job(stages=3, accumulation=2, script=(), clip=0.3), Job(stages=3, accumulation=2, script=(), clip=0.3,
+                                                             precision="bf16", optimizer="groups")],
+    ids=["fp32", "bf16"],
+)
+def test_no_collective_spans_stages(job):
+    assert not spanning(ranks.run_ranks(steady_calls, 3, (job, "paci", 3, 4)))

@@ -1,0 +1,288 @@
+"""Bad input gets one clear error on every rank before training; data that ends and ranks that die end well too."""
+
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from integration_tests import deepspeed_job, jobs, oracle, ranks
+from integration_tests.jobs import Job
+
+JOB = Job(stages=2, accumulation=2, script=("train",))
+
+
+def assert_refused(error, config=None, *, target=deepspeed_job.build, args=(), says=()):
+    """Every rank is refused with `error`, before training, by a message that says all of `says`."""
+    job = Job(stages=2, accumulation=2, script=("train",), config=config or {})
+    for outcome in ranks.gather_outcomes(target, 2, (job, *args), timeout=60):
+        assert outcome.ended == "raised", outcome
+        assert outcome.raised[0] == error, outcome.error
+        message = outcome.error.rpartition(f"{error}: ")[2].lower()
+        for words in says:
+            assert words.lower() in message, f"no {words!r} in: {message}"
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"pipeline_schedule": "pacci"}, ["pipeline_schedule", "'pacci'", "did you mean 'paci'?"]),
+        ({"pipeline_schedule": "1F1B"}, ["'1F1B'", "'1f1b'"]),
+        ({"pipeline_schedule": 3}, ["pipeline_schedule", "3"]),
+        ({"paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
+        ({"paci": {"timeout": -1}}, ["timeout", "-1"]),
+        ({"paci": {"timeout": "soon"}}, ["timeout", "soon"]),
+        ({"paci": 7}, ["paci", "7"]),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(config, says):
+    assert_refused("ConfigError", config, says=says)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"fp16": {"enabled": True}}, ["fp16", "loss", "bf16"]),
+        ({"zero_optimization": {"stage": 2}}, ["zero", '"stage": 2']),
+        ({"zero_optimization": {"stage": 3}}, ["zero", '"stage": 3']),
+        ({"data_efficiency": {"enabled": True, "data_routing": {"enabled": True, "random_ltd": {
+            "enabled": True, "total_layer_num": 2, "random_ltd_layer_num": 1, "random_ltd_layer_id": [0],
+            "model_mask_name": None, "model_type": "decoder", "hidden_state_order": "batch_seq_dim",
+            "random_ltd_schedule": {"min_value": 2, "max_value": 5, "schedule_type": "fixed_linear",
+                                    "schedule_config": {"require_steps": 5, "seq_per_step": 1}}}}}}, ["random_ltd"]),
+    ],
+    ids=["fp16 with dynamic loss scale", "ZeRO 2", "ZeRO 3", "random_ltd"],
+)
+def test_what_cannot_run_is_refused(config, says):
+    assert_refused("UnsupportedError", config, says=says)
+
+
+def test_legacy_curriculum_is_refused_by_deepspeed_already():
+    assert_refused("DeepSpeedConfigError", {"curriculum_learning": {"enabled": True}}, says=["curriculum_learning"])
+
+
+def build_dynamic(job):
+    deepspeed_job.build(job, dynamic_shape=True)
+
+
+def build_tied(job):
+    import deepspeed
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    import paci_schedule
+
+    paci_schedule.register()
+    deepspeed.init_distributed(verbose=False)
+    tied = [TiedLayerSpec("embedding", nn.Linear, 8, 8) for _ in range(2)]
+    module = PipelineModule([tied[0], nn.Linear(8, 8), nn.Linear(8, 8), tied[1]], num_stages=2, loss_fn=jobs.loss,
+                            partition_method="uniform")
+    deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=list(module.parameters()),
+                         config=deepspeed_job.config(job, "paci"))
+
+
+def build_experts(job):
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.pipe import PipelineModule
+
+    import paci_schedule
+
+    paci_schedule.register()
+    deepspeed.init_distributed(verbose=False)
+    experts = MoE(hidden_size=8, expert=nn.Linear(8, 8), num_experts=2)
+    module = PipelineModule([nn.Linear(8, 8), experts, nn.Linear(8, 8), nn.Linear(8, 8)], num_stages=2,
+                            loss_fn=jobs.loss, partition_method="uniform")
+    deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=list(module.parameters()),
+                         config=deepspeed_job.config(job, "paci"))
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [(build_dynamic, ["dynamic_shape"]), (build_tied, ["tied"]), (build_experts, ["MoE"])],
+    ids=["dynamic shapes", "tied layers", "mixture of experts"],
+)
+def test_models_that_cannot_run_are_refused(target, says):
+    assert_refused("UnsupportedError", target=target, says=says)
+
+
+def build_under(job, version):
+    """Build with a DeepSpeed that says it is of another version."""
+    import importlib.metadata
+
+    import deepspeed
+
+    known = importlib.metadata.version
+    importlib.metadata.version = lambda package: version if package == "deepspeed" else known(package)
+    deepspeed.__version__ = version
+    deepspeed_job.build(job)
+
+
+@pytest.mark.parametrize("version", ["0.18.3", "1.0.0"])
+def test_an_untested_deepspeed_is_refused(version):
+    assert_refused("UnsupportedError", target=build_under, args=(version,), says=[version, "0.19.8"])
+
+
+def without_a_hook(job):
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    del PipelineEngine._exec_optimizer_step
+    deepspeed_job.build(job)
+
+
+def test_a_hook_that_is_gone_is_named():
+    assert_refused("UnsupportedError", target=without_a_hook, says=["_exec_optimizer_step"])
+
+
+def register_twice(job):
+    import deepspeed
+
+    import paci_schedule
+
+    before = deepspeed.PipelineEngine
+    assert not before.__module__.startswith("paci_schedule")
+    for _ in range(3):
+        paci_schedule.register()
+    after = deepspeed.PipelineEngine
+    paci_schedule.register()
+    assert deepspeed.PipelineEngine is after
+    return before is after
+
+
+def test_registering_again_changes_nothing():
+    assert ranks.run_ranks(register_twice, 1, (JOB,)) == [False]
+
+
+# ---- data that ends -------------------------------------------------------------------------------------------------
+
+
+def run_out(job, micro_batches, folder):
+    """Train on a finite iterator until it ends; what the last call raised, and what the engine is like afterwards."""
+    engine = deepspeed_job.build(job)
+    source = jobs.data(job.model)
+    feed = iter([next(source) for _ in range(micro_batches)])
+    calls = 0
+    while True:
+        try:
+            engine.train_batch(feed)
+            calls += 1
+        except StopIteration as ended:
+            raised = [cls.__name__ for cls in type(ended).__mro__]
+            message = str(ended)
+            break
+    stats, weights = engine.pipeline_stats(), deepspeed_job.weights(engine)
+    engine.save_checkpoint(folder, tag="common")
+    after = engine.train_batch(jobs.data(job.model, first=100)), engine.drain(), engine.pipeline_stats()["version"]
+    return {"calls": calls, "raised": raised, "message": message, "stats": stats, "weights": weights, "on": after[2]}
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize(("accumulation", "left_over"), [(3, 0), (3, 1), (3, 2), (1, 0)])
+def test_data_that_ends_drains_and_says_so_on_every_rank(stages, accumulation, left_over, tmp_path):
+    """Two whole batches, and the start of a third or none of it.  The two count, once each; the rest does not."""
+    job = Job(stages=stages, accumulation=accumulation, script=("train x2", "drain"))
+    results = ranks.run_ranks(run_out, stages, (job, 2 * accumulation + left_over, str(tmp_path)))
+    truth = oracle.run(job)[-1]
+    for stage, result in enumerate(results):
+        assert result["calls"] == 2
+        assert result["raised"][0] == "DataEndedError"
+        assert "StopIteration" in result["raised"]
+        assert str(accumulation) in result["message"]
+        assert result["stats"]["in_flight"] == 0
+        assert result["stats"]["version"] == 2
+        assert all((result["weights"][name] == value).all() for name, value in truth.weights[stage].items())
+        assert result["on"] == 3
+    resumed = deepspeed_job.run(Job(stages=stages, accumulation=accumulation, script=("drain",)), folder=str(tmp_path),
+                                load=True)
+    for stage, result in enumerate(resumed):
+        weights = result["moments"][0]["weights"]
+        assert all((weights[name] == value).all() for name, value in truth.weights[stage].items())
+
+
+def hand_over_garbage(job):
+    engine = deepspeed_job.build(job)
+    engine.train_batch(iter(lambda: "nonsense", None))
+
+
+def test_an_iterator_that_raises_something_else_is_not_swallowed():
+    outcomes = ranks.gather_outcomes(hand_over_garbage, 2, (Job(stages=2, accumulation=2, script=(), config={
+        "paci": {"timeout": 5}}),), timeout=60)
+    assert all(outcome.ended == "raised" for outcome in outcomes)
+
+
+# ---- ranks that die or hang -----------------------------------------------------------------------------------------
+
+TIMEOUT = 5.0
+
+
+def lose_stage_one(job, how, at):
+    """Train; stage 1 stops in its forward number `at`."""
+    engine = deepspeed_job.build(job)
+    if engine.stage_id == 1:
+        forwards = []
+
+        def stop(*_):
+            forwards.append(1)
+            if len(forwards) == at:
+                if how == "dies":
+                    os._exit(9)
+                if how == "raises":
+                    raise ZeroDivisionError("stage one cannot go on")
+                time.sleep(600)
+
+        engine.module.forward_funcs[0].register_forward_pre_hook(stop)
+    feed = jobs.data(job.model)
+    started = time.monotonic()
+    try:
+        for _ in range(50):
+            engine.train_batch(feed)
+    finally:
+        print(f"waited {time.monotonic() - started:.3f}")
+
+
+@pytest.mark.parametrize(("how", "at"), [("dies", 1), ("dies", 6), ("raises", 6), ("hangs", 7)])
+def test_a_lost_stage_ends_the_others_within_the_timeout(how, at):
+    job = Job(stages=3, accumulation=2, script=(), config={"paci": {"timeout": TIMEOUT}})
+    outcomes = ranks.gather_outcomes(lose_stage_one, 3, (job, how, at), timeout=60, grace=TIMEOUT + 15)
+    assert outcomes[1].ended == {"dies": "died", "hangs": "killed", "raises": "raised"}[how]
+    for rank in (0, 2):
+        outcome = outcomes[rank]
+        assert outcome.ended == "raised", outcome
+        assert outcome.raised[0] == "LinkError", outcome.error
+        message = outcome.error.split("LinkError: ", 1)[1]
+        assert f"stage {rank}" in message
+        assert "stage 1" in message
+        assert [word for word in message.replace("(", " ").replace(")", " ").split() if word[:2] in (
+            "RA", "RG", "SA", "SG", "EA", "EG") and word[2:].isdigit()], message
+        waited = float(outcome.output.rsplit("waited ", 1)[1].split()[0])
+        assert waited < TIMEOUT + 15  # the job itself takes a moment, on a busy machine several
+
+
+def drain_alone(job):
+    """Stage 0 drains, stage 1 has gone to do something else."""
+    engine = deepspeed_job.build(job)
+    engine.train_batch(jobs.data(job.model))
+    if engine.stage_id == 1:
+        time.sleep(600)
+    engine.drain()
+
+
+def test_a_drain_that_one_rank_misses_does_not_hang():
+    job = Job(stages=2, accumulation=2, script=(), config={"paci": {"timeout": 4}})
+    first, second = ranks.gather_outcomes(drain_alone, 2, (job,), timeout=60, grace=1)
+    assert second.ended == "killed"
+    assert first.raised[:1] == ("LinkError",), first
+
+
+def test_training_without_gradients_is_refused_as_stock_does():
+    outcomes = ranks.gather_outcomes(train_without_gradients, 2, (JOB,), timeout=60)
+    for outcome in outcomes:
+        assert outcome.raised[0] == "RuntimeError"
+        assert "eval_batch" in outcome.error
+
+
+def train_without_gradients(job):
+    engine = deepspeed_job.build(job)
+    with torch.no_grad():
+        engine.train_batch(jobs.data(job.model))

@@ -1,0 +1,353 @@
+"""What else a real job's config holds: each works as the reference or stock does, or is refused with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from integration_tests import deepspeed_job, jobs, oracle, ranks, replica_oracle, sliced_model
+from integration_tests.jobs import Job
+from integration_tests.test_deepspeed_collectives import recorded
+from integration_tests.test_deepspeed_errors import assert_refused
+
+SCRIPT = ("train x5", "drain", "train x3", "eval")
+ZERO = {
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+    "zero_allow_untested_optimizer": True,
+}
+OFFLOAD = {
+    "zero_optimization": {**ZERO["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+}
+JOB = Job(stages=2, accumulation=3, script=SCRIPT)
+HALF = Job(stages=2, accumulation=3, script=SCRIPT, config={"fp16": {"enabled": True, "loss_scale": 128.0}, **ZERO})
+
+
+# ---- what a variant changes, in an engine's rank and in the reference alike ------------------------------------------
+
+
+@contextlib.contextmanager
+def swapped(name: str, value: Any) -> Iterator[None]:
+    """`jobs` with another function of that name."""
+    before = getattr(jobs, name)
+    setattr(jobs, name, value)
+    try:
+        yield
+    finally:
+        setattr(jobs, name, before)
+
+
+def fused():
+    return swapped("optimizer", lambda job: functools.partial(torch.optim.AdamW, lr=0.02, fused=True))
+
+
+def sparse():
+    """The embedding's gradient is a sparse tensor."""
+    built = jobs.layers
+
+    def layers(model: str) -> list[torch.nn.Module]:
+        made = built(model)
+        made[0].words.sparse = True
+        return made
+
+    return swapped("layers", layers)
+
+
+def recomputed(reference: oracle.Reference, kinds: tuple[str, ...]) -> None:
+    """Layers of these classes save their inputs alone, and run again before their backward, on the weights of then."""
+    for stage in reference.stages:
+        for layer in stage.module:
+            if type(layer).__name__ in kinds:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def autocast(reference: oracle.Reference) -> None:
+    """Stages run under torch.autocast in bfloat16."""
+    for stage in reference.stages:
+        stage.module.forward = torch.autocast("cpu", torch.bfloat16)(stage.module.forward)
+
+
+def checkpointed(reentrant: bool) -> Job:
+    return Job(stages=2, accumulation=3, script=SCRIPT,
+               config={"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": reentrant}})
+
+
+MIX = {"checkpointable_layers": ["_Mix"]}
+VARIANTS: dict[str, tuple[Job, dict[str, Any], Callable[[], Any], Callable[[oracle.Reference], None]]] = {
+    # name: (job, options of the module, what to swap, what to do to the reference)
+    "checkpointing, reentrant": (
+        checkpointed(True), MIX, contextlib.nullcontext, functools.partial(recomputed, kinds=("_Mix",))),
+    "checkpointing, not reentrant": (
+        checkpointed(False), {}, contextlib.nullcontext,
+        functools.partial(recomputed, kinds=("_Embed", "_Mix", "Linear"))),
+    "fused AdamW": (JOB, {}, fused, lambda _: None),
+    "autocast": (Job(stages=2, accumulation=3, script=SCRIPT, config={"torch_autocast": {
+        "enabled": True, "dtype": "bfloat16"}}), {}, contextlib.nullcontext, autocast),
+}
+OFFLOADED = {
+    "fp32": Job(stages=2, accumulation=3, script=SCRIPT, config=OFFLOAD),
+    "bf16": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", config=OFFLOAD),
+}
+
+
+SPARSE = Job(stages=2, accumulation=3, script=SCRIPT, optimizer="sgd")
+
+
+def follow_variants(names: list[str]) -> dict[str, Any]:
+    from deepspeed.accelerator import get_accelerator
+
+    results = {}
+    with sparse():
+        results["sparse"] = deepspeed_job.follow(deepspeed_job.build(SPARSE), SPARSE, "paci", None)
+    for name in names:
+        job, options, swap, _ = VARIANTS[name]
+        with swap():
+            results[name] = deepspeed_job.follow(deepspeed_job.build(job, **options), job, "paci", None)
+    for name, job in OFFLOADED.items():
+        results[f"offload, {name}"] = deepspeed_job.follow(deepspeed_job.build(job), job, "paci", None)
+    if get_accelerator().is_fp16_supported():
+        results["fp16"] = deepspeed_job.follow(deepspeed_job.build(HALF), HALF, "paci", None)
+    engine = deepspeed_job.build(JOB)
+    engine.compile(backend="aot_eager")
+    results["compiled"] = {**deepspeed_job.follow(engine, JOB, "paci", None), "is": engine.is_compiled}
+    return results
+
+
+@pytest.fixture(scope="module")
+def variants():
+    results = ranks.run_ranks(follow_variants, 2, (list(VARIANTS),), timeout=240)
+    return {name: [result[name] for result in results] for name in results[0]}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_its_reference(variants, name):
+    job, _, swap, prepare = VARIANTS[name]
+    with swap():
+        reference = oracle.Reference(job)
+        prepare(reference)
+        deepspeed_job.assert_equal(variants[name], reference.run())
+
+
+@pytest.mark.parametrize("name", ["checkpointing, not reentrant", "autocast"])
+def test_the_variant_of_the_reference_is_another_training(name):
+    """Recomputation reads newer weights and autocast rounds: not what the plain reference does."""
+    job, _, _, prepare = VARIANTS[name]
+    reference = oracle.Reference(job)
+    prepare(reference)
+    one, other = reference.run()[-1], oracle.run(job)[-1]
+    assert any((one.weights[0][key] != other.weights[0][key]).any() for key in one.weights[0])
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_an_offloaded_optimizer_is_the_reference(variants, name):
+    """ZeRO-Offload's path with PyTorch's AdamW, which needs no kernel compiled."""
+    deepspeed_job.assert_equal(variants[f"offload, {name}"], replica_oracle.run(OFFLOADED[name], zero=True))
+
+
+def test_a_sparse_embedding_trains_as_a_dense_one(variants):
+    """But for the order in which the rows of a word are summed."""
+    for stage, result in enumerate(variants["sparse"]):
+        for moment, truth in zip(result["moments"], oracle.run(SPARSE), strict=True):
+            for key, value in truth.weights[stage].items():
+                torch.testing.assert_close(moment["weights"][key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_layers_are_the_reference(variants):
+    """engine.compile(): forward and backward graphs of torch.compile, with PyTorch's own kernels in them."""
+    assert all(result["is"] for result in variants["compiled"])
+    deepspeed_job.assert_equal(variants["compiled"], oracle.run(JOB))
+
+
+class _Scaled(torch.autograd.Function):
+    """Identity; its gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.scale, None
+
+
+def test_fp16_with_a_fixed_loss_scale_is_the_reference(variants):
+    if "fp16" not in variants:
+        pytest.skip("this CPU has no fp16")
+    scale, plain = HALF.config["fp16"]["loss_scale"], jobs.loss
+    with swapped("loss", lambda output, labels: _Scaled.apply(plain(output, labels), scale)):
+        deepspeed_job.assert_equal(variants["fp16"], replica_oracle.run(HALF, zero=True, loss_scale=scale))
+
+
+# ---- tensor parallelism ---------------------------------------------------------------------------------------------
+
+SLICES = 2
+SLICED = {
+    "fp32": Job(stages=2, accumulation=3, script=SCRIPT),
+    "by stage": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={"paci": {"clip": "stage"}}),
+    "global": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4),
+    "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config=ZERO),
+    "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd"),
+}
+
+
+def follow_slices(world: int) -> dict[str, Any]:
+    """Every sliced job on this rank, of 2 x `world` ranks, and the collectives of two more batches."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    slice_rank = torch.distributed.get_rank() % world
+    results: dict[str, Any] = {}
+    heard: list[tuple[str, list[int]]] = []
+    with (
+        swapped("layers", lambda model: sliced_model.layers(slice_rank, world)),
+        recorded(lambda name, members: heard.append((name, members))),
+    ):
+        for name, job in SLICED.items():
+            engine = deepspeed_job.build(job, topology=PipeModelDataParallelTopology(num_pp=2, num_mp=world, num_dp=1))
+            if world > 1:
+                sliced_model.use_group(engine.module, engine.grid.get_slice_parallel_group())
+            result = deepspeed_job.follow(engine, job, "paci", None)
+            feed = jobs.data(job.model, 5_000)
+            heard.clear()
+            for _ in range(2):
+                engine.train_batch(feed)
+            results[name] = {**result, "collectives": list(heard)}
+    return results
+
+
+@pytest.fixture(scope="module")
+def sliced():
+    """By world: what the ranks returned, without and with tensor parallelism."""
+    return {world: ranks.run_ranks(follow_slices, 2 * world, (world,), timeout=240) for world in (1, SLICES)}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_sliced_layers_train_as_whole_ones(sliced, name):
+    """But for the order of sums, which is 1e-5 of a weight in fp32 after eight updates, and 2e-2 in bf16."""
+    near = 2e-2 if SLICED[name].precision == "bf16" else 1e-5
+    for rank, result in enumerate(sliced[SLICES]):
+        stage, part = divmod(rank, SLICES)
+        whole = sliced[1][stage][name]["moments"]
+        for moment, truth in zip(result[name]["moments"], whole, strict=True):
+            assert moment["loss"] == pytest.approx(truth["loss"], rel=near, nan_ok=True)
+            for key, value in truth["weights"].items():
+                expected = sliced_model.shard_of(key, value, part, SLICES)
+                torch.testing.assert_close(moment["weights"][key], expected, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_agree_on_what_they_share(sliced, name):
+    for stage in range(2):
+        first, second = (sliced[SLICES][stage * SLICES + part][name]["moments"][-1] for part in range(SLICES))
+        shared = [key for key in first["weights"] if not key.endswith(("up", "down"))]
+        assert shared
+        assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in shared)
+
+
+def test_collectives_stay_among_the_slices_of_a_stage(sliced):
+    for rank, result in enumerate(sliced[SLICES]):
+        stage = rank // SLICES
+        for name in SLICED:
+            spans = {tuple(members) for _, members in result[name]["collectives"] if len(members) > 1}
+            assert spans == {(stage * SLICES, stage * SLICES + 1)}, f"{name}: {spans}"
+
+
+def test_whole_layers_are_the_reference(sliced):
+    with swapped("layers", lambda model: sliced_model.layers()):
+        for name in ("fp32", "by stage"):
+            deepspeed_job.assert_equal([result[name] for result in sliced[1]], oracle.run(SLICED[name]))
+
+
+# ---- what does not run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["torch_autocast", "bfloat16"]),
+        ({"wall_clock_breakdown": True}, ["wall_clock_breakdown", "pipeline_stats"]),
+    ],
+    ids=["float16 autocast", "wall clock breakdown"],
+)
+def test_what_cannot_run_is_refused(config, says):
+    assert_refused("UnsupportedError", config, says=says)
+
+
+@pytest.mark.parametrize("key", ["progressive_layer_drop", "curriculum_learning", "sparse_gradients"])
+def test_what_deepspeed_has_removed_it_refuses_itself(key):
+    assert_refused("DeepSpeedConfigError", {key: {"enabled": True}}, says=[key])
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "NotImplementedError"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "NotImplementedError"),
+    ],
+    ids=["bf16 summed in fp32 without ZeRO", "fp32 summed in bf16 without ZeRO"],
+)
+@pytest.mark.parametrize("schedule", ["stock", "paci"])
+def test_sums_that_stock_refuses_too(schedule, config, error):
+    assert_refused(error, config, target=build_with, args=(schedule,), says=["grad_accum_dtype"])
+
+
+def build_with(job: Job, schedule: str) -> None:
+    deepspeed_job.build(job, schedule)
+
+
+CURRICULUM = {"data_efficiency": {"enabled": True, "seed": 1, "data_sampling": {
+    "enabled": True, "num_epochs": 1, "num_workers": 0, "curriculum_learning": {
+        "enabled": True, "data_cluster_path": "", "curriculum_metrics": {"number": {
+            "difficulty_type": "percentile", "clustering_type": "single_cluster", "min_difficulty": 1,
+            "max_difficulty": 100, "schedule_type": "fixed_linear",
+            "schedule_config": {"total_curriculum_step": 4, "difficulty_step": 1}}}}}}}
+
+
+def train_with_curriculum(schedule: str, folder: str) -> None:
+    """A batch from DeepSpeed's own loader, which draws samples by difficulty."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    import paci_schedule
+
+    paci_schedule.register()
+    deepspeed.init_distributed(verbose=False)
+    module = PipelineModule(jobs.layers("words"), num_stages=2, partition_method="uniform", loss_fn=jobs.loss)
+    config = deepspeed_job.config(JOB, schedule) | CURRICULUM
+    config["data_efficiency"]["data_sampling"]["curriculum_learning"]["data_cluster_path"] = folder
+    ids = torch.randint(13, (60, 5))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=jobs.optimizer(JOB), model_parameters=list(module.parameters()), config=config,
+        training_data=torch.utils.data.TensorDataset(ids, ids))
+    engine.train_batch()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "paci"])
+def test_the_sampler_of_the_curriculum_fails_in_a_pipeline_under_stock_too(schedule, tmp_path):
+    """It broadcasts from rank 0 in every stage's data-parallel group; rank 0 is in the first stage's alone."""
+    outcomes = ranks.gather_outcomes(train_with_curriculum, 2, (schedule, str(tmp_path)), timeout=90, grace=3)
+    assert outcomes[1].raised[0] == "ValueError"
+    assert "not part of group" in outcomes[1].error
+
+
+def follow_cpu_adam() -> tuple[dict[str, Any], list[oracle.Moment]]:
+    """A job with DeepSpeed's own optimizer for offloading, and its reference, which needs the kernel as well."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    job = OFFLOADED["bf16"]
+    with swapped("optimizer", lambda job: functools.partial(DeepSpeedCPUAdam, lr=0.02)):
+        result = deepspeed_job.follow(deepspeed_job.build(job), job, "paci", None)
+        return result, replica_oracle.run(job, zero=True)
+
+
+@pytest.mark.slow
+def test_deepspeed_cpu_adam_is_the_reference():
+    """Slow the first time: DeepSpeed compiles the kernel."""
+    results = ranks.run_ranks(follow_cpu_adam, 2, timeout=900)
+    deepspeed_job.assert_equal([result for result, _ in results], results[0][1])

@@ -1,0 +1,179 @@
+"""Two stages with two replicas each, which train on different data: as the reference with replicas, difference 0.
+
+Also explained here: what ZeRO stage 1 with bf16 accumulation does to gradients that BF16_Optimizer does otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from integration_tests import deepspeed_job, jobs, ranks, replica_oracle
+from integration_tests.jobs import Job
+from integration_tests.test_deepspeed_collectives import recorded
+
+REPLICAS = 2
+MIXED = ("train x3", "drain", "train x2", "eval", "train x4", "save", "train x3")
+ZERO = {
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+    "zero_allow_untested_optimizer": True,
+}
+BY_STAGE = {"paci": {"clip": "stage"}}
+
+JOBS = {
+    "fp32": Job(stages=2, accumulation=3, script=MIXED, warmup=True),
+    "fp32, clipping": Job(stages=2, accumulation=2, script=MIXED, clip=0.4, config=BY_STAGE),
+    "fp32, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, config=ZERO, optimizer="groups"),
+    "fp32, ZeRO-1, clipping": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, config={**ZERO, **BY_STAGE}),
+    "fp32, prescaled": Job(stages=2, accumulation=3, script=MIXED, config={"prescale_gradients": True}),
+    "fp32, predivided": Job(stages=2, accumulation=3, script=MIXED, config={"gradient_predivide_factor": 4.0}),
+    "bf16": Job(stages=2, accumulation=3, script=MIXED, precision="bf16", warmup=True),
+    "bf16, clipping": Job(stages=2, accumulation=2, script=MIXED, precision="bf16", clip=0.4, optimizer="groups",
+                          config=BY_STAGE),
+    "bf16 sums": Job(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16"),
+    "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16", config=ZERO, warmup=True),
+    "bf16 sums, ZeRO-1, clipping": Job(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16", clip=0.4,
+                                       optimizer="groups", config={**ZERO, **BY_STAGE}),
+}
+GLOBAL = {  # clipped by the norm over all stages
+    "fp32": Job(stages=2, accumulation=3, script=MIXED, clip=0.4),
+    "fp32, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, config=ZERO),
+    "bf16": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, precision="bf16"),
+    "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, precision="bf16-bf16", config=ZERO),
+}
+
+
+def follow_all(scripts: dict[str, Job], folder: str) -> dict[str, Any]:
+    """What a rank does: one job after another, and two more batches of each, whose collectives count."""
+    heard: list[tuple[str, list[int]]] = []
+    with recorded(lambda name, members: heard.append((name, members))):
+        return {name: follow(job, f"{folder}/{number}", heard) for number, (name, job) in enumerate(scripts.items())}
+
+
+def follow(job: Job, folder: str, heard: list[tuple[str, list[int]]]) -> dict[str, Any]:
+    engine = deepspeed_job.build(job)
+    mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
+    result = deepspeed_job.follow(engine, mine, "paci", folder)
+    feed = jobs.data(mine.model, 5_000)
+    heard.clear()
+    for _ in range(2):
+        engine.train_batch(feed)
+    return {**result, "collectives": list(heard), "optimizer": type(engine.optimizer).__name__,
+            "group": sorted(torch.distributed.get_process_group_ranks(engine.grid.get_data_parallel_group()))}
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    """By job, what its ranks returned."""
+    scripts = JOBS | {f"global, {name}": job for name, job in GLOBAL.items()}
+    results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(tmp_path_factory.mktemp("jobs"))), timeout=300)
+    return {name: [result[name] for result in results] for name in scripts}
+
+
+def by_replica(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The results of a replica's stages, for every replica; ranks are numbered replica first."""
+    return [results[replica::REPLICAS] for replica in range(REPLICAS)]
+
+
+def by_zero(job: Job) -> bool:
+    return "zero_optimization" in job.config
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_replicas_are_the_reference(followed, name):
+    expected = replica_oracle.run(JOBS[name], REPLICAS, zero=by_zero(JOBS[name]))
+    for results in by_replica(followed[name]):
+        deepspeed_job.assert_equal(results, expected)
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_replicas_stay_alike_when_clipped_globally(followed, name):
+    first, second = by_replica(followed[f"global, {name}"])
+    for one, other in zip(first, second, strict=True):
+        for mine, theirs in zip(one["moments"], other["moments"], strict=True):
+            assert mine["weights"].keys() == theirs["weights"].keys()
+            assert all(torch.equal(mine["weights"][key], theirs["weights"][key]) for key in mine["weights"])
+            assert mine["loss"] == theirs["loss"] or mine["loss"] != mine["loss"]
+
+
+def test_collectives_stay_among_the_replicas_of_a_stage(followed):
+    """Every collective of two steady batches, in all jobs; without ZeRO that is gradients and loss, once each."""
+    for name, results in followed.items():
+        for rank, result in enumerate(results):
+            stage = rank // REPLICAS
+            assert result["group"] == [stage * REPLICAS, stage * REPLICAS + 1]
+            spans = {tuple(members) for _, members in result["collectives"] if len(members) > 1}
+            assert spans == {tuple(result["group"])}, f"{name}: {spans}"
+    for result in followed["fp32"]:
+        assert [name for name, members in result["collectives"] if len(members) > 1] == ["allreduce"] * 4
+
+
+def test_the_optimizers_are_those_that_the_names_say(followed):
+    zero, bf16 = "DeepSpeedZeroOptimizer", "BF16_Optimizer"
+    for name, optimizer in [("fp32", "AdamW"), ("fp32, ZeRO-1", zero), ("bf16", bf16), ("bf16 sums", bf16),
+                            ("bf16 sums, ZeRO-1", zero)]:
+        assert {result["optimizer"] for result in followed[name]} == {optimizer}
+
+
+def test_the_replicas_do_train_on_different_data():
+    job = JOBS["fp32"]
+    alone, together = replica_oracle.run(job, 1), replica_oracle.run(job, REPLICAS)
+    assert largest_difference(alone, together)[-1] > 1e-3
+
+
+# ---- ZeRO stage 1, bf16 accumulation, clipping ---------------------------------------------------------------------
+
+LONG = Job(stages=2, accumulation=3, script=("train x30", "drain"), precision="bf16-bf16", clip=0.4,
+           config={**ZERO, **BY_STAGE})
+
+
+def largest_difference(some: list, others: list) -> list[float]:
+    """By action, the largest difference between two histories' weights."""
+    return [
+        max((mine[name].float() - theirs[name].float()).abs().max().item()
+            for mine, theirs in zip(one.weights, other.weights, strict=True) for name in mine)
+        for one, other in zip(some, others, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def zero_alone():
+    """The reference without replicas."""
+    return replica_oracle.run(LONG, zero=True)
+
+
+def test_zero_with_bf16_sums_and_clipping_is_the_reference(zero_alone):
+    deepspeed_job.assert_equal(deepspeed_job.run(LONG), zero_alone)
+
+
+@pytest.mark.parametrize("schedule", ["stock", "paci"])
+def test_stock_differs_from_other_arithmetic_just_so(schedule):
+    """One stage, no replicas, no PACI: stock DeepSpeed is the same reference, and as far from the other one."""
+    job = dataclasses.replace(LONG, stages=1, script=("train x30",))
+    exact, other = replica_oracle.run(job, zero=True), replica_oracle.run(job)
+    deepspeed_job.assert_equal(deepspeed_job.run(job, schedule), exact, counters=schedule == "paci")
+    assert largest_difference(exact, other)[-1] > 1e-2
+
+
+def test_the_difference_is_that_zero_casts_to_fp32_before_it_clips(zero_alone):
+    """That one change turns the reference into BF16_Optimizer's, bit for bit; the fp64 norm changes nothing here."""
+    other = replica_oracle.run(LONG)
+    assert largest_difference(other, replica_oracle.run(LONG, zero=True, scale_dtype=torch.bfloat16))[-1] == 0.0
+    assert largest_difference(zero_alone, replica_oracle.run(LONG, zero=True, norm_dtype=torch.float32))[-1] == 0.0
+    by_batch = largest_difference(zero_alone, other)
+    assert by_batch[0] == 0.0 < by_batch[1] < 4e-3 < 1e-1 < by_batch[-1]
+
+
+def test_any_last_bit_grows_like_that(zero_alone):
+    """clip / norm in place of 1 / (norm / clip) is a last bit of one fp32 number, and ends as far away."""
+    by_batch = largest_difference(zero_alone, replica_oracle.run(LONG, zero=True, reciprocal=False))
+    assert by_batch[1] == 0.0
+    assert by_batch[-1] > 1e-1
+
+
+def test_without_clipping_the_two_are_the_same():
+    job = dataclasses.replace(LONG, clip=0.0)
+    assert largest_difference(replica_oracle.run(job, zero=True), replica_oracle.run(job))[-1] == 0.0

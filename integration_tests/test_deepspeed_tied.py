@@ -1,0 +1,200 @@
+"""Tied weights: the sum of the copies' gradients arrives a fixed number of updates late, and the copies stay one."""
+
+import dataclasses
+import traceback
+from unittest import mock
+
+import pytest
+import torch
+
+from integration_tests import jobs, late_job, late_oracle, ranks
+from integration_tests.jobs import Job
+from integration_tests.late_oracle import LateReference
+from integration_tests.test_deepspeed_clip import assert_same_norms
+from integration_tests.test_deepspeed_collectives import recorded
+
+MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
+ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+          "zero_allow_untested_optimizer": True}
+SWITCHES = ("train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
+ACCUMULATIONS = ("train x4", "accumulate=5", "train x2", "accumulate=1", "train x5", "drain")
+
+
+def tied(**options):
+    return Job(model="tied", **options)
+
+
+JOBS = {
+    "P=2 a=1": tied(stages=2, accumulation=1, script=MIXED),
+    "P=2 a=3": tied(stages=2, accumulation=3, script=MIXED, optimizer="groups", warmup=True),
+    "P=3 a=1": tied(stages=3, accumulation=1, script=MIXED, optimizer="sgd"),
+    "P=3 a=2": tied(stages=3, accumulation=2, script=MIXED),
+    "P=3 a=5": tied(stages=3, accumulation=5, script=("train x3", "eval", "train x2", "drain")),
+    "P=4 a=1": tied(stages=4, accumulation=1, script=MIXED),
+    "P=4 a=2, clipping": tied(stages=4, accumulation=2, script=MIXED, clip=2.5),
+    "P=4 a=3": tied(stages=4, accumulation=3, script=("train x4", "drain", "train x3")),
+    "clipping": tied(stages=3, accumulation=1, script=MIXED, clip=3.0),
+    "bf16, clipping": tied(stages=3, accumulation=2, script=MIXED, precision="bf16", clip=2.5, warmup=True),
+    "bf16": tied(stages=2, accumulation=1, script=MIXED, precision="bf16"),
+    "bf16 sums": tied(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16", clip=2.0),
+    "bf16 sums, ZeRO-1": tied(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16", clip=2.0, config=ZERO_1),
+    "a flush on the way": tied(stages=3, accumulation=1, script=SWITCHES),
+    "a flush on the way, clipping": tied(stages=2, accumulation=1, script=SWITCHES, clip=3.0),
+    "accumulation changes": tied(stages=3, accumulation=2, script=ACCUMULATIONS),
+    "accumulation changes, clipping": tied(stages=3, accumulation=2, script=ACCUMULATIONS, clip=2.0),
+    "slack": tied(stages=3, accumulation=2, script=MIXED, clip=3.0, config={"paci": {"extra_in_flight": 3}}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("tied"))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_engine_ties_as_the_reference(name, runs):
+    reference = late_oracle.assert_equal(JOBS[name], runs[name])
+    if JOBS[name].clip:
+        assert min(factor for stage in reference.stages for factor in stage.factors) < 1
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
+    """In steady state too: the copies of one version, at whatever moments their stages stand at it."""
+    seen, compared = {}, set()
+    for result in runs[name]:
+        for moment in result["moments"]:
+            for key in late_job.TIED:
+                weight = moment["weights"].get(f"tied_modules.{key}.weight")
+                if weight is not None:
+                    version = moment["stats"]["version"]
+                    stage, copy = seen.setdefault((key, version), (result["stage"], weight))
+                    assert (copy == weight).all(), f"{key} of stages {stage}, {result['stage']} at version {version}"
+                    compared |= {(key, version)} if stage != result["stage"] else set()
+    batches = sum(moment["action"] == "train" for moment in runs[name][0]["moments"])
+    if JOBS[name].script[-1] == "drain":
+        assert {(key, batches) for key in late_job.TIED} <= compared
+    assert len(compared) > batches / 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "accumulation", "words", "square"),
+    [(2, 1, 1, 1), (3, 1, 2, 2), (3, 2, 1, 1), (4, 1, 3, 1), (4, 2, 2, 1)],
+)
+def test_the_first_updates_apply_no_gradient_to_a_tied_weight(stages, accumulation, words, square):
+    """j = ceil((d_first - d_last) / a); by plain SGD, so that a zero gradient moves nothing."""
+    job = tied(stages=stages, accumulation=accumulation, optimizer="sgd",
+               script=("train", "drain") * (words + 1))
+    reference = LateReference(job)
+    assert reference.waits == {"words": words, "square": square}
+    start = {key: late_job.Shared(key).weight for key in late_job.TIED}
+    for moment in reference.run()[1::2]:
+        version = moment.version[0]
+        for key, delay in (("words", words), ("square", square)):
+            for stage in reference.holders(key):
+                still = (moment.weights[stage][f"tied_modules.{key}.weight"] == start[key]).all()
+                assert still == (version <= delay)
+
+
+def test_flushed_after_every_batch_the_engine_is_stock():
+    """In 1F1B mode every sum is applied at once, as stock DeepSpeed does."""
+    job = tied(stages=3, accumulation=2, script=("train x4",), precision="bf16", clip=2.5)
+    mine, stock = late_job.run((dataclasses.replace(job, script=("schedule=1f1b", *job.script)),), (job, "stock"))
+    for result, other in zip(mine, stock, strict=True):
+        assert result["norm"][1:] == other["norm"]
+        for moment, truth in zip(result["moments"][1:], other["moments"], strict=True):
+            assert all((moment["weights"][name] == value).all() for name, value in truth["weights"].items())
+
+
+@pytest.mark.parametrize("name", ["P=3 a=1", "bf16, clipping"])
+def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
+    job = dataclasses.replace(JOBS[name], script=("train x4", "save", "train x3", "drain"))
+    rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
+    whole, resumed = late_job.run((job, "paci", str(tmp_path)), (rest, "paci", str(tmp_path), True))
+    late_oracle.assert_equal(job, whole)
+    for result, other in zip(resumed, whole, strict=True):
+        if job.clip:
+            assert_same_norms(result["norm"], other["norm"][5:])
+        for moment, truth in zip(result["moments"], other["moments"][5:], strict=True):
+            assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
+
+
+# ---- nothing waits ---------------------------------------------------------------------------------------------------
+
+
+class _Watched:
+    """The handle of an asynchronous all-reduce; says at which update of the stage it is waited for."""
+
+    def __init__(self, work, started, waited):
+        self._work, self._started, self._waited = work, started, waited
+
+    def wait(self):
+        self._waited(self._started)
+        return self._work.wait()
+
+
+def watch_steady_calls(job, warm_up, count):
+    """(collectives that span stages and who started them, (started, waited for) at which updates), in steady state."""
+    import torch.distributed as dist
+
+    engine = late_job.build(job)
+    feed = jobs.data(job.model)
+    started, waits, callers = [], [], []
+    all_reduce = dist.all_reduce
+
+    def watched(tensor, *args, async_op=False, **kwargs):
+        work = all_reduce(tensor, *args, async_op=async_op, **kwargs)
+        if not async_op:
+            return work
+        begun = engine.global_steps
+        started.append(begun)
+        return _Watched(work, begun, lambda at: waits.append((at, engine.global_steps)))
+
+    def keep(name, members):
+        if len(members) > 1:
+            callers.append((name, members, [frame.name for frame in traceback.extract_stack()]))
+
+    with mock.patch.object(dist, "all_reduce", watched):
+        for _ in range(warm_up):
+            engine.train_batch(feed)
+        waits.clear()
+        first = engine.global_steps
+        with recorded(keep):
+            for _ in range(count):
+                engine.train_batch(feed)
+    return {"collectives": callers, "waits": waits, "updates": engine.global_steps - first}
+
+
+@pytest.mark.parametrize(
+    "job",
+    [tied(stages=3, accumulation=1, script=(), clip=0.3), tied(stages=3, accumulation=2, script=(), precision="bf16")],
+    ids=["fp32, clipping", "bf16"],
+)
+def test_only_the_tied_sums_span_stages_and_nobody_waits_for_them_early(job):
+    """One all-reduce for each tied weight and update, waited for j updates after it was started."""
+    delays = LateReference(job).waits
+    for stage, result in enumerate(ranks.run_ranks(watch_steady_calls, 3, (job, 4, 4))):
+        here = [key for key in late_job.TIED if stage in LateReference(job).holders(key)]
+        assert len(result["collectives"]) == len(here) * result["updates"] > (0 if here else -1)
+        for name, members, callers in result["collectives"]:
+            assert name == "allreduce"
+            assert members == [0, 2]
+            assert "exchange" in callers
+        assert len(result["waits"]) == len(here) * result["updates"]
+        assert {waited - started for started, waited in result["waits"]} == {delays[key] for key in here}
+
+
+def test_a_gradient_of_a_tied_weight_is_the_sum_over_the_copies():
+    """The reference against autograd: one process, one weight, no pipeline, plain SGD, at the first sum's update."""
+    job = tied(stages=2, accumulation=2, optimizer="sgd", script=("train", "drain", "train", "drain"))
+    reference = LateReference(job)
+    reference.run()
+    layers = late_job.layers("tied")
+    layers[late_job.TIED["words"][1]] = layers[late_job.TIED["words"][0]]
+    layers[late_job.TIED["square"][1]] = layers[late_job.TIED["square"][0]]
+    for index in range(2):
+        batch, labels = jobs.micro_batch("tied", index)
+        (jobs.loss(torch.nn.Sequential(*layers)(batch), labels) / 2).backward()
+    for key, (first, _) in late_job.TIED.items():
+        total = sum(reference.handed[key][0].values())
+        torch.testing.assert_close(total, layers[first].weight.grad, rtol=1e-5, atol=1e-6)

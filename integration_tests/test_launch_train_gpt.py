@@ -1,0 +1,59 @@
+"""The training programme on two ranks: it learns, resumes exactly, and its replicas read what stages would."""
+
+import math
+import shutil
+
+import pytest
+
+from integration_tests.ranks import run_ranks
+from launch import train_gpt
+from launch.runlog import read_log
+
+SMALL = ["--blocks", "2", "--sequence-length", "32", "--micro-batch-size", "2", "--accumulation", "2", "--warm-up", "2"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} squared is {number * number}.\n" for number in range(2000)))
+    return ["--data", str(path), "--cache", str(tmp_path / "cache")]
+
+
+def train(folder, *flags):
+    """Train on two ranks; returns the log."""
+    flags = [*SMALL, "--log-every", "1", "--output", str(folder), *flags]
+    run_ranks(train_gpt.main, 2, (flags,), timeout=180)
+    return read_log(folder / "log.jsonl")
+
+
+def losses(log, event="update"):
+    return {record["update"]: record["loss"] for record in log if record["event"] == event}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "paci"])
+def test_a_run_learns_and_resumes_exactly(schedule, text, tmp_path):
+    flags = [*text, "--pipeline-schedule", schedule, "--updates", "12", "--save-every", "6", "--dropout", "0.1"]
+    whole = train(tmp_path / "whole", *flags)
+    assert losses(whole)[12] < losses(whole)[1] - 0.5
+    assert losses(whole)[1] == pytest.approx(math.log(257), abs=0.3)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed" / "checkpoints" / "latest").write_text("update6")
+    resumed = train(tmp_path / "resumed", *flags, "--resume")
+    assert losses(resumed) == losses(whole)
+    assert losses(resumed, "validation") == losses(whole, "validation")
+    assert [record["event"] for record in resumed].count("end") == 1
+
+    stages = resumed[-1]["stages"]
+    assert [stage["stage"] for stage in stages] == [0, 1]
+    if schedule == "paci":
+        assert [stage["max_drift"] for stage in stages] == [stage["drift_bound"] for stage in stages] == [1, 0]
+        assert all(stage["compute_seconds"] > 0 for stage in stages)
+
+
+def test_two_replicas_of_one_stage_train_like_one_replica_of_two_stages(text, tmp_path):
+    stages = train(tmp_path / "stages", *text, "--updates", "4")
+    replicas = train(tmp_path / "replicas", *text, "--updates", "4", "--stages", "1", "--accumulation", "1")
+    assert losses(replicas).keys() == losses(stages).keys()
+    for update, loss in losses(stages).items():
+        assert losses(replicas)[update] == pytest.approx(loss, rel=1e-4)

@@ -1,0 +1,86 @@
+"""Where a stage's time goes, op by op, without ever waiting for the device.
+
+On CUDA a mark is an event on the current stream: between the marks around a wait for a message lies the time that the
+compute stream stood still, however far the host has run ahead.  On CPU a mark is the host's clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+
+import torch
+
+from paci_schedule.ops import Op
+
+__all__ = ["DATA", "Stopwatch"]
+
+DATA = "data"
+"""What reading from the data iterator is booked as."""
+
+_KEPT = 1 << 16
+
+
+class Stopwatch:
+    """Laps of one stage: each span ends where the next one begins.
+
+    Args:
+        device: where the stage computes.
+        records: keep the newest spans, one by one, for `spans`.
+    """
+
+    def __init__(self, device: torch.device, records: bool = False) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._last: float | torch.cuda.Event = self._mark()
+        if self._on_cuda:
+            self._last.synchronize()
+        self._now = time.perf_counter()  # of the last mark that was folded
+        self._open: deque[tuple[Op | str | None, float | torch.cuda.Event, float | torch.cuda.Event]] = deque()
+        self._seconds: Counter[str | None] = Counter()
+        self._spans: deque[tuple[Op | str, float, float]] | None = deque(maxlen=_KEPT) if records else None
+
+    def start(self) -> None:
+        """What came since the last lap was not the stage's own work (the caller had control)."""
+        self._lap(None)
+
+    def lap(self, what: Op | str) -> None:
+        """`what` ends here."""
+        self._lap(what)
+
+    def totals(self) -> Counter[str | None]:
+        """Seconds booked so far: for each kind of op as it prints, for DATA, and for None, the caller's time.
+
+        On CUDA these are the ops that the device has finished.
+        """
+        self._fold()
+        return self._seconds.copy()
+
+    def spans(self) -> Iterator[tuple[Op | str, float, float]]:
+        """The recorded spans, oldest first: what, and its start and end in seconds of `time.perf_counter`."""
+        self._fold()
+        yield from self._spans or ()
+
+    def _lap(self, what: Op | str | None) -> None:
+        mark = self._mark()
+        self._open.append((what, self._last, mark))
+        self._last = mark
+        self._fold()
+
+    def _fold(self) -> None:
+        while self._open and (not self._on_cuda or self._open[0][2].query()):
+            what, begin, end = self._open.popleft()
+            if self._on_cuda:
+                start, self._now = self._now, self._now + begin.elapsed_time(end) / 1e3
+            else:
+                start, self._now = begin, end
+            self._seconds[what.kind.value if isinstance(what, Op) else what] += self._now - start
+            if self._spans is not None and what is not None:
+                self._spans.append((what, start, self._now))
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,255 @@
+"""The `paci` command: what it prints, its JSON, and one line for bad input."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from paci_schedule import UnsupportedError, cli, doctor
+from tests.test_trace import recorded
+
+
+@pytest.fixture
+def paci(capsys):
+    """Run the command; returns exit code, standard output, standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return exit_.value.code, printed.out, printed.err
+
+    return run
+
+
+def arguments(line):
+    return line.split()
+
+
+# ---- simulate -------------------------------------------------------------------------------------------------------
+
+
+def test_simulate_prints_its_figures_as_json(paci):
+    code, out, _ = paci(
+        *arguments("simulate --schedule 1f1b --stages 4 --micro-batches 8 --forward 2 --backward 5 --json")
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert (found["makespan"], found["bubble"], found["time_per_micro_batch"]) == (77, 21, 77 / 8)
+    assert found["bubble_share"] == pytest.approx(3 / 11)
+    assert (found["peak_in_flight"], found["max_drift"]) == ([4, 3, 2, 1], [0, 0, 0, 0])
+
+
+def test_simulate_takes_every_option(paci):
+    line = (
+        "simulate --schedule paci --stages 4 --micro-batches 8 --batches 6 --forward 2,2,2,2 --backward 3 --weight 1 "
+        "--step 1 --latency 0.1,0.1,0.1 --bandwidth 100 --message-bytes 5 --jitter 0.05 --seed 7 --straggler 2:1.5 "
+        "--slow-link 1:0.7 --extra-in-flight 2 --cut leading --activation-bytes 10 --weight-bytes 20 --json"
+    )
+    code, out, _ = paci(*arguments(line))
+    found = json.loads(out)
+    assert code == 0
+    assert found["time_per_micro_batch"] > 9  # the straggler's 1.5 * (2 + 4)
+    assert found["peak_in_flight"] == [6, 5, 3, 1]
+    assert found["activation_bytes"] == [60, 50, 30, 10]
+    assert json.loads(paci(*arguments(line.replace("--seed 7", "--seed 8")))[1])["makespan"] != found["makespan"]
+
+
+def test_simulate_prints_a_table(paci):
+    code, out, _ = paci(*arguments("simulate --schedule zb-h2 --stages 4 --micro-batches 8 --weight 2 --forward 2"))
+    assert code == 0
+    assert "zb-h2, 4 stages, 8 micro-batches" in out
+    assert "7 on every stage" in out
+
+
+def test_simulate_compares_schedules(paci):
+    line = "simulate --schedule 1f1b,zb-h2,paci --stages 8 --micro-batches 16 --forward 2 --backward 2 --weight 2"
+    out = paci(*arguments(line))[1].splitlines()
+    assert [row.split()[:3] for row in out[1:]] == [
+        ["1f1b", "8.625", "1.000"],
+        ["zb-h2", "6", "1.438"],
+        ["paci", "6", "1.438"],
+    ]
+    found = json.loads(paci(*arguments(line), "--extra-in-flight", "2", "--json")[1])
+    assert [row["peak_in_flight"][0] for row in found] == [8, 15, 10]
+
+
+def test_simulate_at_the_scale_of_a_cluster(paci):
+    code, out, _ = paci(
+        *arguments(
+            "simulate --schedule paci --stages 256 --micro-batches 256 --batches 10 --jitter 0.05 "
+            "--straggler 40:1.2 --json"
+        )
+    )
+    assert code == 0
+    assert json.loads(out)["time_per_micro_batch"] > 3.6
+
+
+# ---- show, check ----------------------------------------------------------------------------------------------------
+
+
+def test_show_draws_text_pictures_and_traces(paci, tmp_path):
+    line = "show --schedule gpipe --stages 2 --micro-batches 2 --forward 1 --backward 1"
+    assert paci(*arguments(line))[1].splitlines()[0] == "stage 0   F0 F1 .  .  B1 B0|"
+    assert paci(*arguments(line), "--width", "16")[1].splitlines()[0] == "stage 0   F0 F1…"
+    both = paci(*arguments(line.replace("gpipe", "gpipe,1f1b")))[1]
+    assert "1f1b, 2 stages, 2 micro-batches\nstage 0   F0 F1 .  B0 .  B1|" in both
+    trace = json.loads(paci(*arguments(line), "--json")[1])
+    assert len(trace["traceEvents"]) == 2 + 2 * 5
+    for name in ("a.svg", "a.png", "a.json", "a.txt"):
+        assert paci(*arguments(line), "--output", tmp_path / name) == (0, "", "")
+        assert (tmp_path / name).stat().st_size > 50
+
+
+def test_check_says_yes_or_shows_the_op(paci, tmp_path):
+    code, out, _ = paci(*arguments("check --schedule zb-v --stages 4 --micro-batches 8"))
+    assert (code, out) == (0, "ok: zb-v is a valid zb-v schedule of 4 stages and 8 micro-batches a batch\n")
+    path = tmp_path / "grid.txt"
+    path.write_text("stage 0   F0 F1 B0 B1 STEP0\nstage 1   F0 B0 F1 STEP0 B1\n")
+    code, out, _ = paci("check", path, *arguments("--schedule 1f1b --micro-batches 2"))
+    assert code == 1
+    assert "stage 1: STEP0 after 1 backwards" in out
+    assert ">STEP0<" in out
+    code, out, _ = paci("check", path, *arguments("--schedule 1f1b --micro-batches 2 --json"))
+    assert (code, json.loads(out)["ok"]) == (1, False)
+
+
+# ---- plan, trace ----------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_rows_reasons_and_settings(paci):
+    line = "plan --model gpt2-medium --devices 8 --memory 16 --global-batch 64 --stages 8 --micro-batch-size 1"
+    code, out, _ = paci(*arguments(line))
+    assert code == 0
+    for words in ("paci", "refused because", "drift up to 7, limit 1", '"pipeline_schedule": ', "--pipeline-schedule "):
+        assert words in out
+    found = json.loads(paci(*arguments(line), "--json")[1])
+    assert found["settings"]["deepspeed"]["train_batch_size"] == 64
+    assert {row["schedule"] for row in found["rows"]} >= {"paci", "1f1b", "zb-v"}
+
+
+def test_trace_tells_where_the_time_went(paci, tmp_path):
+    recorded(tmp_path)
+    code, out, _ = paci("trace", tmp_path)
+    assert code == 0
+    assert "wait for gradient" in out
+    assert out.count("stage 2") == 2
+    found = json.loads(paci("trace", tmp_path, "--output", tmp_path / "run.svg", "--last", 10, "--json")[1])
+    assert found["makespan"] == pytest.approx(found["simulated_makespan"])
+    assert found["spent"][1]["compute"] == pytest.approx(18)
+    assert "simulated" in (tmp_path / "run.svg").read_text()
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def adapter(monkeypatch, probe):
+    """Install a stand-in adapter for DeepSpeed, and no other framework."""
+    monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "pytest"})
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: types.SimpleNamespace(name=name))
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: types.SimpleNamespace(probe=probe))
+    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+
+
+def test_doctor_passes_where_all_is_there(paci, monkeypatch):
+    adapter(monkeypatch, lambda: [("PipelineEngine", True, "0.19.8")])
+    code, out, _ = paci("doctor", "--json")
+    found = {finding["name"]: finding for finding in json.loads(out)["findings"]}
+    assert code == 0
+    assert found["deepspeed: PipelineEngine"] == {
+        "name": "deepspeed: PipelineEngine",
+        "ok": True,
+        "detail": "0.19.8",
+        "required": True,
+    }
+    assert found["click"]["ok"]
+
+
+def test_doctor_fails_where_a_hook_is_gone(paci, monkeypatch):
+    adapter(monkeypatch, lambda: [("_INSTRUCTION_MAP", False, "not in this version")])
+    code, out, _ = paci("doctor")
+    assert code == 1
+    assert "_INSTRUCTION_MAP" in out
+
+
+def test_doctor_fails_where_a_framework_is_not_supported(paci, monkeypatch):
+    def probe():
+        raise UnsupportedError("deepspeed 0.18.3: not supported")
+
+    adapter(monkeypatch, probe)
+    code, out, _ = paci("doctor")
+    assert (code, "0.18.3" in out) == (1, True)
+
+
+def test_doctor_fails_without_a_framework(paci, monkeypatch):
+    monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "no-such-distribution"})
+    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+    code, out, _ = paci("doctor")
+    assert (code, "install the one that your job uses" in out) == (1, True)
+
+
+# ---- bad input: one line, exit code 2 -------------------------------------------------------------------------------
+
+SIZE = "--stages 3 --micro-batches 4"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f"simulate --schedule pacy {SIZE}", "did you mean 'paci'"),
+        ("simulate --schedule paci --stages 0 --micro-batches 4", "stages=0: must be a whole number of at least 1"),
+        ("simulate --schedule paci --stages 3 --micro-batches -4", "micro_batches=-4"),
+        ("simulate --schedule paci --stages x --micro-batches 4", "'x' is not a valid integer"),
+        ("simulate --stages 3", "Missing option '--schedule'"),
+        ("simulate --schedule interleaved-1f1b --stages 3 --micro-batches 4", "multiple of the 3 stages"),
+        (f"simulate --schedule 1f1b {SIZE} --forward -1", "forward=-1.0: must be a finite number of at least 0"),
+        (f"simulate --schedule 1f1b {SIZE} --forward 1,b", "'1,b' is not a number"),
+        (f"simulate --schedule 1f1b {SIZE} --backward 1,2", "2 values for 3 stages"),
+        (f"simulate --schedule paci {SIZE} --chunks 3", "chunks=3: not an option of the paci schedule"),
+        (f"simulate --schedule 1f1b {SIZE} --cut leading", "leading=True: not an option of the 1f1b schedule"),
+        (f"simulate --schedule paci {SIZE} --straggler 5:2", "straggler=5:2.0: there are 3 of them, 0 to 2"),
+        (f"simulate --schedule paci {SIZE} --slow-link 2:1", "slow_link=2:1.0: there are 2 of them, 0 to 1"),
+        (f"simulate --schedule paci {SIZE} --straggler 2", "'2' is not an index and a number"),
+        (f"simulate --schedule paci {SIZE} --batches 0", "batches=0"),
+        (f"simulate --schedule paci {SIZE} --seed -1", "seed=-1"),
+        (f"simulate --schedule paci {SIZE} --fowrard 2", "No such option '--fowrard'"),
+        (f"show --schedule paci {SIZE} --output a.gif", "the ending says the format"),
+        (f"show --schedule paci {SIZE} --batches 0", "batches=0"),
+        ("check --schedule paci --micro-batches 4", "stages is missing"),
+        ("check no-such-file --schedule paci --micro-batches 4", "cannot be read"),
+        ("plan --devices 8 --memory 80 --global-batch 64", "give either --model NAME or --layers FILE"),
+        ("plan --layers none.json --devices 8 --memory 80 --global-batch 64", "cannot be read as JSON"),
+        (
+            "plan --model gpt2 --devices 8 --memory 80 --global-batch 64 --stages 5",
+            "stages=5: must divide the 8 devices",
+        ),
+        ("trace", "no trace files"),
+        ("trace no-such-file", "cannot be read"),
+        ("draw", "No such command 'draw'"),
+    ],
+)
+def test_bad_input_is_one_line(paci, line, words):
+    code, out, err = paci(*arguments(line))
+    assert (code, out) == (2, "")
+    assert err.startswith("paci: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_help_and_version(paci):
+    code, _, err = paci()
+    assert (code, "simulate" in err) == (2, True)
+    code, out, _ = paci("--version")
+    assert (code, out.startswith("paci, version ")) == (0, True)
+    for command in ("show", "check", "simulate", "plan", "trace", "doctor"):
+        code, out, _ = paci(command, "--help")
+        assert (code, "--json" in out) == (0, True)
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "paci_schedule.cli", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("paci, version ")

@@ -1,0 +1,253 @@
+"""The planner: the published ratios, the arithmetic of its rows, and why rows are refused."""
+
+import itertools
+import json
+
+import pytest
+
+from paci_schedule import ConfigError
+from paci_schedule.model import Layer, Model, built_in, from_config, from_layers, load_config
+from paci_schedule.plan import Job, calibrated, deepspeed_config, megatron_flags, plan
+
+GIB = 2**30
+
+
+def uniform(count, forward=0.04, backward=0.08, parameters=1e6, activation_bytes=1e6):
+    layer = Layer(
+        forward=forward, backward=backward, parameters=parameters, activation_bytes=activation_bytes, input_bytes=1e4
+    )
+    return Model([layer] * count, 1024, measured=True)
+
+
+def job(**changes):
+    return Job(
+        **{"model": uniform(8), "devices": 8, "memory": 80 * GIB, "global_batch": 8, "recompute": (False,)} | changes
+    )
+
+
+def best(rows, name, **wanted):
+    return next(row for row in rows if row.schedule == name and all(getattr(row, key) == wanted[key] for key in wanted))
+
+
+# ---- the published set-up -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accumulation", "ratio"), [(8, 1.875), (16, 1.4375)])
+def test_ideal_ratios_of_eight_stages(accumulation, ratio):
+    rows = plan(job(global_batch=accumulation, stages=(8,), micro_batch_sizes=(1,)))
+    paci = best(rows, "paci")
+    assert (paci.accumulation, paci.drift) == (accumulation, 1)
+    assert paci.speedup == pytest.approx(ratio, rel=1e-12)
+    assert paci.tokens_per_second == pytest.approx(1024 / 0.12)
+    assert best(rows, "1f1b").speedup == 1
+
+
+def test_the_projected_table():
+    """14.6 B, 16 stages, 64 micro-batches: from 1F1B's 1.49 samples/s per GPU to about 1.84; ZB-2p measured 1.83."""
+    shape = {"devices": 16, "global_batch": 64, "stages": (16,), "micro_batch_sizes": (1,)}
+    even = plan(job(model=uniform(16), **shape))
+    assert 1.49 * best(even, "paci").speedup == pytest.approx(1.839, abs=0.001)
+    model = from_config(load_config("gpt-14.6b"))
+    assert model.parameters == pytest.approx(14.6e9, rel=0.03)
+    rows = plan(calibrated(job(model=model, **shape), 1.49))
+    assert best(rows, "1f1b").samples_per_second_per_device == pytest.approx(1.49, rel=1e-6)
+    assert best(rows, "paci").samples_per_second_per_device == pytest.approx(1.84, rel=0.015)
+    assert best(rows, "zb-h2").samples_per_second_per_device == pytest.approx(1.83, rel=0.015)
+    assert best(rows, "zb-h1").samples_per_second_per_device == pytest.approx(1.67, rel=0.02)
+    assert best(rows, "zb-h2").memory > 1.2 * best(rows, "1f1b").memory
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_row():
+    rows = plan(
+        job(
+            model=uniform(4, parameters=1e6, activation_bytes=5e6),
+            devices=4,
+            global_batch=8,
+            stages=(4,),
+            micro_batch_sizes=(1,),
+            max_drift=3,
+        )
+    )
+    plain = 1e6 * (2 + 4 + 12)
+    assert best(rows, "1f1b").memory == plain + 4 * 5e6
+    assert best(rows, "paci").memory == plain + 4 * 5e6
+    assert best(rows, "gpipe").memory == plain + 8 * 5e6
+    assert best(rows, "zb-h2").memory == plain + 7 * 5e6
+    assert best(rows, "pipedream-2bw").memory == plain + 2e6 + 4 * 5e6
+    assert best(rows, "pipedream").memory == plain + 3 * 2e6 + 4 * 5e6
+
+
+def test_zero_divides_the_optimizer_over_the_replicas_and_recompute_keeps_inputs():
+    shape = {"devices": 8, "stages": (2,), "micro_batch_sizes": (2,), "schedules": ("1f1b",), "global_batch": 32}
+    with_zero, without = (plan(job(zero=zero, **shape))[0].memory for zero in (1, 0))
+    assert without - with_zero == 4e6 * 12 * 3 / 4
+    recomputed = plan(job(recompute=(True,), **shape))[0]
+    assert recomputed.memory == 4e6 * (6 + 3) + (2 * 4 * 1e4 + 1e6) * 2
+    assert recomputed.tokens_per_second == pytest.approx(plan(job(**shape))[0].tokens_per_second * 3 / 4)
+
+
+def test_the_slowest_stage_is_as_fast_as_it_can_be():
+    light, heavy = uniform(1).layers[0], uniform(1, forward=0.08, backward=0.16).layers[0]
+    model = Model([light] * 5 + [heavy], 1024, measured=True)
+    row = plan(
+        job(
+            model=model,
+            devices=3,
+            global_batch=6,
+            stages=(3,),
+            micro_batch_sizes=(1,),
+            schedules=("paci",),
+            max_drift=2,
+        )
+    )[0]
+    assert row.layers in ([2, 3, 1], [3, 2, 1])
+    assert row.tokens_per_second == pytest.approx(1024 / (3 * 0.12))
+
+
+def test_replicas_pay_for_their_gradients():
+    fast, slow = (
+        plan(
+            job(
+                devices=4,
+                stages=(2,),
+                global_batch=16,
+                micro_batch_sizes=(1,),
+                schedules=("paci",),
+                bandwidth=bandwidth,
+            )
+        )[0]
+        for bandwidth in (float("inf"), 1e9)
+    )
+    per_batch = [16 * 1024 / row.tokens_per_second for row in (fast, slow)]
+    ring = 2 * (2 - 1) / 2 * 4e6 * 4 / 1e9
+    assert per_batch[1] - per_batch[0] >= ring - 1e-9
+
+
+def test_rows_are_ranked_and_refusals_say_why():
+    rows = plan(job(memory=0.09 * GIB, global_batch=32, max_drift=1))
+    runs = [row for row in rows if not row.refused]
+    speeds = [row.tokens_per_second for row in runs]
+    assert all(faster >= slower * (1 - 1e-8) for faster, slower in itertools.pairwise(speeds))
+    assert speeds[0] > 1.2 * speeds[-1]
+    assert rows[: len(runs)] == runs
+    assert {row.schedule for row in rows if row.stages == 1} == {"1f1b"}
+    reasons = " | ".join(row.refused for row in rows)
+    assert "GiB of 0.1" in reasons
+    assert "limit 1" in reasons
+    assert "8 stages with 2 chunks, and 8 layers" in reasons
+
+
+def test_a_split_backward_cannot_recompute():
+    rows = plan(job(recompute=(True,), stages=(8,), schedules=("zb-h1",)))
+    assert all("W needs" in row.refused for row in rows)
+
+
+def test_settings_of_a_row():
+    wanted = job(stages=(8,), micro_batch_sizes=(1,), schedules=("paci",), recompute=(True,))
+    row = plan(wanted)[0]
+    assert deepspeed_config(wanted, row) == {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 8,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "pipeline_schedule": "paci",
+    }
+    flags = megatron_flags(wanted, row)
+    assert flags[flags.index("--pipeline-model-parallel-size") + 1] == "8"
+    assert flags[flags.index("--pipeline-schedule") + 1] == "paci"
+    assert "--recompute-granularity" in flags
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "millions"), [("gpt2-medium", 406), ("gpt-1.5b", 1640), ("gpt-6.2b", 6450)])
+def test_built_in_sizes(name, millions):
+    assert name in built_in()
+    assert from_config(load_config(name)).parameters == pytest.approx(millions * 1e6, rel=0.03)
+
+
+def test_newer_configs_and_their_defaults(tmp_path):
+    config = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 32,
+        "intermediate_size": 96,
+        "hidden_act": "silu",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = from_config(load_config(str(tmp_path)), sequence_length=16)
+    block = model.layers[1]
+    matrices = 64 * 64 * 2 + 64 * 16 * 2 + 3 * 64 * 96
+    assert len(model.layers) == 5
+    assert block.forward == 16 * (2 * matrices + 4 * 16 * 64)
+    assert block.backward == 2 * block.forward
+    assert block.parameters == matrices + 4 * 64
+    assert model.layers[-1].forward == 16 * 2 * 64 * 100
+
+
+def test_measured_layers(tmp_path):
+    entry = {"forward": 0.1, "backward": 0.2, "parameters": 5, "activation_bytes": 7, "input_bytes": 3}
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"sequence_length": 8, "layers": [entry, entry | {"count": 3, "forward": 0.4}]}))
+    model = from_layers(path)
+    assert [layer.forward for layer in model.layers] == [0.1, 0.4, 0.4, 0.4]
+    assert (model.sequence_length, model.measured) == (8, True)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "devices=0: must be more than 0"),
+        ({"zero": 2}, "zero=2: pipelines run with ZeRO stage 0 or 1"),
+        ({"stages": (3,)}, "stages=3: must divide the 8 devices"),
+        ({"micro_batch_sizes": (3,)}, "micro_batch_size=3: must divide the global batch of 8"),
+        ({"schedules": ("zb-h3",)}, "schedule='zb-h3': must be one of"),
+        ({"max_drift": -1}, "max_drift=-1"),
+    ],
+)
+def test_bad_jobs_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        job(**changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"sequence_length": 8, "layers": []}', "at least one layer"),
+        ('{"sequence_length": 8, "layers": [{"forward": 1}]}', "each layer needs forward, backward"),
+        ('{"layers": []}', "sequence_length"),
+    ],
+)
+def test_bad_layer_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "layers.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        from_layers(path)
+
+
+def test_a_config_without_a_key_is_refused():
+    with pytest.raises(ConfigError, match="num_hidden_layers or n_layer"):
+        from_config({"n_embd": 64})
+
+
+def test_calibration_needs_one_run():
+    config = from_config(load_config("gpt2"))
+    with pytest.raises(ConfigError, match=r"measured: \d+ pipelines match"):
+        calibrated(job(model=config), 1.0)
+    with pytest.raises(ConfigError, match="measured already"):
+        calibrated(job(), 1.0)
+    with pytest.raises(ConfigError, match="not to be reached"):
+        calibrated(job(model=config, stages=(8,), micro_batch_sizes=(1,), latency=10.0), 100.0)

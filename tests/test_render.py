@@ -1,0 +1,93 @@
+"""Pictures of timelines: text, Chrome traces, SVG and PNG."""
+
+import json
+
+import pytest
+
+from paci_schedule import ConfigError, PipelineSpec
+from paci_schedule.costs import Costs
+from paci_schedule.ops import Op
+from paci_schedule.render import chrome_trace, picture, text, versions
+from paci_schedule.schedules.registry import schedule
+from paci_schedule.simulate import simulate
+from paci_schedule.timeline import Span, Timeline
+
+
+def paci(batches=3, **costs):
+    spec = PipelineSpec(stages=3, accumulation=2)
+    return simulate(schedule("paci"), spec, Costs(**{"forward": 1.0, "backward": 2.0} | costs), batches)
+
+
+def test_versions_count_the_updates_and_drift_shows():
+    row = paci().rows[0]
+    found = {str(span.op): (version, older) for span, version, older in versions(row)}
+    assert found["B1"] == (0, 0)
+    assert found["B2"] == (1, 0)  # F2 ran before the first update
+    assert found["F4"] == (1, 1)
+    assert found["B4"] == (2, 1)
+
+
+def test_text_draws_fractions_exactly_and_jitter_roughly():
+    halves = text(paci(1, forward=0.5, backward=1.5)).plain.splitlines()
+    assert halves[2] == "stage 2   .  .  F0 B0------ F1 B1------|"
+    rough = text(paci(2, jitter=0.3)).plain
+    assert rough.count("F0") == 3
+    assert rough.count("|") == 6
+
+
+def test_text_is_cut_off_at_the_width():
+    lines = text(paci(), width=30).plain.splitlines()
+    assert [len(line) for line in lines] == [30, 30, 30]
+    assert all(line.endswith("…") for line in lines)
+
+
+def test_versions_have_their_own_colours_in_text():
+    styles = {str(span.style) for span in text(paci()).spans}
+    assert any("underline" in style for style in styles)
+    assert len({style for style in styles if "underline" not in style}) >= 6  # F and B of three versions
+
+
+def test_chrome_trace_has_every_op_with_version_and_drift():
+    timeline = paci()
+    trace = json.loads(json.dumps(chrome_trace(timeline)))
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(spans) == sum(len(row) for row in timeline.rows)
+    late = next(event for event in spans if (event["tid"], event["name"]) == (0, "B2"))
+    assert (late["cat"], late["args"]) == ("backward", {"version": 1, "drift": 1})
+    assert late["dur"] == 2e6
+    names = [event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"]
+    assert names == ["stage 0", "stage 1", "stage 2"]
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png", ".json", ".txt"])
+def test_pictures_are_written_and_the_same_each_time(tmp_path, ending):
+    contents = []
+    for number in range(2):
+        path = tmp_path / f"{number}{ending}"
+        picture({"one": paci(), "two": paci(1)}, path)
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1]
+    start = {".svg": b"<?xml", ".png": b"\x89PNG", ".json": b'{"traceEvents"', ".txt": b"one\nstage 0"}[ending]
+    assert contents[0].startswith(start)
+
+
+def test_the_svg_names_micro_batches_and_versions(tmp_path):
+    path = tmp_path / "a.svg"
+    picture({"PACI": paci()}, path, unit="s")
+    drawn = path.read_text()
+    for words in ("PACI", "stage 2", "version 2", "time (s)", ">5<"):
+        assert words in drawn
+    assert "version 3" not in drawn  # no op runs with it
+
+
+def test_empty_rows_and_instant_ops_can_be_drawn(tmp_path):
+    timeline = Timeline([[Span(Op.parse("STEP0"), 1.0, 1.0)], []])
+    assert text(timeline).plain.startswith("stage 0")
+    picture({"": timeline}, tmp_path / "a.svg")
+
+
+def test_bad_outputs_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the ending says the format"):
+        picture({"": paci()}, tmp_path / "a.gif")
+    with pytest.raises(ConfigError, match="name a file in a folder"):
+        picture({"": paci()}, tmp_path / "no" / "a.svg")
