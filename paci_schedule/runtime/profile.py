@@ -5,9 +5,9 @@ a pipeline stage: gradients are added to those that are there, and the inputs of
 one layer is on the device at a time, so a model may be larger than the device.
 
 Seconds are the least of several runs, for whatever disturbs a run only adds to it: on CUDA between events in the
-device's stream, on CPU by the host's clock.  Bytes are those of the
-tensors that are made: what the forward leaves behind is saved for the backward, the rest is workspace; a kernel's inner
-scratch is not seen.  A layer that recomputes itself is measured as it is: a longer backward, little saved.
+device's stream, on CPU by the host's clock.  Bytes are those of the tensors that are made: what the forward leaves is
+saved for the backward, the rest is workspace; a kernel's inner scratch is not seen.  A layer that recomputes itself is
+measured as it is: a longer backward, little saved.
 """
 
 from __future__ import annotations
