@@ -144,7 +144,7 @@ def test_the_inputs_of_the_first_layer_get_no_gradient_the_others_do():
         return values * 1.5
 
     profile_layers([look, look], torch.ones(4, 3), CPU, repeats=1)
-    assert wanted == [False] * 3 + [True] * 3
+    assert wanted == [False] * 4 + [True] * 4
 
 
 def test_dtype():
