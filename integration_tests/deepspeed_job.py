@@ -176,7 +176,7 @@ def assert_equal(results: list[dict[str, Any]], expected: list[Moment], *, count
                 difference = (moment["weights"][name].float() - value.float()).abs().max().item()
                 assert difference == 0.0, f"{name} of {at} differs by {difference:.3g}"
             assert _same(moment["loss"], truth.loss[stage]), f"{at}: loss {moment['loss']}, not {truth.loss[stage]}"
-            if truth.weights[stage]:
+            if not math.isnan(truth.rate[stage]):
                 assert moment["rate"] == truth.rate[stage], f"{at}: rate {moment['rate']}, not {truth.rate[stage]}"
             if counters:
                 stats, drift = moment["stats"], truth.drift[stage]

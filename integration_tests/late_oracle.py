@@ -295,7 +295,8 @@ class _ZeroUpdater(oracle._MasterUpdater):
     def __init__(self, job: Job, module: nn.Module) -> None:
         super().__init__(job, module)
         self._factor: torch.Tensor | None = None
-        self.optimizer.register_step_pre_hook(self._scale_masters)
+        if self.optimizer:
+            self.optimizer.register_step_pre_hook(self._scale_masters)
 
     def factor(self, norm: torch.Tensor) -> torch.Tensor:
         return 1.0 / (norm / self.clip)

@@ -13,6 +13,7 @@ from integration_tests.test_deepspeed_collectives import spanning, steady_calls
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
           "zero_allow_untested_optimizer": True}
+SWITCHES = ("train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
 STAGE = {"paci": {"clip": "stage"}}
 
 JOBS = {
@@ -24,10 +25,13 @@ JOBS = {
     "P=4 a=1": Job(stages=4, accumulation=1, script=MIXED, clip=0.9),
     "P=4 a=2": Job(stages=4, accumulation=2, script=MIXED, clip=0.7, warmup=True),
     "P=4 a=3": Job(stages=4, accumulation=3, script=("train x4", "drain", "train x3"), clip=0.6),
-    "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4,
-                                      config={"optimizer": {"type": "AdamW", "params": {
-                                          "lr": 0.02, "betas": [0.8, 0.95], "weight_decay": 0.03,
-                                          "torch_adam": True}}}),
+    "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4),
+    "a stage without parameters, bf16": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4,
+                                            precision="bf16"),
+    "a frozen stage": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6),
+    "a frozen stage, bf16 sums, ZeRO-1": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6,
+                                             precision="bf16-bf16", config=ZERO_1),
+    "a frozen stage, bf16": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6, precision="bf16"),
     "accumulation changes": Job(stages=3, accumulation=2, clip=0.6, script=(
         "train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")),
     "bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.7, precision="bf16", warmup=True),

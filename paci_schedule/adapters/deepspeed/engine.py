@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -301,7 +303,7 @@ class PaciPipelineEngine(PipelineEngine):
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
-            # A stage of pure functions still needs an optimizer that can be built, stepped and saved.
+            # A stage of pure functions or frozen layers still needs an optimizer to build, step and save.
             dtype = next(dtype for dtype in (self._mixed_precision_dtypes()[0], torch.float32) if dtype is not None)
             nothing = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=self.device))
             self.param_names[nothing] = "no_parameters_in_this_stage"
@@ -311,6 +313,8 @@ class PaciPipelineEngine(PipelineEngine):
             super()._configure_optimizer(client_optimizer, model_parameters)
         finally:
             self.mpu = grid
+        if isinstance(self.optimizer, BF16_Optimizer):
+            self.optimizer.get_grads_for_norm = partial(_some, self.optimizer.get_grads_for_norm, self.device)
 
     def clip_fp32_gradients(self) -> None:
         first_slice = self._stage_mpu.get_model_parallel_rank() == 0
@@ -380,3 +384,9 @@ class PaciPipelineEngine(PipelineEngine):
             losses = losses / self.dp_world_size
             dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
         return losses
+
+
+def _some(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
+    """The gradients, or a zero for none: BF16_Optimizer takes no norm of nothing, as where all weights are frozen."""
+    found = gradients(for_clipping)
+    return found if for_clipping or found[0] else ([torch.zeros(1, device=device)], *found[1:])
