@@ -119,6 +119,16 @@ def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
 
 
+@pytest.mark.parametrize(("clip", "refused"), [(0.5, True), (0.0, False)])
+def test_clipping_by_stage_would_part_the_copies_and_is_refused(clip, refused):
+    job = tied(stages=2, accumulation=2, clip=clip, script=("train", "drain"), config={"paci": {"clip": "stage"}})
+    for outcome in ranks.gather_outcomes(late_job.train, 2, (job,), timeout=60):
+        assert (outcome.raised[:1] == ("UnsupportedError",)) == refused, outcome
+        if refused:
+            for words in ('"clip": "stage"', '"gradient_clipping": 0.5', "square, words", 'use "clip": "global"'):
+                assert words in outcome.error
+
+
 # ---- nothing waits ---------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ class PaciPipelineEngine(PipelineEngine):
         self._options = options = PaciOptions.read(config_class._param_dict)
         self._schedule = "paci"
         module: PipelineModule = kwargs["model"]
-        check_supported(config_class, module)
+        check_supported(config_class, options, module)
         grid = module.mpu()
         spec = PipelineSpec(
             stages=module.num_stages,
