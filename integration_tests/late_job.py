@@ -99,6 +99,8 @@ def build(job: Job, schedule: str | None = "paci") -> Any:
         # The engine's default, which the other tests' jobs do without.
         options = {"clip": "global", **job.config.get("paci", {})}
         engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule)
+    for parameter in engine.module.parameters():
+        parameter.model_parallel = job.config.get("sliced", False)
     if poison(job):
         stage, update = poison(job)
         take_update = engine.take_update
