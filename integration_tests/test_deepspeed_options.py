@@ -188,12 +188,14 @@ def test_fp16_with_a_fixed_loss_scale_is_the_reference(variants):
 # ---- tensor parallelism ---------------------------------------------------------------------------------------------
 
 SLICES = 2
+GLOBAL = {"paci": {"clip": "global"}}
 SLICED = {
     "fp32": Job(stages=2, accumulation=3, script=SCRIPT),
     "by stage": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={"paci": {"clip": "stage"}}),
-    "global": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4),
-    "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config=ZERO),
-    "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd"),
+    "global": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config=GLOBAL),
+    "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**ZERO, **GLOBAL}),
+    "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd",
+                        config=GLOBAL),
 }
 
 
