@@ -39,6 +39,9 @@ JOBS = {
                                       precision="bf16", optimizer="groups"),
     "bf16 sums": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16"),
     "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config=ZERO_1),
+    "offload": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config={
+        "zero_optimization": {**ZERO_1["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}),
     "tuples": Job(stages=2, accumulation=2, script=MIXED, clip=1.4, model="pairs"),
     "by stage": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, config=STAGE),
     "by stage, bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, precision="bf16", config=STAGE),

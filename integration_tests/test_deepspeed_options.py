@@ -93,6 +93,10 @@ VARIANTS: dict[str, tuple[Job, dict[str, Any], Callable[[], Any], Callable[[orac
 OFFLOADED = {
     "fp32": Job(stages=2, accumulation=3, script=SCRIPT, config=OFFLOAD),
     "bf16": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", config=OFFLOAD),
+    "fp32, clipping": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**OFFLOAD, "paci": {
+        "clip": "stage"}}),
+    "bf16, clipping": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", clip=0.4, config={
+        **OFFLOAD, "paci": {"clip": "stage"}}),
 }
 
 
