@@ -93,12 +93,13 @@ def poison(job: Job) -> tuple[int, int] | None:
     return job.config.get("poison")
 
 
-def build(job: Job, schedule: str | None = "paci") -> Any:
+def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any:
     """As `deepspeed_job.build`, of the models in `TIES` too."""
     with in_place_of_jobs(_tied_specs):
         # The engine's default, which the other tests' jobs do without.
         options = {"clip": "global", **job.config.get("paci", {})}
-        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule)
+        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule,
+                        **module_options)
     for parameter in engine.module.parameters():
         parameter.model_parallel = job.config.get("sliced", False)
     if poison(job):

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import jobs, late_job, late_oracle, ranks
+from integration_tests import deepspeed_job, jobs, late_job, late_oracle, ranks
 from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_clip import assert_same_norms
@@ -125,6 +125,23 @@ def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
             assert_same_norms(result["norm"], other["norm"][5:])
         for moment, truth in zip(result["moments"], other["moments"][5:], strict=True):
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
+
+
+def follow_in_slices(job):
+    """The job on every one of two slices of a stage, which share all weights."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    engine = late_job.build(job, topology=PipeModelDataParallelTopology(num_pp=job.stages, num_mp=2, num_dp=1))
+    return deepspeed_job.follow(engine, job, "paci", None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_slices_tie_as_the_reference(precision):
+    """A norm counts what all slices hold once."""
+    job = tied(stages=2, accumulation=1, script=("train x4", "drain", "train x3"), clip=2.0, precision=precision)
+    results, expected = ranks.run_ranks(follow_in_slices, 4, (job,)), late_oracle.run(job)
+    for part in range(2):
+        deepspeed_job.assert_equal(results[part::2], expected)
 
 
 @pytest.mark.parametrize(("clip", "refused"), [(0.5, True), (0.0, False)])
