@@ -29,7 +29,7 @@ class Job:
             batches an update from here on, by set_train_batch_size); "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
             between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
-            parameters) or "frozen" (like "words", the middle third not trained).
+            parameters) or "frozen" (like "words", only the last third trained).
         precision: "fp32", "bf16" (fp32 gradient accumulation, ZeRO stage 1) or "bf16-bf16" (bf16 accumulation,
             stage 0).
         optimizer: "adamw", "adam", "sgd", or "groups" (AdamW with a group that decays and one that does not).
@@ -162,7 +162,7 @@ def layers(model: str) -> list[nn.Module]:
                 built.append(_Squeeze())
             else:
                 built.append(mix(widths[number], widths[number + 1]))
-            built[-1].requires_grad_(model != "frozen" or number not in middle)
+            built[-1].requires_grad_(model != "frozen" or number >= middle.stop)
     return built
 
 

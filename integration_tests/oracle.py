@@ -190,7 +190,8 @@ class _Stage:
             torch.autograd.backward(saved.outputs[0] / accumulation)
         else:
             gradients, loss = after.made.pop(index)
-            torch.autograd.backward(saved.outputs, gradients)
+            if any(output.requires_grad for output in saved.outputs):
+                torch.autograd.backward(saved.outputs, gradients)
         self._updater.accumulate()
         if not self._is_first:
             self.made[index] = [leaf.grad for leaf in saved.inputs], loss

@@ -90,7 +90,7 @@ def _train(args: argparse.Namespace) -> None:
         "optimizer": optimizer_name(engine.basic_optimizer),
         "model": args.model,
         "parameters": _total_parameters(engine.module, batch["replicas"]),
-        "cut": engine.module.parts,
+        "cut": [int(bound) for bound in engine.module.parts],
         "data": corpus.name,
         "training_tokens": len(training_text) * args.sequence_length,
         "device": engine.device.type,
