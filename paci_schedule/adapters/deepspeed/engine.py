@@ -74,6 +74,7 @@ class PaciPipelineEngine(PipelineEngine):
         module: PipelineModule = kwargs["model"]
         check_supported(config_class, options, module)
         grid = module.mpu()
+        timeout = timedelta(seconds=options.timeout)
         spec = PipelineSpec(
             stages=module.num_stages,
             accumulation=config_class.gradient_accumulation_steps,
@@ -83,7 +84,9 @@ class PaciPipelineEngine(PipelineEngine):
         if config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1:
             device = torch.device(get_accelerator().current_device_name())
             pipeline = grid.get_pipe_parallel_group()
-            self._norms = CarriedNorms(spec, grid.get_stage_id(), pipeline, device, agrees=bool(module.tied_comms))
+            self._norms = CarriedNorms(
+                spec, grid.get_stage_id(), pipeline, device, agrees=bool(module.tied_comms), timeout=timeout
+            )
             self._norm_group = NormGroup(self._norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
         self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
@@ -98,7 +101,7 @@ class PaciPipelineEngine(PipelineEngine):
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         self._tied = self._tied_gradients(spec)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        self._links = Links(spec, pipelines, self.device, timedelta(seconds=options.timeout))
+        self._links = Links(spec, pipelines, self.device, timeout)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
         self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
 
