@@ -22,7 +22,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel
 	$(PIP) install -c constraints.txt torch numpy
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[deepspeed,dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[deepspeed,megatron,dev]'
 	@touch $@
 
 train: $(STAMP)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.delayed import use_delayed_links
 from benchmarks.engines import Race, engine_for, milliseconds, race
+from benchmarks.pacing import Pace
 from integration_tests.ranks import run_ranks
 
 
@@ -43,19 +43,6 @@ class Job:
     turns: int
 
 
-class _Pace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
-        ctx.seconds = backward
-        time.sleep(forward)
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        time.sleep(ctx.seconds)
-        return gradient, None, None
-
-
 class PacedLayer(torch.nn.Module):
     """A stage whose forward and backward take a fixed time, in seconds."""
 
@@ -65,7 +52,7 @@ class PacedLayer(torch.nn.Module):
         self.seconds = forward, backward
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return _Pace.apply(values * self.weight, *self.seconds)
+        return Pace.apply(values * self.weight, *self.seconds)
 
 
 def build(job: Job, schedule: str, *, extra_in_flight: tuple[int, ...] | int = 0, tied: bool = False) -> Any:

@@ -91,6 +91,17 @@ def test_without_a_script_it_says_how_to_call_it(arguments):
     assert "paci_schedule.launch train.py" in last
 
 
+def test_flags_that_a_script_has_itself_stay_its_own(tmp_path):
+    """Ours are for Megatron-LM, which has none; where it cannot be found they are not taken out."""
+    script = tmp_path / "prints.py"
+    script.write_text("import sys; print(sys.argv[1:])\n")
+    done = launch("paci_schedule.launch", str(script), "--pipeline-schedule", "paci", "--paci-clip", "stage")
+    assert done.stdout.strip() == "['--pipeline-schedule', 'paci', '--paci-clip', 'stage']"
+    (tmp_path / "megatron" / "training").mkdir(parents=True)
+    (tmp_path / "megatron" / "training" / "__init__.py").write_text("")
+    assert launch("paci_schedule.launch", str(script), "--pipeline-schedule", "1f1b", "--x").stdout.strip() == "['--x']"
+
+
 def test_an_error_of_the_script_is_the_script_s(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(7)\n")

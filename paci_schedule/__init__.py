@@ -27,12 +27,16 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def register() -> None:
-    """Make the schedule available in the frameworks that are installed.  Idempotent; call it before building an engine.
+def register(*frameworks: str) -> None:
+    """Make the schedule available in the frameworks.  Idempotent; call it before building an engine.
+
+    Args:
+        frameworks: "deepspeed", "megatron"; those that are installed, if none is named.
 
     Raises:
-        UnsupportedError: a framework is installed in a version that is not supported, or lost a hook we rely on.
+        ConfigError: a framework that we do not know.
+        UnsupportedError: a framework is not installed, is in a version that is not supported, or lost a hook.
     """
-    from paci_schedule.registration import register_installed
+    from paci_schedule.registration import register_with
 
-    register_installed()
+    register_with(frameworks)

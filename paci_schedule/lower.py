@@ -5,9 +5,11 @@
 * A send (SA, SG) starts right after the op that made its content, and goes on behind the next ops.  Buffers are
   bounded: before it starts, the activation before it, or the gradient `PipelineSpec.gradients_on_wire` before it, must
   be done.
-* A message whose receiver takes it only in the next segment is sent at the start of that segment.  Nothing is on the
-  wire, and no receive is posted, while the caller has control: a device synchronisation, an evaluation or an exit
-  between two calls finds quiet links.
+* A message crosses from one segment to the next without keeping a wire busy in between.  A gradient that its receiver
+  takes only in the next segment (lagging cut) is sent at the start of that segment; an activation that its receiver
+  needs only then (leading cut) is received at the end of this one, because its sender comes back a backward later than
+  its receiver.  Nothing is on the wire, and no receive is posted, while the caller has control: a device
+  synchronisation, an evaluation or an exit between two calls finds quiet links.
 
 The program is safe even on links that buffer nothing, where a send blocks until its receive is posted
 (`validate.check_rendezvous`).
@@ -28,46 +30,45 @@ def lower(segment: Segment, stage: int) -> Iterator[Op]:
     spec, rounds = segment.spec, segment.rounds(stage)
     first, last = stage == 0, stage == spec.stages - 1
     ahead = spec.look_ahead(stage)
-    below = range(0) if last else segment.rounds(stage + 1)
     above = range(0) if first else segment.rounds(stage - 1)
     above_ahead = 0 if first else spec.look_ahead(stage - 1)
 
     def expect(op: Op) -> Iterator[Op]:
-        if op.kind is OpKind.FORWARD and not first:
+        if op.kind is OpKind.FORWARD and op.index in above:
             yield Op(OpKind.EXPECT_ACTIVATION, op.index)
         elif op.kind is OpKind.BACKWARD and not last:
             yield Op(OpKind.EXPECT_GRADIENT, op.index)
 
     def receive(op: Op) -> Iterator[Op]:
-        if op.kind is OpKind.FORWARD and not first:
+        if op.kind is OpKind.FORWARD and op.index in above:
             yield Op(OpKind.RECV_ACTIVATION, op.index)
         elif op.kind is OpKind.BACKWARD and not last:
             yield Op(OpKind.RECV_GRADIENT, op.index)
 
     def send(op: Op) -> Iterator[Op]:
-        if op.kind is OpKind.FORWARD and op.index < below.stop:
+        if op.kind is OpKind.FORWARD and not last:
             yield Op(OpKind.SEND_ACTIVATION, op.index)
         elif op.kind is OpKind.BACKWARD and op.index + above_ahead < above.stop:
             yield Op(OpKind.SEND_GRADIENT, op.index)
 
     def carried() -> Iterator[Op]:
-        for index in range(max(0, below.start), min(below.stop, rounds.start, segment.admitted)):
-            yield Op(OpKind.SEND_ACTIVATION, index)
         due = range(above.start - above_ahead, above.stop - above_ahead)
         for index in range(max(0, due.start), min(due.stop, rounds.start - ahead, segment.admitted)):
             yield Op(OpKind.SEND_GRADIENT, index)
 
+    early = [Op(OpKind.FORWARD, index) for index in range(rounds.stop, min(above.stop, segment.admitted))]
     ops = list(segment.ops(stage))
-    coming = [op for op in ops if op.kind is not OpKind.STEP]
+    coming = [op for op in (*ops, *early) if op.kind is not OpKind.STEP]
     if coming:
         yield from expect(coming[0])
     yield from carried()
     following = iter(coming[1:])
-    for op in ops:
+    for position, op in enumerate((*ops, *early)):
         if op.kind is not OpKind.STEP:
             upcoming = next(following, None)
             if upcoming is not None:
                 yield from expect(upcoming)
         yield from receive(op)
-        yield op
-        yield from send(op)
+        if position < len(ops):
+            yield op
+            yield from send(op)

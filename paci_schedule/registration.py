@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from importlib import import_module
 from importlib.util import find_spec
 
-from paci_schedule.errors import UnsupportedError
+from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 
-__all__ = ["register_installed"]
+__all__ = ["exists", "installed", "register_with"]
+
+_ADAPTERS = {"deepspeed": "deepspeed", "megatron": "megatron.core"}  # adapter -> the package that it is for
 
 
-def register_installed() -> None:
-    """Register with every supported framework that is installed.
+def installed() -> list[str]:
+    """The adapters whose framework can be imported."""
+    return [adapter for adapter, package in _ADAPTERS.items() if exists(package)]
+
+
+def register_with(frameworks: Collection[str]) -> None:
+    """Register with these frameworks; with all that are installed, if none is named.
 
     Raises:
+        ConfigError: a framework that we do not know.
         UnsupportedError: none is installed, or one is in a version that is not supported.
     """
-    if find_spec("deepspeed") is None:
-        raise UnsupportedError("no supported framework is installed: pip install 'paci-schedule[deepspeed]'")
-    from paci_schedule.adapters import deepspeed
+    for name in frameworks:
+        if name not in _ADAPTERS:
+            raise ConfigError(f"register({name!r}): unknown; valid are {nearest(str(name), _ADAPTERS)}")
+    adapters = frameworks or installed()
+    if not adapters:
+        raise UnsupportedError(
+            "no supported framework is installed: pip install 'paci-schedule[deepspeed]' or 'paci-schedule[megatron]'"
+        )
+    for adapter in adapters:
+        try:
+            import_module(f"paci_schedule.adapters.{adapter}").register()
+        except UnsupportedError as error:
+            others = [other for other in adapters if other != adapter]
+            way_out = f"  A job that does not use it can say paci_schedule.register({others[0]!r})." if others else ""
+            raise UnsupportedError(f"{error}{way_out}") from error
 
-    deepspeed.register()
+
+def exists(package: str) -> bool:
+    """Whether `package` can be imported; its parents are imported for the answer."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it lies in
+        return False

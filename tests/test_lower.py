@@ -8,6 +8,7 @@ from paci_schedule import PipelineSpec
 from paci_schedule.lower import lower
 from paci_schedule.ops import OpKind
 from paci_schedule.schedules import one_f_one_b, paci
+from paci_schedule.validate import check_segments
 from tests.grids import calls, program_grid, random_script
 
 # Two calls and the drain.  A gradient whose receiver takes it only in the next segment is deferred to its start: SG1 of
@@ -46,10 +47,12 @@ FLUSH = [
 ]
 
 LEADING = [
-    ["F0 SA0 EG0 F1 RG0 B0 STEP0",
-     "EA0 RA0 F0 B0 SG0 STEP0"],
-    ["SA1 EG1 F2 RG1 B1 STEP1",
-     "EA1 RA1 F1 B1 SG1 STEP1"],
+    ["F0 SA0 EG0 F1 SA1 RG0 B0 STEP0",
+     "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
+    ["EG1 F2 SA2 RG1 B1 STEP1",
+     "F1 EA2 B1 SG1 STEP1 RA2"],
+    ["EG2 RG2 B2 STEP2",
+     "F2 B2 SG2 STEP2"],
 ]
 
 
@@ -68,8 +71,8 @@ def leading_calls(spec, count, end=None):
 
 
 def test_leading_calls_are_golden():
-    """The activation that stage 0 made ahead in call 0 crosses the link only when stage 1 takes it, in call 1."""
-    assert program_grid(leading_calls(PipelineSpec(stages=2, accumulation=1), 2)) == LEADING
+    """Stage 1 takes the activation that stage 0 made ahead at the end of the call, and runs it in the next one."""
+    assert program_grid(leading_calls(PipelineSpec(stages=2, accumulation=1), 3, end=3)) == LEADING
 
 
 def indices(ops, kind):
@@ -97,15 +100,22 @@ def assert_complete(segments):
     """Every forward but the first stage's has its activation, every backward but the last stage's its gradient."""
     spec = segments[0].spec
     for stage in range(spec.stages):
+        taken_early = []
         for segment in segments:
             program = list(lower(segment, stage))
             for at, op in enumerate(program):
                 before = program[at - 1].kind if at else None
                 if op.kind is OpKind.FORWARD and stage:
-                    assert (before, program[at - 1].index) == (OpKind.RECV_ACTIVATION, op.index)
+                    if op.index in taken_early:
+                        taken_early.remove(op.index)
+                    else:
+                        assert (before, program[at - 1].index) == (OpKind.RECV_ACTIVATION, op.index)
                 if op.kind is OpKind.BACKWARD and stage < spec.stages - 1:
                     assert (before, program[at - 1].index) == (OpKind.RECV_GRADIENT, op.index)
             assert [op for op in program if op.kind.is_compute] == list(segment.ops(stage))
+            computed = indices(program, OpKind.FORWARD)
+            taken_early += [index for index in indices(program, OpKind.RECV_ACTIVATION) if index not in computed]
+            assert len(taken_early) <= (spec.gradients_on_wire(stage) if segment.leading else 0)
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
@@ -120,11 +130,21 @@ def test_nothing_is_on_the_wire_between_calls(stages, accumulation, extra):
 
 @pytest.mark.parametrize("stages", range(1, 9))
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
-def test_nothing_is_on_the_wire_between_leading_calls(stages, accumulation):
-    spec = PipelineSpec(stages=stages, accumulation=accumulation)
+@pytest.mark.parametrize("extra", [0, 1, 4])
+def test_nothing_is_on_the_wire_between_leading_calls(stages, accumulation, extra):
+    spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
     for segments in (leading_calls(spec, 5), leading_calls(spec, 5, end=5 * accumulation)):
         assert_quiet_between(segments)
         assert_complete(segments)
+
+
+@pytest.mark.parametrize("stages", range(1, 13))
+@pytest.mark.parametrize("accumulation", range(1, 7))
+@pytest.mark.parametrize("extra", [0, 3])
+def test_leading_calls_are_a_valid_schedule(stages, accumulation, extra):
+    """Also with a known end in between, after which the pipe fills again."""
+    spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
+    check_segments(spec, leading_calls(spec, 3, end=3 * accumulation) + leading_calls(spec, 5, end=5 * accumulation))
 
 
 @pytest.mark.parametrize("stages", [2, 5])

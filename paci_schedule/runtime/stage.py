@@ -9,12 +9,12 @@ every stage learns the loss of what it finished without a collective.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from paci_schedule.drift import DriftMeter, drift_bound
-from paci_schedule.errors import LinkError
+from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
@@ -73,6 +73,7 @@ class StageRunner:
     Attributes:
         flushing: run 1F1B, with a flush after every batch, instead of PACI; changed while the pipe is empty.
         admitted: micro-batches taken in since the pipe was last empty.
+        finished: backwards done by every stage since then, at the end of a `lead_batch`.
         forwards, backwards: ops done since construction.
         peak_in_flight: the most micro-batches that were live at once.
         meter: drift and version counted so far.
@@ -92,12 +93,13 @@ class StageRunner:
         self.spec = spec
         self.stage = stage
         self.flushing = False
-        self.admitted = 0
+        self.admitted = self.finished = 0
         self.interrupted = False
         self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
+        self._seconds_told = 0.0, 0.0
         self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
-        self._received: dict[int, Payload] = {}
+        self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
         self._finished: list[torch.Tensor] = []
@@ -127,6 +129,28 @@ class StageRunner:
         self.admitted += self.spec.accumulation
         return losses
 
+    def lead_batch(self, last: int | None = None) -> torch.Tensor:
+        """Finish a micro-batches, forwards leading, and return their mean losses.
+
+        Args:
+            last: micro-batches, counted since the pipe was last empty, after which it shall be empty again.
+
+        Raises:
+            ConfigError: the pipe has taken in more than `last` already.
+        """
+        if last is not None and last < self.admitted:
+            raise ConfigError(
+                f"the pipe cannot be empty after {last} micro-batches: {self.admitted} were taken in already; plan the "
+                f"end {self.spec.look_ahead(0)} micro-batches ahead"
+            )
+        segment = paci.lead_batch(self.spec, self.finished, last)
+        losses = self._run(segment)
+        self.finished, self.admitted = segment.stop, segment.admitted
+        if self.finished == self.admitted:
+            self.finished = self.admitted = 0
+            self._links.finish()
+        return losses
+
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
         self._stopwatch.start()
@@ -143,6 +167,30 @@ class StageRunner:
         self.spec = spec
         if self._norms is not None:
             self._norms.respec(spec)
+
+    def stats(self) -> dict[str, Any]:
+        """What this stage has done since construction, but for the seconds: those are since the last call to this.
+
+        Returns:
+            stage, stages, accumulation, version, forwards, backwards, in_flight, peak_in_flight, max_drift,
+            drift_bound, drift_histogram, compute_seconds, wait_seconds; the adapters document them.
+        """
+        since, self._seconds_told = self._seconds_told, self.seconds()
+        return {
+            "stage": self.stage,
+            "stages": self.spec.stages,
+            "accumulation": self.spec.accumulation,
+            "version": self.meter.version,
+            "forwards": self.forwards,
+            "backwards": self.backwards,
+            "in_flight": self.meter.in_flight,
+            "peak_in_flight": self.peak_in_flight,
+            "max_drift": self.meter.largest,
+            "drift_bound": self.drift_bound,
+            "drift_histogram": dict(sorted(self.meter.histogram.items())),
+            "compute_seconds": self._seconds_told[0] - since[0],
+            "wait_seconds": self._seconds_told[1] - since[1],
+        }
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that this stage has computed (F, B, STEP), and waited for its neighbours, since construction."""
@@ -165,9 +213,13 @@ class StageRunner:
         return torch.stack(self._finished).mean(0) if self._finished else None
 
     def _forward(self, op: Op) -> None:
-        outputs = self._compute.forward(op.index, self._received.pop(op.index, None))
+        inputs, riders = self._received.pop(op.index, (None, ()))
+        # Norms count as received when their message is used, as sent when its content is made, whenever the cut between
+        # two calls lets it travel.
+        if riders:
+            self._norms.came_down(op.index, *riders)
+        outputs = self._compute.forward(op.index, inputs)
         if outputs is not None:
-            # Taken when the content is made, not when it is sent: what arrives follows from the rounds, not the cut.
             self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
         self.forwards += 1
@@ -191,15 +243,11 @@ class StageRunner:
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         self._compute.step(op.index, losses)
-        if self._norms is not None:
-            self._norms.close_update()
         self.window_drift = 0
         self.meter.record(op)
 
     def _recv_activation(self, op: Op) -> None:
-        self._received[op.index], riders = self._links.recv_activation(op)
-        if self._norms is not None:
-            self._norms.came_down(op.index, *riders)
+        self._received[op.index] = self._links.recv_activation(op)
 
     def _send_activation(self, op: Op) -> None:
         self._links.send_activation(op, *self._outputs.pop(op.index))

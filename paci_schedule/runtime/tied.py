@@ -18,7 +18,14 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-__all__ = ["TiedGradient"]
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["TiedGradient", "delay_between"]
+
+
+def delay_between(spec: PipelineSpec, first: int, last: int) -> int:
+    """j for a weight that the stages from `first` to `last` share, in updates."""
+    return -(-(spec.look_ahead(first) - spec.look_ahead(last)) // spec.accumulation)
 
 
 class TiedGradient:

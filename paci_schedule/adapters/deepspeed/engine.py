@@ -32,9 +32,10 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
-from paci_schedule.adapters.deepspeed.options import PaciOptions, check_schedule
+from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
+from paci_schedule.choice import check_schedule
 from paci_schedule.errors import DataEndedError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
@@ -42,7 +43,7 @@ from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
-from paci_schedule.runtime.tied import TiedGradient
+from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -91,7 +92,6 @@ class PaciPipelineEngine(PipelineEngine):
         self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
         self._compute_loss = True
-        self._seconds_told = 0.0, 0.0
         self._reporter = (
             Reporter(self.monitor, self.steps_per_print(), self.train_batch_size(), speaks=self.global_rank == 0)
             if self.is_first_stage()
@@ -163,7 +163,7 @@ class PaciPipelineEngine(PipelineEngine):
         Raises:
             ConfigError: an unknown name.
         """
-        self._schedule = check_schedule(schedule)
+        self._schedule = check_schedule(schedule, f"schedule={schedule!r}")
         self.drain()
 
     def drain(self) -> torch.Tensor:
@@ -196,24 +196,7 @@ class PaciPipelineEngine(PipelineEngine):
             compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
             that the device has finished).
         """
-        runner = self._runner
-        compute, wait = runner.seconds()
-        since, self._seconds_told = self._seconds_told, (compute, wait)
-        return {
-            "stage": self.stage_id,
-            "stages": self.num_stages,
-            "accumulation": runner.spec.accumulation,
-            "version": self.global_steps,
-            "forwards": runner.forwards,
-            "backwards": runner.backwards,
-            "in_flight": runner.meter.in_flight,
-            "peak_in_flight": runner.peak_in_flight,
-            "max_drift": runner.meter.largest,
-            "drift_bound": runner.drift_bound,
-            "drift_histogram": dict(sorted(runner.meter.histogram.items())),
-            "compute_seconds": compute - since[0],
-            "wait_seconds": wait - since[1],
-        }
+        return {**self._runner.stats(), "version": self.global_steps}
 
     def take_update(self, losses: torch.Tensor) -> None:
         """This stage's update: reduce over its replicas, step, and say what there is to say.
@@ -228,6 +211,8 @@ class PaciPipelineEngine(PipelineEngine):
                 tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
             self._exec_reduce_grads()
             self._exec_optimizer_step()
+        if self._norms is not None:
+            self._norms.close_update()
         if self._reporter is not None and self._reporter.wants(self.global_steps):
             update = Update(
                 step=self.global_steps,
@@ -342,8 +327,7 @@ class PaciPipelineEngine(PipelineEngine):
         tied = []
         for comm in self.module.tied_comms.values():
             stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
-            apart = spec.look_ahead(min(stages)) - spec.look_ahead(max(stages))
-            delay = -(-apart // spec.accumulation)
+            delay = delay_between(spec, min(stages), max(stages))
             tied += [TiedGradient(comm["group"], delay) for _ in comm["weight_attr"]]
         return tied
 

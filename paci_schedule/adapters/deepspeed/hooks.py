@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
 from paci_schedule.errors import UnsupportedError
+from paci_schedule.probing import look_up
 
 __all__ = ["TESTED", "check_installed", "probe"]
 
@@ -45,7 +44,7 @@ def probe() -> list[tuple[str, bool, str]]:
         found = version("deepspeed")
     except PackageNotFoundError:
         return [("deepspeed", False, f"not installed; pip install 'deepspeed{TESTED}'")]
-    return [("deepspeed", found in TESTED, f"{found}, tested {TESTED}"), *(_look_up(name) for name in _HOOKS)]
+    return [("deepspeed", found in TESTED, f"{found}, tested {TESTED}"), *(look_up(*hook) for hook in _HOOKS.items())]
 
 
 def check_installed() -> None:
@@ -56,15 +55,3 @@ def check_installed() -> None:
             f"paci_schedule cannot register with this DeepSpeed; install deepspeed{TESTED}.  Missing: "
             + "; ".join(missing)
         )
-
-
-def _look_up(name: str) -> tuple[str, bool, str]:
-    module, _, path = name.partition(":")
-    try:
-        target = importlib.import_module(module)
-        for part in path.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
-        return name, False, str(error)
-    lost = [] if not _HOOKS[name] else sorted(set(_HOOKS[name]) - set(inspect.signature(target).parameters))
-    return name, not lost, f"lost its parameters {lost}" if lost else "there"

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
 
-__all__ = ["SCHEDULES", "PaciOptions", "check_schedule", "read_schedule"]
-
-SCHEDULES = ("1f1b", "paci")
+__all__ = ["PaciOptions", "read_schedule"]
 
 
 class PaciOptions(BaseModel):
@@ -63,11 +62,5 @@ def read_schedule(config: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: an unknown name, with the nearest valid one.
     """
-    return check_schedule(config.get("pipeline_schedule", "1f1b"))
-
-
-def check_schedule(name: str) -> str:
-    """Returns `name`; raises ConfigError, with the nearest valid name, unless it is a schedule's."""
-    if name not in SCHEDULES:
-        raise ConfigError(f'"pipeline_schedule": {name!r}: unknown; valid are {nearest(str(name), SCHEDULES)}')
-    return name
+    name = config.get("pipeline_schedule", "1f1b")
+    return check_schedule(name, f'"pipeline_schedule": {name!r}')

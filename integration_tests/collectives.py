@@ -1,0 +1,42 @@
+"""Recording every collective that a rank starts, where all of them pass, by whatever name it was called."""
+
+import contextlib
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import ProcessGroup
+
+__all__ = ["MESSAGES", "recorded"]
+
+MESSAGES = {"send", "recv", "recv_anysource"}
+QUERIES = {
+    "BackendType", "_enable_collectives_timing", "_end_coalescing", "_get_backend", "_get_backend_name",
+    "_get_sequence_number_for_group", "_has_hooks", "_id", "_pybind11_conduit_v1_", "_register_backend",
+    "_register_on_completion_hook", "_set_default_backend", "_set_group_desc", "_set_group_name",
+    "_set_sequence_number_for_group", "_start_coalescing", "_wait_for_pending_works", "abort", "boxed",
+    "get_group_store", "merge_remote_group", "name", "rank", "set_timeout", "shutdown", "size", "split_group", "unbox",
+    "use_pg_for_symm_mem_rendezvous",
+}
+COLLECTIVES = sorted(  # whatever else a group can do, whichever PyTorch it is
+    name for name, value in vars(ProcessGroup).items()
+    if callable(value) and not name.startswith("__") and name not in MESSAGES | QUERIES
+)
+
+
+@contextlib.contextmanager
+def recorded(keep):
+    """Within it, `keep(name, ranks of the group)` hears of every collective that this rank starts in any group."""
+    original = {name: vars(ProcessGroup)[name] for name in COLLECTIVES}
+
+    def listening(name):
+        def method(group, *args, **kwargs):
+            keep(name, sorted(dist.get_process_group_ranks(group)))
+            return original[name](group, *args, **kwargs)
+        return method
+
+    for name in COLLECTIVES:
+        setattr(ProcessGroup, name, listening(name))
+    try:
+        yield
+    finally:
+        for name in COLLECTIVES:
+            setattr(ProcessGroup, name, original[name])

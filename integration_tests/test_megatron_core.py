@@ -1,0 +1,295 @@
+"""PACI on the real megatron-core: weights, losses and drift equal to a single process, to the last bit."""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import torch
+
+from integration_tests.megatron_cpu import shim
+from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
+from integration_tests.ranks import on_gpus, run_ranks
+from paci_schedule import PipelineSpec, trace
+from paci_schedule.drift import drift_bound, drift_of
+from paci_schedule.schedules import paci
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from integration_tests.megatron_oracle import oracle_all
+
+EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
+
+
+def world(job):
+    return job.stages * job.data_parallel * job.tensor_parallel
+
+
+def stage_ranks(job):
+    """Global rank of replica 0, tensor rank 0, of each stage: Megatron numbers tensor, then data, then pipeline."""
+    return [stage * job.data_parallel * job.tensor_parallel for stage in range(job.stages)]
+
+
+def assert_equal(got, expected, what):
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        assert tensor.shape == expected[name].shape
+        difference = (tensor.float() - expected[name].float()).abs().max().item()
+        assert difference == 0.0, f"{what} {name}: {difference}"
+
+
+def assert_as_the_oracle_says(jobs):
+    """Returns what the ranks gave, by job."""
+    ranks = run_ranks(train_all, world(jobs[0]), (jobs,))
+    [expected] = run_ranks(oracle_all, 1, (jobs,))
+    for number, job in enumerate(jobs):
+        spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation)
+        count = job.calls * job.accumulation
+        for stage, rank in enumerate(stage_ranks(job)):
+            got, should = ranks[rank][number], expected[number][stage]
+            assert_equal(got.weights, should.weights, f"{job}, stage {stage}, weight")
+            # Shards of a distributed optimizer add up their squares in another order.
+            sharded = job.distributed_optimizer and job.data_parallel > 1
+            assert got.norms == (pytest.approx(should.norms, rel=1e-5) if sharded else should.norms)
+            assert got.losses == (should.losses if stage == job.stages - 1 else [[]] * job.calls)
+            drifts = should.stats["drifts"]
+            assert got.stats["version"] == job.calls
+            assert got.stats["backwards"] == count == len(drifts)
+            assert got.stats["drift_histogram"] == {drift: drifts.count(drift) for drift in set(drifts)}
+            assert got.stats["max_drift"] <= got.stats["drift_bound"] == drift_bound(spec, stage)
+            assert got.stats["peak_in_flight"] <= spec.in_flight(stage)
+            if not job.paci:
+                assert drifts == [drift_of(spec, stage, index) for index in range(count)]
+    return list(zip(*ranks, strict=True))
+
+
+@EXACT
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_weights_losses_norms_and_drift_are_the_oracles(stages):
+    assert_as_the_oracle_says([GptJob(stages=stages, accumulation=accumulation) for accumulation in (1, 2, 3, 4)])
+
+
+@EXACT
+def test_so_they_are_however_the_stage_computes():
+    plain = GptJob(stages=2, accumulation=3, calls=4)
+    assert_as_the_oracle_says([
+        dataclasses.replace(plain, **change)
+        for change in (
+            {"bf16": True},
+            {"bf16": True, "distributed_optimizer": True},
+            {"distributed_optimizer": True},
+            {"recompute": "full"},
+            {"recompute": "selective", "bf16": True},
+            {"deallocate": False},
+            {"clip_grad": 0.1},
+            {"clip_grad": 0.1, "bf16": True, "paci": {"drain_interval": 2}},
+            {"clip_grad": 0.1, "paci": {"clip": "stage"}},
+            {"tied": True},
+            {"optimizer": "sgd"},
+            {"evaluate_after": (1, 3)},
+            {"paci": {"drain_interval": 2}},
+        )
+    ])
+
+
+@EXACT
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_so_they_are_with_tied_embeddings_and_global_clipping(stages):
+    """And the two copies are one weight, to the bit, though no stage waits for the other's gradient."""
+    plain = GptJob(stages=stages, calls=6, tied=True, clip_grad=0.2)
+    jobs = [
+        *(dataclasses.replace(plain, accumulation=accumulation) for accumulation in (1, 2, 3, 4)),
+        dataclasses.replace(plain, tied=False, accumulation=3),
+        dataclasses.replace(plain, bf16=True, distributed_optimizer=True, accumulation=1),
+        dataclasses.replace(plain, paci={"drain_interval": 3}),
+        dataclasses.replace(plain, paci={"train_iters": 6}, clip_grad=0.0),
+    ]
+    for job, ranks in zip(jobs, assert_as_the_oracle_says(jobs), strict=True):
+        first, last = ranks[0].weights["embedding.word_embeddings.weight"], ranks[-1].weights["output_layer.weight"]
+        assert torch.equal(first, last) == job.tied
+
+
+@EXACT
+def test_so_they_are_with_data_parallel_replicas():
+    plain = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
+    assert_as_the_oracle_says([
+        dataclasses.replace(plain, **change)
+        for change in (
+            {"clip_grad": 0.1},
+            {"clip_grad": 0.1, "tied": True},
+            {"tied": True, "distributed_optimizer": True},
+            {"distributed_optimizer": True, "bf16": True},
+            {"overlap_grad_reduce": True},
+            {"overlap_grad_reduce": True, "align_grad_reduce": True, "distributed_optimizer": True},
+        )
+    ])
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        GptJob(stages=3, accumulation=2, calls=3, lr=0.0),
+        GptJob(stages=2, accumulation=3, calls=3, lr=0.0, tensor_parallel=2),
+    ],
+    ids=["pipeline", "tensor parallel"],
+)
+def test_with_a_learning_rate_of_0_losses_and_gradients_are_the_stock_schedules(job):
+    stock = dataclasses.replace(job, schedule="1f1b")
+    for late, flushed in run_ranks(train_all, world(job), ([job, stock],)):
+        assert late.losses == flushed.losses
+        assert [len(losses) for losses in late.losses] in ([0] * 3, [job.accumulation] * 3)
+        for number in range(job.calls):
+            assert any(gradient.abs().max() > 0 for gradient in late.gradients[number].values())
+            assert_equal(late.gradients[number], flushed.gradients[number], f"call {number}, gradient of")
+
+
+def test_with_tensor_parallel_stages_training_goes_the_same_way_on_all_their_ranks():
+    job = GptJob(stages=2, accumulation=2, calls=4, tensor_parallel=2, clip_grad=0.5)
+    ranks = [trained for [trained] in run_ranks(train_all, world(job), ([job],))]
+    for one, other in (ranks[:2], ranks[2:]):
+        assert one.norms == other.norms
+        assert one.losses == other.losses
+        assert one.stats["max_drift"] == other.stats["max_drift"]
+        same = [name for name in one.weights if "norm" in name]
+        assert_equal({name: one.weights[name] for name in same}, {name: other.weights[name] for name in same}, "weight")
+
+
+def test_a_micro_batch_is_read_once_and_none_beyond_a_known_end():
+    """The first stage reads P-1 ahead, except towards an end; after it, nothing is parked."""
+    plain = GptJob(stages=3, accumulation=1, calls=4)
+    jobs = [plain, dataclasses.replace(plain, paci={"train_iters": 4}),
+            dataclasses.replace(plain, paci={"train_iters": 4, "drain_interval": 3})]
+    first, middle, last = run_ranks(train_all, 3, (jobs,))
+    assert [trained.pulled for trained in first] == [[3, 4, 5, 6], [3, 4, 4, 4], [3, 3, 3, 4]]
+    assert [trained.parked for trained in first] == [[2, 2, 2, 2], [2, 2, 1, 0], [2, 1, 0, 0]]
+    assert [trained.pulled for trained in middle] == [[0] * 4] * 3
+    assert [trained.pulled for trained in last] == [[1, 2, 3, 4]] * 3
+
+
+@EXACT
+@pytest.mark.parametrize("change", [{}, {"tied": True}, {"tied": True, "bf16": True}])
+def test_a_resumed_run_goes_on_bit_for_bit(change):
+    """With what is late by design: norms, and sums of tied gradients that wait to be applied."""
+    job = GptJob(stages=3, accumulation=1, calls=8, clip_grad=0.2, paci={"drain_interval": 4}, **change)
+    for straight, resumed in run_ranks(train_all, 3, ([job, dataclasses.replace(job, resume_after=4)],)):
+        assert_equal(resumed.weights, straight.weights, "weight")
+        assert resumed.norms == straight.norms
+
+
+def test_a_state_that_would_lose_micro_batches_is_refused():
+    first, last = run_ranks(refusals, 2, ([GptJob(calls=3, resume_after=2)],))
+    assert first == last
+    assert "1 micro-batches are in flight" in first[0]
+    assert "drain_interval" in first[0]
+
+
+def test_an_evaluation_changes_nothing_and_sees_the_weights_of_all_stages_at_one_version():
+    plain = GptJob(stages=2, accumulation=2, calls=4)
+    jobs = [plain, dataclasses.replace(plain, evaluate_after=(2, 3)),
+            dataclasses.replace(plain, calls=2, paci={"train_iters": 2}, evaluate_after=(2,))]
+    ranks = run_ranks(train_all, 2, (jobs,))
+    for without, evaluated, _ in ranks:
+        assert_equal(evaluated.weights, without.weights, "weight")
+    _, evaluated, ended = ranks[-1]
+    assert [len(losses) for losses in evaluated.evaluations] == [2, 2]
+    assert evaluated.evaluations[0] == ended.evaluations[0]
+    assert evaluated.evaluations[0] != evaluated.evaluations[1]
+
+
+@pytest.mark.parametrize("change", [{}, {"distributed_optimizer": True}, {"overlap_grad_reduce": True}])
+def test_no_collective_of_a_steady_call_spans_stages(change):
+    """Each is of one stage's replicas; the recorder does see those of the stock schedule that span stages."""
+    job = GptJob(data_parallel=2, calls=3, clip_grad=1.0, **change)
+    stages = [{0, 1}, {2, 3}]
+    for stage, trained in zip([0, 0, 1, 1], run_ranks(train_recorded, 4, (job,)), strict=True):
+        assert trained.collectives
+        assert all(set(ranks) <= stages[stage] for _, ranks in trained.collectives), trained.collectives
+    if not change:
+        tied = run_ranks(train_recorded, 4, (dataclasses.replace(job, tied=True),))
+        for trained, ends in zip(tied, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True):
+            spanning = [ranks for _, ranks in trained.collectives if not any(set(ranks) <= stage for stage in stages)]
+            assert spanning == [ends]  # of the embedding, which nobody waits for
+        stock = run_ranks(train_recorded, 4, (dataclasses.replace(job, schedule="1f1b"),))
+        assert all(("allreduce", ranks) in trained.collectives
+                   for trained, ranks in zip(stock, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True))
+
+
+def test_every_stage_knows_the_loss_of_the_last_call():
+    job = GptJob(stages=3, accumulation=4, calls=2)
+    ranks = [trained for [trained] in run_ranks(train_all, 3, ([job],))]
+    expected = sum(ranks[-1].losses[-1]) / 4
+    assert [trained.stats["loss"] for trained in ranks] == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
+    job = GptJob(stages=3, accumulation=2, calls=4, paci={"train_iters": 4, "record": str(tmp_path)})
+    run_ranks(train_all, 3, ([job],))
+    recordings = trace.merge([trace.read(path) for path in sorted(tmp_path.iterdir())])
+    spec = PipelineSpec(stages=3, accumulation=2)
+    for stage, recording in enumerate(recordings):
+        assert recording.stage == stage
+        done = [str(span.op) for span in trace.timeline(recordings).rows[stage]]
+        assert done == [str(op) for op in paci.stream(spec, stage, 4)]
+
+
+REFUSED = {
+    "--calculate-per-token-loss": {"changes": {"calculate_per_token_loss": True}},
+    "--variable-seq-lengths": {"changes": {"variable_seq_lengths": True}},
+    "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
+    "--num-experts": {"changes": {"num_moe_experts": 4}},
+    "--context-parallel-size": {"changes": {"context_parallel_size": 2}},
+    "--num-layers-per-virtual-pipeline-stage": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
+    "--fp8-format": {"changes": {"fp8": "e4m3"}},
+    "--fp16": {"changes": {"fp16": True}},
+    "--overlap-param-gather": {"changes": {"overlap_param_gather": True}},
+    "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
+    "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
+    "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
+    "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
+    "no end is known": {"paci": {"record": "runs"}},
+    "did you mean 'paci'?": {"schedule": "paki"},
+    "did you mean 'timeout'?": {"paci": {"timeot": 3}},
+    "'drain_interval': 1.5": {"paci": {"drain_interval": 1.5}},
+    "config.paci = {'train_iters': n}": {"calls": 4, "missing": 5, "paci": {"timeout": 8}},
+}
+
+
+def test_what_cannot_run_is_refused_on_every_rank_with_the_name_of_the_flag():
+    """Before the first micro-batch; and data that ends while the first stage reads ahead is said so."""
+    first, last = run_ranks(refusals, 2, ([GptJob(**{"calls": 1, **change}) for change in REFUSED.values()],))
+    for flag, said, echoed in zip(REFUSED, first, last, strict=True):
+        assert flag in said
+        if "train_iters" in flag:
+            assert said.startswith("DataEndedError")
+            assert echoed.startswith("LinkError")
+        else:
+            assert said == echoed
+            assert said.startswith(("UnsupportedError", "ConfigError"))
+
+
+def test_a_pipeline_of_one_stage_is_the_stock_schedule():
+    job = GptJob(stages=1, accumulation=3, calls=3)
+    [[paci, stock]] = run_ranks(train_all, 1, ([job, dataclasses.replace(job, schedule="1f1b")],))
+    assert_equal(paci.weights, stock.weights, "weight")
+    assert paci.losses == stock.losses
+
+
+def register_late():
+    """What registration says when a training loop has imported the selector by name."""
+    shim.install()
+    import megatron.core.pipeline_parallel
+
+    import paci_schedule
+
+    loop = types.ModuleType("a_training_loop")
+    loop.get_forward_backward_func = megatron.core.pipeline_parallel.get_forward_backward_func
+    sys.modules[loop.__name__] = loop
+    try:
+        paci_schedule.register()
+    except paci_schedule.UnsupportedError as error:
+        return str(error)
+
+
+def test_a_selector_that_was_imported_before_registration_is_said_so():
+    [said] = run_ranks(register_late, 1)
+    assert "a_training_loop imported get_forward_backward_func before paci_schedule was registered" in said

@@ -1,0 +1,163 @@
+"""The real pretrain_gpt.py of a Megatron-LM checkout, started as users start it, with both schedules.
+
+MEGATRON_LM_CHECKOUT names the checkout; several, separated by ':', are tried one after the other.
+"""
+
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from integration_tests.ranks import on_gpus
+
+CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM_CHECKOUT", "").split(os.pathsep) if path]
+
+pytestmark = pytest.mark.skipif(not CHECKOUTS, reason="MEGATRON_LM_CHECKOUT names no Megatron-LM checkout")
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = shlex.split("""
+    --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 32
+    --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 3 --lr-decay-style constant
+    --attention-dropout 0 --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --make-vocab-size-divisible-by 1 --log-interval 1 --no-create-attention-mask-in-dataloader --num-workers 0
+    --split 90,5,5 --rerun-mode disabled
+""")
+
+
+def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0):
+    """Run the script; returns what it wrote.  `arguments` may hold spaces between flags and values."""
+    flags = [word for argument in arguments for word in argument.split()]
+    module = ["paci_schedule.launch"]
+    if not on_gpus(stages):
+        module = ["integration_tests.megatron_cpu", *module]
+        flags += ["--distributed-backend", "gloo"]
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{checkout}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1", **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
+    }
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(stages),
+            "-m", *module, f"{checkout}/pretrain_gpt.py", *(["--pipeline-schedule", schedule] if schedule else []),
+            "--pipeline-model-parallel-size", str(stages), *MODEL, *flags,
+        ],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+    )
+    assert (run.returncode == 0) == (expect == 0), run.stdout[-6000:]
+    return run.stdout
+
+
+def logged(output):
+    """iteration -> (consumed samples, learning rate, loss, grad norm), as the log says."""
+    names = ("consumed samples", "learning rate", "lm loss", "grad norm")
+    pattern = r"iteration +(\d+)/ .*" + ".*".join(rf"{name}: +(\S+)" for name in names)
+    return {int(found[0]): found[1:] for found in re.findall(pattern, output)}
+
+
+def validated(output):
+    return re.findall(r"validation loss at (iteration \d+) .*?lm loss value: (\S+)", output)
+
+
+class Left(pickle.Unpickler):
+    """Loads tensors, and leaves out what would need Megatron."""
+
+    def find_class(self, module, name):
+        if module.partition(".")[0] in ("megatron", "argparse"):
+            return type(name, (), {"__init__": lambda self, *args: None, "__setstate__": lambda self, state: None})
+        return super().find_class(module, name)
+
+
+def weights(folder):
+    """name -> tensor, of a rank's checkpoint in Megatron's format "torch"."""
+    pickled = SimpleNamespace(__name__="left", Unpickler=Left, load=None)
+    saved = torch.load(f"{folder}/model_optim_rng.pt", weights_only=False, pickle_module=pickled)
+    return {name: value for name, value in saved["model"].items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture(params=CHECKOUTS, ids=lambda path: Path(path).name)
+def checkout(request):
+    return request.param
+
+
+def test_with_a_learning_rate_of_0_the_log_is_the_stock_schedules(checkout):
+    """Losses, learning rates, consumed samples, and validation in between; without our flag the script is stock."""
+    still = "--lr 0 --min-lr 0 --train-iters 5 --eval-iters 2 --eval-interval 2 --clip-grad 0"
+    paci, stock = (pretrain(checkout, schedule, 2, still) for schedule in ("paci", None))
+    assert list(logged(paci)) == [1, 2, 3, 4, 5]
+    assert len(validated(paci)) >= 2
+    assert validated(paci) == validated(stock)
+    assert {key: value[:3] for key, value in logged(paci).items()} == {
+        key: value[:3] for key, value in logged(stock).items()
+    }
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(checkout, tmp_path):
+    common = "--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 3"
+    whole, resumed, stock = (str(tmp_path / name) for name in ("whole", "resumed", "stock"))
+    straight = logged(pretrain(checkout, "paci", 2, common, "--train-iters 6 --save", whole))
+    (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
+    second = logged(pretrain(checkout, "paci", 2, common, "--train-iters 6 --load", whole, "--save", resumed))
+    assert list(second) == [4, 5, 6]
+    for iteration, (consumed, rate, loss, norm) in second.items():
+        expected = straight[iteration]
+        assert (consumed, rate, norm) == (expected[0], expected[1], expected[3])
+        # Megatron's first log line resets nothing, so the second one of a run shows the mean of two iterations.
+        assert loss == expected[2] or iteration == 5
+    for rank in range(2):
+        ours, theirs = (weights(f"{folder}/iter_0000006/mp_rank_00_{rank:03}") for folder in (whole, resumed))
+        assert len(ours) > 10
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Both ways: the stock schedule goes on from ours, and ours from the stock's.
+    longer = "--override-opt-param-scheduler"
+    third = logged(pretrain(checkout, "1f1b", 2, common, longer, "--train-iters 9 --load", resumed, "--save", stock))
+    fourth = logged(pretrain(checkout, "paci", 2, common, longer, "--train-iters 11 --load", stock))
+    assert [line[0] for line in (*third.values(), *fourth.values())] == [str(3 * n) for n in range(7, 12)]
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_no_collective_of_a_steady_iteration_spans_stages(checkout, stages, tmp_path):
+    """Of the whole iteration: train_step, optimizer, log line.  The recorder does see those of the stock schedule."""
+    pretrain(checkout, "paci", stages, "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100",
+             "--log-num-zeros-in-grad", trace=tmp_path / "paci")
+    for rank in range(stages):
+        seen = json.loads((tmp_path / f"paci.{rank}").read_text())
+        steady = [(name, ranks) for iteration, name, ranks in seen if iteration == 3]
+        assert steady
+        ends = [0, stages - 1]
+        assert all(ranks in ([rank], ends) for _, ranks in steady), steady
+        # Of the tied embedding: one sum, that nobody waits for.
+        assert [ranks for _, ranks in steady].count(ends) == (rank in ends)
+    if stages == 2:
+        pretrain(checkout, "1f1b", stages, "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100",
+                 trace=tmp_path / "stock")
+        seen = json.loads((tmp_path / "stock.0").read_text())
+        assert any(iteration == 3 and ranks == [0, 1] for iteration, _, ranks in seen)
+
+
+def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
+    flags = {
+        "--rerun-mode": "validate_results", "--timing-log-level": "1", "--log-params-norm": "",
+        "--exit-duration-in-mins": "9", "--exit-signal-handler": "", "--calculate-per-token-loss": "",
+        "--iterations-to-skip": "3",
+    }
+    said = pretrain(
+        checkout, "paci", 2, "--lr 1e-3 --train-iters 2 --eval-iters 0 --eval-interval 100",
+        *(f"{flag} {value}" for flag, value in flags.items()), expect=1,
+    )
+    listed = re.findall(r"^\S* *\* (--[\w-]+) \(", said, re.MULTILINE)
+    assert set(flags) <= set(listed)
+
+
+def test_an_unknown_schedule_is_refused_before_anything_starts(checkout):
+    said = pretrain(checkout, "pacy", 1, "--lr 1e-3 --train-iters 1", expect=1)
+    assert "did you mean 'paci'?" in said

@@ -1,0 +1,199 @@
+"""What PACI refuses on Megatron, said before the first micro-batch: the flag, the reason, the remedy."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from paci_schedule.adapters.megatron.options import PaciOptions
+from paci_schedule.adapters.megatron.stage_local import optimizers
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["agree"]
+
+
+class _Refusal(NamedTuple):
+    """A setting that PACI does not run with.
+
+    Attributes:
+        name: of the attribute.
+        said: how a user sets it.
+        why: the reason, and what to do instead.
+        allowed: the values that are fine; without it those that mean "off".
+    """
+
+    name: str
+    said: str
+    why: str
+    allowed: Callable[[Any], bool] = lambda value: not value
+
+
+def _at_most_one(value: Any) -> bool:
+    return value is None or value <= 1
+
+
+_CONFIG = (
+    _Refusal(
+        "calculate_per_token_loss",
+        "--calculate-per-token-loss",
+        "the number of tokens of a batch is known when the last stage has finished it, and every stage would wait for "
+        "that; leave it off",
+    ),
+    _Refusal("fp16", "--fp16", "loss scaling skips updates for all stages at once; use --bf16"),
+    _Refusal(
+        "virtual_pipeline_model_parallel_size",
+        "--num-layers-per-virtual-pipeline-stage",
+        "PACI has no bubble that interleaving could shrink; leave it off",
+        _at_most_one,
+    ),
+    _Refusal("context_parallel_size", "--context-parallel-size", "not tried yet; use 1", _at_most_one),
+    _Refusal("num_moe_experts", "--num-experts", "MoE reduces its metrics over the pipeline; use dense layers"),
+    _Refusal("mtp_num_layers", "--mtp-num-layers", "it shares the embedding with the last stage; leave it off"),
+    _Refusal("variable_seq_lengths", "--variable-seq-lengths", "receives are posted before their sizes are known; pad"),
+    _Refusal(
+        "cuda_graph_impl",
+        "--cuda-graph-impl",
+        "a captured graph reuses the buffers of micro-batches that are still in flight; use none",
+        lambda value: value in (None, "none"),
+    ),
+    _Refusal("enable_cuda_graph", "--enable-cuda-graph", "as --cuda-graph-impl; leave it off"),
+    _Refusal("external_cuda_graph", "--external-cuda-graph", "as --cuda-graph-impl; leave it off"),
+    _Refusal("fp8", "--fp8-format", "not tried yet: scaling factors move under micro-batches in flight; use --bf16"),
+    _Refusal("fp4", "--fp4-format", "as --fp8-format; use --bf16"),
+    _Refusal(
+        "defer_embedding_wgrad_compute",
+        "--defer-embedding-wgrad-compute",
+        "it fills the flush at the end of a batch, which is gone; leave it off",
+    ),
+    _Refusal("delay_wgrad_compute", "--delay-wgrad-compute", "it splits the backward; leave it off"),
+    _Refusal(
+        "num_microbatches_with_partial_activation_checkpoints",
+        "config.num_microbatches_with_partial_activation_checkpoints",
+        "it counts micro-batches within a flushed batch; use --recompute-granularity",
+        lambda value: value is None,
+    ),
+    _Refusal("cpu_offloading", "--cpu-offloading-num-layers", "not tried yet; leave it off"),
+    _Refusal("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "not tried yet"),
+    _Refusal("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
+    _Refusal("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
+    _Refusal("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
+)
+
+_DDP = (
+    _Refusal(
+        "overlap_param_gather",
+        "--overlap-param-gather",
+        "a call may begin with a backward, before the weights are gathered; leave it off (--overlap-grad-reduce works)",
+    ),
+    _Refusal("use_megatron_fsdp", "--use-megatron-fsdp", "it frees weights that micro-batches in flight need; use DDP"),
+    _Refusal(
+        "num_distributed_optimizer_instances",
+        "--num-distributed-optimizer-instances",
+        "not tried yet; use 1",
+        _at_most_one,
+    ),
+)
+
+_EVERY_ITERATION = "every rank waits for all the others in every iteration; "
+
+_JOB = (
+    _Refusal(
+        "rerun_mode",
+        "--rerun-mode",
+        "re-running an iteration contradicts micro-batches in flight; say --rerun-mode disabled",
+        lambda value: value in (None, "disabled"),
+    ),
+    _Refusal("rampup_batch_size", "--rampup-batch-size", "the number of micro-batches to an update must not change"),
+    _Refusal("decrease_batch_size_if_needed", "--decrease-batch-size-if-needed", "as --rampup-batch-size"),
+    _Refusal("iterations_to_skip", "--iterations-to-skip", "the first stage has read ahead of the iteration to skip"),
+    _Refusal("timing_log_level", "--timing-log-level", f"{_EVERY_ITERATION}use 0"),
+    _Refusal("log_params_norm", "--log-params-norm", f"{_EVERY_ITERATION}leave it off"),
+    _Refusal("exit_duration_in_mins", "--exit-duration-in-mins", f"{_EVERY_ITERATION}use --exit-interval"),
+    _Refusal("exit_signal_handler", "--exit-signal-handler", f"{_EVERY_ITERATION}use --exit-interval"),
+    _Refusal("log_straggler", "--log-straggler", f"{_EVERY_ITERATION}leave it off"),
+    _Refusal("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
+    _Refusal("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),
+    _Refusal("save_activations_interval", "--save-activations-interval", "as --save-dgrads-interval; leave it off"),
+    _Refusal("perform_rl_step", "--perform-rl-step", "the data of an iteration is made from its weights"),
+    _Refusal("sft", "--sft", "the statistics of packed sequences are summed over the world in every iteration"),
+    _Refusal("vision_pretraining", "--vision-pretraining", "not tried yet"),
+)
+
+
+def agree(
+    chunks: list[torch.nn.Module],
+    config: Any,
+    options: PaciOptions,
+    args: Namespace | None,
+    call: dict[str, Any],
+    ranks: list[int],
+) -> list[list[int]]:
+    """Ask every rank of the job which pipeline it belongs to, and whether anything there cannot run under PACI.
+
+    Args:
+        chunks: the model.
+        config: its ModelParallelConfig.
+        options: of the schedule.
+        args: Megatron-LM's arguments, if this is such a job.
+        call: the other arguments of the first call.
+        ranks: this rank's pipeline, in stage order.
+
+    Returns:
+        the pipelines of the job, the same on every rank.
+
+    Raises:
+        UnsupportedError: on every rank, with every reason of any of them, so that none is left waiting.
+    """
+    reasons = [*_reasons(chunks, config, options, args, call)]
+    answers: list[tuple[list[int], list[str]]] = [(ranks, reasons)] * dist.get_world_size()
+    dist.all_gather_object(answers, (ranks, reasons))
+    told = dict.fromkeys(chain.from_iterable(reasons for _, reasons in answers))
+    if told:
+        listed = "\n".join(f"  * {reason}" for reason in told)
+        raise UnsupportedError(f"'paci' cannot run this job; change what follows, or use '1f1b':\n{listed}")
+    return [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline, _ in answers})]
+
+
+def _reasons(
+    chunks: list[torch.nn.Module], config: Any, options: PaciOptions, args: Namespace | None, call: dict[str, Any]
+) -> Iterator[str]:
+    yield from _refused(_CONFIG, config)
+    ddp = getattr(chunks[0], "ddp_config", None)
+    if ddp is not None:
+        yield from _refused(_DDP, ddp)
+    if args is not None:
+        yield from _refused(_JOB, args)
+    if len(chunks) > 1:
+        yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
+    module = chunks[0]
+    while hasattr(module, "module"):
+        module = module.module
+    clips = any(optimizer.config.clip_grad > 0 for optimizer in optimizers(config))
+    if clips and options.clip == "stage" and getattr(module, "share_embeddings_and_output_weights", False):
+        yield (
+            "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
+            "different norms; use 'global', or --untie-embeddings-and-output-weights"
+        )
+    if getattr(getattr(module, "model_type", None), "name", "") == "encoder_and_decoder":
+        yield "an encoder-decoder model: PACI runs decoder-only and encoder-only models"
+    for optimizer in optimizers(config):
+        if type(optimizer) not in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
+            yield f"the optimizer {type(optimizer).__name__}: not tried yet; use --optimizer adam or sgd"
+    if call.get("adjust_tensor_shapes_fn") is not None:
+        yield "adjust_tensor_shapes_fn (distillation): not tried yet"
+    if call.get("collect_non_loss_data"):
+        yield "collect_non_loss_data in training: collect in evaluation"
+
+
+def _refused(refusals: tuple[_Refusal, ...], settings: Any) -> Iterator[str]:
+    for refusal in refusals:
+        value = getattr(settings, refusal.name, None)
+        if not refusal.allowed(value):
+            yield f"{refusal.said} ({refusal.name}={value!r}): {refusal.why}"

@@ -1,0 +1,131 @@
+"""The hook into Megatron-core: the function that the selector returns looks at the model's config when it is called.
+
+Megatron-LM imports the selector by name, so it must be replaced before that; where it was not, registration says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from megatron.core import parallel_state, pipeline_parallel
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+
+from paci_schedule.adapters.megatron.hooks import check_installed
+from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
+from paci_schedule.adapters.megatron.stream import ModelStream
+from paci_schedule.choice import check_schedule
+from paci_schedule.errors import ConfigError, UnsupportedError
+
+__all__ = ["Selector", "install", "load_state", "stream_of"]
+
+Model = torch.nn.Module | list[torch.nn.Module]
+
+
+class Selector:
+    """Stands in for ``get_forward_backward_func``.
+
+    Args:
+        stock: Megatron-core's own.
+
+    Attributes:
+        default: the schedule of a model whose config names none.
+        options: of a model whose config has none.
+        streams: of the models that are trained under PACI, by their first chunk.
+        states: of models that are yet to be trained, to begin with.
+    """
+
+    def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
+        self.stock = stock
+        self.default = "1f1b"
+        self.options: Mapping[str, Any] = {}
+        self.streams: WeakKeyDictionary[torch.nn.Module, ModelStream] = WeakKeyDictionary()
+        self.states: WeakKeyDictionary[torch.nn.Module, Mapping[str, Any]] = WeakKeyDictionary()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., list]:
+        """As Megatron-core's own; the function that it returns dispatches on the model's config."""
+        return functools.partial(self.forward_backward, self.stock(*args, **kwargs))
+
+    def forward_backward(
+        self, stock: Callable[..., list], *, model: Model, forward_only: bool = False, **call: Any
+    ) -> list:
+        """One call of the schedule.
+
+        Evaluation, a pipeline of one stage and every schedule but ``"paci"`` are Megatron-core's own; micro-batches
+        that are parked between two training calls stay untouched.
+        """
+        first = _chunks(model)[0]
+        name = read_schedule(get_model_config(first), self.default)
+        group = getattr(call.get("pg_collection"), "pp", None) or parallel_state.get_pipeline_model_parallel_group()
+        if name == "1f1b" or forward_only or group.size() == 1:
+            return stock(model=model, forward_only=forward_only, **call)
+        if first not in self.streams:
+            options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
+            self.streams[first] = ModelStream(_chunks(model), group, options, call)
+            if first in self.states:
+                self.streams[first].late.load_state(self.states.pop(first))
+        return self.streams[first].train_batch(**call)
+
+
+def install(default: str | None, options: Mapping[str, Any] | None) -> None:
+    """Put the selector in Megatron-core's place; None leaves what is set."""
+    if default is not None:
+        check_schedule(default, f"pipeline schedule {default!r}")
+    if options is not None:
+        PaciOptions.read(options)
+    selector = schedules.get_forward_backward_func
+    if not isinstance(selector, Selector):
+        selector = _replace(selector)
+    selector.default = default or selector.default
+    selector.options = selector.options if options is None else options
+
+
+def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
+    check_installed()
+    early = sorted(
+        name
+        for name, module in list(sys.modules.items())
+        if module not in (schedules, pipeline_parallel)
+        and getattr(module, "__dict__", {}).get("get_forward_backward_func") is stock
+    )
+    if early:
+        raise UnsupportedError(
+            f"{', '.join(early)} imported get_forward_backward_func before paci_schedule was registered, and would go "
+            "on with the stock schedule: call paci_schedule.register() before that import, or start the script with "
+            "`-m paci_schedule.launch`"
+        )
+    selector = Selector(stock)
+    pipeline_parallel.get_forward_backward_func = schedules.get_forward_backward_func = selector
+    return selector
+
+
+def stream_of(model: Model) -> ModelStream:
+    """The stream of a model.  Raises ConfigError if it has none."""
+    selector = schedules.get_forward_backward_func
+    stream = selector.streams.get(_chunks(model)[0]) if isinstance(selector, Selector) else None
+    if stream is None:
+        raise ConfigError(
+            "this model has not been trained under PACI: set config.pipeline_schedule = 'paci' and call the function "
+            "that get_forward_backward_func() returns first"
+        )
+    return stream
+
+
+def load_state(model: Model, state: Mapping[str, Any]) -> None:
+    """Let a model that has no stream yet begin with `state`.  Raises ConfigError if it has one."""
+    selector = schedules.get_forward_backward_func
+    first = _chunks(model)[0]
+    if not isinstance(selector, Selector):
+        raise ConfigError("call paci_schedule.register() before the state is loaded")
+    if first in selector.streams:
+        raise ConfigError("this model is being trained under PACI already: load its state before the first call")
+    selector.states[first] = state
+
+
+def _chunks(model: Model) -> list[torch.nn.Module]:
+    return model if isinstance(model, list) else [model]

@@ -1,0 +1,51 @@
+"""Which of Megatron-core's internals the schedule stands on, and whether this Megatron-core still has them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from packaging.specifiers import SpecifierSet
+
+from paci_schedule.errors import UnsupportedError
+from paci_schedule.probing import look_up
+
+__all__ = ["TESTED", "check_installed", "probe"]
+
+TESTED = SpecifierSet(">=0.16.1,<0.21")
+"""Both ends are what the tests run on: 0.16.1 from the registry, and Megatron-LM's main, 0.20.0 in development."""
+
+_SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+_HOOKS = {
+    f"{_SCHEDULES}:get_forward_backward_func": ("pp_size", "vp_size"),
+    f"{_SCHEDULES}:forward_step": ("forward_step_func", "num_microbatches", "is_first_microbatch", "is_last_stage"),
+    f"{_SCHEDULES}:backward_step": ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
+    f"{_SCHEDULES}:deallocate_output_tensor": ("out", "deallocate_pipeline_outputs"),
+    "megatron.core.utils:get_model_config": (),
+    "megatron.core.utils:make_viewless_tensor": ("inp", "requires_grad", "keep_graph"),
+    "megatron.core.optimizer.optimizer:MegatronOptimizer.get_grad_stats_parallel_group": (),
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_grad_stats_parallel_group": (),
+    "megatron.core.parallel_state:get_tensor_and_data_parallel_group": ("with_context_parallel",),
+    "torch.autograd:_unsafe_preserve_version_counter": (),
+}
+
+
+def probe() -> list[tuple[str, bool, str]]:
+    """What the schedule needs: (name, whether it is there, what was found).  Imports Megatron-core."""
+    try:
+        found = import_module("megatron.core").__version__
+    except ImportError:
+        return [("megatron-core", False, "not installed; pip install megatron-core==0.16.1")]
+    return [
+        ("megatron-core", TESTED.contains(found, prereleases=True), f"{found}, tested {TESTED}"),
+        *(look_up(*hook) for hook in _HOOKS.items()),
+    ]
+
+
+def check_installed() -> None:
+    """Raises UnsupportedError, naming what is missing, unless the schedule can run on this Megatron-core."""
+    missing = [f"{name}: {detail}" for name, there, detail in probe() if not there]
+    if missing:
+        raise UnsupportedError(
+            f"paci_schedule cannot register with this Megatron-core; use one in {TESTED}.  Missing: "
+            + "; ".join(missing)
+        )

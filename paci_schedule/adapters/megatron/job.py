@@ -1,0 +1,83 @@
+"""A Megatron-LM job: what its arguments say, and what its training loop does across stages in every iteration.
+
+Nothing here imports Megatron-LM: with megatron-core alone there is no such job.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from paci_schedule.adapters.megatron.late import Late
+
+__all__ = ["current_args", "iteration", "keep_late", "make_local"]
+
+
+def current_args() -> Namespace | None:
+    """Megatron-LM's arguments; None outside a Megatron-LM job."""
+    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+
+
+def iteration() -> int | None:
+    """Iterations that the job has done; None outside a Megatron-LM job."""
+    return getattr(current_args(), "curr_iteration", None)
+
+
+def make_local(config: Any) -> None:
+    """Keep what the training loop does in every iteration inside the stage.
+
+    * Success of the update, gradient norm and learning rate are reduced over all model-parallel ranks, though every
+      rank of a stage agrees on them already: no reduction.
+    * The timer of the log line waits for the whole world: for the stage's tensor-parallel ranks alone.
+    """
+    training = sys.modules["megatron.training.training"]
+    training.reduce_max_stat_across_model_parallel_group = _as_it_is
+    training.logical_and_across_model_parallel_group = _as_it_is
+    config.timers("interval-time").set_barrier_group(parallel_state.get_tensor_model_parallel_group())
+
+
+def keep_late(late: Late, settle: Callable[[], bool], sharded: bool) -> None:
+    """Save what is late by design beside every checkpoint, before it, and begin with what the loaded one has.
+
+    Args:
+        late: of this stage.
+        settle: called before a save; whether the pipe is empty.
+        sharded: whether data-parallel ranks hold different parts of the gradients.
+    """
+    args, training = current_args(), sys.modules["megatron.training.training"]
+    stock_save = training.save_checkpoint
+
+    def path(folder: str, iteration: int) -> Path:
+        return Path(folder, "paci_schedule", f"iter_{iteration:07d}", _rank_name(sharded))
+
+    def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
+        empty = settle()
+        if sharded or parallel_state.get_data_parallel_rank() == 0:
+            file = path(args.save, iteration)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(late.state() if empty else {**late.state(), "norms": []}, file)
+        return stock_save(iteration, *rest, **options)
+
+    training.save_checkpoint = save_checkpoint
+    if args.load and args.iteration and path(args.load, args.iteration).is_file():
+        late.load_state(torch.load(path(args.load, args.iteration), weights_only=True, map_location="cpu"))
+
+
+def _rank_name(sharded: bool) -> str:
+    """Of this rank's file.  It names the topology, for in another one the file means nothing."""
+    state = parallel_state
+    name = f"stage{state.get_pipeline_model_parallel_rank()}of{state.get_pipeline_model_parallel_world_size()}"
+    name += f"-tensor{state.get_tensor_model_parallel_rank()}of{state.get_tensor_model_parallel_world_size()}"
+    if sharded:
+        name += f"-shard{state.get_data_parallel_rank()}of{state.get_data_parallel_world_size()}"
+    return f"{name}.pt"
+
+
+def _as_it_is(value: Any, group: Any = None) -> Any:
+    return value

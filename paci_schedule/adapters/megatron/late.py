@@ -1,0 +1,95 @@
+"""What a stage learns late by design: other stages' gradient norms, and the sums of the tied embedding's gradients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paci_schedule.runtime.norms import CarriedNorms
+from paci_schedule.runtime.tied import TiedGradient, delay_between
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["Late", "tied_embedding"]
+
+
+def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | None]:
+    """Whether the model ties its embedding to its head, and this stage's copy, if it holds one."""
+    while hasattr(model, "module"):
+        model = model.module
+    if not getattr(model, "share_embeddings_and_output_weights", False):
+        return False, None
+    return True, model.shared_embedding_or_output_weight()
+
+
+class Late:
+    """Of one stage.  The training loop updates between two calls, so an update is over when the next call begins.
+
+    Args:
+        norms: that travel with the messages; None where each stage clips by its own.
+        weight: this stage's copy of the tied embedding, if it holds one.
+        group: the ranks that hold a copy.
+        spec: the pipeline.
+    """
+
+    def __init__(
+        self,
+        norms: CarriedNorms | None,
+        weight: torch.nn.Parameter | None,
+        group: dist.ProcessGroup | None,
+        spec: PipelineSpec,
+    ) -> None:
+        self.norms = norms
+        self._weight = weight
+        self._tied = None if weight is None else TiedGradient(group, delay_between(spec, 0, spec.stages - 1))
+        self._updating = False
+
+    def respec(self, spec: PipelineSpec) -> None:
+        """Go on with another spec, from an empty pipe."""
+        if self._tied is not None:
+            self._tied.delay = delay_between(spec, 0, spec.stages - 1)
+
+    def begin_update(self) -> None:
+        """The call ends; what the loop does now is the update."""
+        self._updating = True
+
+    def end_update(self, pipe_is_empty: bool) -> None:
+        """The update is done.  After an empty pipe every stage learns every norm: a collective of the pipeline."""
+        if self._updating and self.norms is not None:
+            self.norms.close_update()
+            if pipe_is_empty:
+                self.norms.exchange()
+        self._updating = False
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Within it, Megatron-core's own sum of the tied embedding's gradients is the deferred one."""
+        module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+        stock = module._allreduce_word_embedding_grads
+        module._allreduce_word_embedding_grads = self._exchange
+        try:
+            yield
+        finally:
+            module._allreduce_word_embedding_grads = stock
+
+    def _exchange(self, *_: Any, **__: Any) -> None:
+        if self._tied is not None:
+            self._tied.exchange(self._weight.main_grad)
+
+    def state(self) -> dict[str, list[Any]]:
+        """Of an empty pipe, for a checkpoint; see `load_state`."""
+        return {
+            "norms": [] if self.norms is None else self.norms.state(),
+            "tied": [] if self._tied is None else self._tied.pending(),
+        }
+
+    def load_state(self, state: dict[str, list[Any]]) -> None:
+        """Go on as the stage that gave `state`."""
+        if self.norms is not None:
+            self.norms.load_state(state["norms"])
+        if self._tied is not None:
+            self._tied.load_pending([total.to(self._weight.main_grad) for total in state["tied"]])

@@ -1,0 +1,87 @@
+"""Megatron-core's optimizers reduce gradient norms over all stages in every update.
+
+Here they do over their own stage; the other stages' norms come with the messages.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from paci_schedule.runtime.norms import CarriedNorms, NormGroup
+
+__all__ = ["is_sharded", "make_optimizer_local", "optimizers"]
+
+logger = logging.getLogger(__name__)
+
+
+def optimizers(config: Any) -> list[MegatronOptimizer]:
+    """The optimizers behind a model's config, found through its grad_scale_func; empty where it has none."""
+    owner = _owner(config)
+    return [] if owner is None else list(getattr(owner, "chained_optimizers", None) or [owner])
+
+
+def is_sharded(config: Any) -> bool:
+    """Whether data-parallel ranks each keep a shard of the optimizer, and of the reduced gradients."""
+    return any(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers(config))
+
+
+def make_optimizer_local(config: Any, norms: CarriedNorms | None, warn: bool) -> None:
+    """Let sums of the optimizer be those of the stage: over its tensor-parallel ranks and, where the optimizer is
+    sharded, over the shards.  A squared gradient norm is completed with those of the other stages.
+
+    Args:
+        config: the model's config.
+        norms: of the other stages; None to leave each stage its own norm.
+        warn: whether this rank says what that means for clipping.
+    """
+    found = optimizers(config)
+    if not found and warn:
+        logger.warning(
+            "config.grad_scale_func is not a Megatron optimizer's scale_loss: if the optimizer reduces gradient norms "
+            "over the pipeline, every update waits for all stages; set config.grad_scale_func = optimizer.scale_loss"
+        )
+    for optimizer in found:
+        if isinstance(optimizer, DistributedOptimizer):
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        else:
+            group = parallel_state.get_tensor_model_parallel_group()
+        optimizer.grad_stats_parallel_group = group
+        if norms is not None:
+            optimizer.grad_stats_parallel_group = NormGroup(norms, group, parallel_state.get_model_parallel_group())
+            # Of the sums over this group, the number of zeros alone is no squared norm.
+            counting = _owner(config)
+            counting.count_zeros = _over(optimizer, group, counting.count_zeros)
+    clip = max((optimizer.config.clip_grad for optimizer in found), default=0.0)
+    if clip > 0 and norms is None and warn:
+        logger.warning(
+            "clip_grad=%g (Megatron's default is 1.0) clips each stage by the norm of its own gradients, not by the "
+            "norm over all stages; the grad norm in the log is the last stage's",
+            clip,
+        )
+
+
+def _owner(config: Any) -> MegatronOptimizer | None:
+    owner = getattr(config.grad_scale_func, "__self__", None)
+    return owner if isinstance(owner, MegatronOptimizer) else None
+
+
+def _over(optimizer: MegatronOptimizer, group: dist.ProcessGroup, count: Callable[..., Any]) -> Callable[..., Any]:
+    """`count`, with `group` for the sums of `optimizer`."""
+
+    @functools.wraps(count)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        usual, optimizer.grad_stats_parallel_group = optimizer.grad_stats_parallel_group, group
+        try:
+            return count(*args, **kwargs)
+        finally:
+            optimizer.grad_stats_parallel_group = usual
+
+    return counted

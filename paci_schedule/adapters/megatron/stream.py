@@ -1,0 +1,159 @@
+"""One model chunk's endless stream, cut into the calls of a Megatron training loop (forwards leading)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+
+from paci_schedule.adapters.megatron import job
+from paci_schedule.adapters.megatron.checks import agree
+from paci_schedule.adapters.megatron.compute import ModelCompute
+from paci_schedule.adapters.megatron.late import Late, tied_embedding
+from paci_schedule.adapters.megatron.options import PaciOptions
+from paci_schedule.adapters.megatron.plan import Plan
+from paci_schedule.adapters.megatron.stage_local import is_sharded, make_optimizer_local
+from paci_schedule.errors import ConfigError
+from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.norms import CarriedNorms
+from paci_schedule.runtime.recording import write_recording
+from paci_schedule.runtime.stage import StageRunner
+from paci_schedule.runtime.stopwatch import Stopwatch
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["ModelStream"]
+
+
+class ModelStream:
+    """Trains one chunk, call by call; micro-batches that are in flight when a call returns stay parked until the next.
+
+    Every rank of the job constructs its own at the same time.
+
+    Args:
+        chunks: the model as the training loop holds it.
+        group: the pipeline's process group.
+        options: of the schedule.
+        call: the other arguments of the first call.
+
+    Raises:
+        UnsupportedError: with every reason why this job cannot run under PACI.
+    """
+
+    def __init__(
+        self, chunks: list[torch.nn.Module], group: dist.ProcessGroup, options: PaciOptions, call: dict[str, Any]
+    ) -> None:
+        self._model, self._config = chunks[0], get_model_config(chunks[0])
+        args = job.current_args()
+        pipelines = agree(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
+        self._plan = Plan.of_options(options) if args is None else Plan.of_job(args)
+        if options.record is not None and self._plan.next_end(0) is None:
+            raise ConfigError(
+                f"config.paci = {{'record': {options.record!r}}}: a recording is written where the pipe is empty, and "
+                "no end is known; say 'train_iters' or 'drain_interval' too"
+            )
+        stage, stages = group.rank(), group.size()
+        device = next(self._model.parameters()).device
+        spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
+        ties, weight = tied_embedding(self._model)
+        norms = CarriedNorms(spec, stage, group, device, agrees=ties) if options.clip == "global" else None
+        ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
+        self.late = Late(norms, weight, ends, spec)
+        make_optimizer_local(self._config, norms, warn=stage == 0)
+        links = Links(spec, pipelines, device, timedelta(seconds=options.timeout))
+        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)
+        self._stopwatch = Stopwatch(device, records=options.record is not None)
+        self._runner = StageRunner(spec, stage, self._compute, links, self._stopwatch, norms)
+        self._record = options.record
+        self._loss: torch.Tensor | None = None
+        self._between_calls = ExitStack()
+        if args is not None:
+            job.make_local(self._config)
+            job.keep_late(self.late, self.settle, sharded=is_sharded(self._config))
+
+    def train_batch(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        num_microbatches: int,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+        **_: Any,
+    ) -> list[Any]:
+        """One call: every stage finishes `num_microbatches` backwards, and the gradients are ready for the optimizer.
+
+        Returns:
+            at the last stage, what the loss function returned for each micro-batch; else an empty list.
+
+        Raises:
+            ConfigError: the number of micro-batches changed while some are parked.
+            DataEndedError: the data ended while the first stage read ahead.
+            LinkError: a neighbouring stage did not answer in time.
+        """
+        runner, config = self._runner, self._config
+        self.settle()
+        if num_microbatches != runner.spec.accumulation:
+            if runner.admitted:
+                raise ConfigError(
+                    f"num_microbatches={num_microbatches} after {runner.spec.accumulation}, with "
+                    f"{runner.admitted - runner.finished} micro-batches in flight: change it where the pipe is empty "
+                    "(config.paci = {'drain_interval': n})"
+                )
+            runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
+            self.late.respec(runner.spec)
+        self._stopwatch.start()
+        data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+        self._between_calls.close()
+        self._compute.begin(forward_step_func, data, num_microbatches)
+        self._loss = runner.lead_batch(self._last())
+        reduced = self._compute.end()
+        if config.finalize_model_grads_func is not None:
+            with self.late.deferring():
+                config.finalize_model_grads_func(
+                    [self._model], None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+                )
+        self.late.begin_update()
+        if self._record is not None and not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
+            name = f"stage{runner.stage}-replica{parallel_state.get_data_parallel_rank()}.jsonl"
+            write_recording(Path(self._record, name), runner.spec, runner.stage, self._stopwatch)
+        # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
+        # not a mistake.
+        parameters = tuple(self._model.parameters())
+        self._between_calls.enter_context(torch.autograd._unsafe_preserve_version_counter(parameters))
+        return reduced
+
+    def settle(self) -> bool:
+        """The update after the last call is done.  Returns whether nothing is parked."""
+        empty = not self._runner.admitted
+        self.late.end_update(empty)
+        return empty
+
+    def state(self) -> dict[str, list[Any]]:
+        """See `paci_schedule.adapters.megatron.state_dict`."""
+        if not self.settle():
+            raise ConfigError(
+                f"{self._runner.admitted - self._runner.finished} micro-batches are in flight, and the state of this "
+                "moment would lose them: save where the pipe is empty (config.paci = {'drain_interval': n})"
+            )
+        return self.late.state()
+
+    def stats(self) -> dict[str, Any]:
+        """See `paci_schedule.adapters.megatron.pipeline_stats`."""
+        stats = self._runner.stats()
+        return {**stats, "loss": float("nan") if self._loss is None else self._loss.item()}
+
+    def _last(self) -> int | None:
+        """Micro-batches, counted since the pipe was last empty, after which it shall be empty again."""
+        runner = self._runner
+        done = job.iteration()
+        if done is None:
+            done = runner.meter.version
+        end = self._plan.next_end(done)
+        return None if end is None else runner.finished + (end - done) * runner.spec.accumulation

@@ -1,0 +1,26 @@
+"""Looking for the hooks in a framework that an adapter stands on."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Collection
+
+__all__ = ["look_up"]
+
+
+def look_up(name: str, parameters: Collection[str] = ()) -> tuple[str, bool, str]:
+    """Whether ``module:path.to.attribute`` exists and, if it is callable, still takes `parameters`.
+
+    Returns:
+        name, whether it is there, and what was found.
+    """
+    module, _, path = name.partition(":")
+    try:
+        target = importlib.import_module(module)
+        for part in path.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        return name, False, str(error)
+    lost = sorted(set(parameters) - set(inspect.signature(target).parameters)) if parameters else []
+    return name, not lost, f"lost its parameters {lost}" if lost else "there"
