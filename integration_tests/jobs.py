@@ -28,8 +28,8 @@ class Job:
         script: what the training loop calls, in order: "train", "drain", "eval", "save", "accumulate=N" (N micro-
             batches an update from here on, by set_train_batch_size); "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
-            between stages, tuples as inputs and labels) or "hollow" (like "words", the middle third without
-            parameters).
+            between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
+            parameters) or "frozen" (like "words", only the last third trained).
         precision: "fp32", "bf16" (fp32 gradient accumulation, ZeRO stage 1) or "bf16-bf16" (bf16 accumulation,
             stage 0).
         optimizer: "adamw", "adam", "sgd", or "groups" (AdamW with a group that decays and one that does not).
@@ -145,10 +145,10 @@ class _PairHead(nn.Module):
 
 def layers(model: str) -> list[nn.Module]:
     """The layers of a model, freshly built; the same numbers in every process."""
-    hollow = range(LAYERS // 3, 2 * LAYERS // 3)
+    middle = range(LAYERS // 3, 2 * LAYERS // 3)
     widths = list(_WIDTHS)
     if model == "hollow":
-        widths[hollow.start:hollow.stop + 1] = [_WIDTHS[hollow.start]] * (len(hollow) + 1)
+        widths[middle.start:middle.stop + 1] = [_WIDTHS[middle.start]] * (len(middle) + 1)
     embed, mix, head = (_PairEmbed, _PairMix, _PairHead) if model == "pairs" else (_Embed, _Mix, nn.Linear)
     built = []
     with torch.random.fork_rng(devices=[]):
@@ -158,10 +158,11 @@ def layers(model: str) -> list[nn.Module]:
                 built.append(embed(widths[1]))
             elif number == LAYERS - 1:
                 built.append(head(widths[number]) if model == "pairs" else head(widths[number], _WORDS))
-            elif model == "hollow" and number in hollow:
+            elif model == "hollow" and number in middle:
                 built.append(_Squeeze())
             else:
                 built.append(mix(widths[number], widths[number + 1]))
+            built[-1].requires_grad_(model != "frozen" or number >= middle.stop)
     return built
 
 

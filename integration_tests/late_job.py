@@ -1,7 +1,8 @@
 """Jobs of what comes late by design: carried norms, tied weights, schedules that change on the way.
 
 The models and scripts of `jobs`, and beyond: the model "tied", whose embedding is its output layer as well and whose
-layer 3 shares its matrix with layer 8, and the actions "schedule=NAME" and "load".
+layer 3 shares its matrix with layer 8, the model "copies", like "tied" but for a last third without weights of its
+own, the model "thrice", three of whose layers share a matrix, and the action "schedule=NAME".
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from torch import nn
 from integration_tests import deepspeed_job, jobs, ranks
 from integration_tests.jobs import LAYERS, Job
 
-__all__ = ["TIED", "Runs", "Shared", "build", "in_place_of_jobs", "layers", "options", "poison", "run", "train"]
+__all__ = ["TIED", "TIES", "Runs", "Shared", "build", "in_place_of_jobs", "layers", "options", "poison", "run", "train"]
 
 TIED = {"words": (0, LAYERS - 1), "square": (3, 8)}
 """Key -> the layers that share a weight, in the model "tied"."""
+
+TIES = {"tied": TIED, "copies": TIED, "thrice": {"square": (1, 6, LAYERS - 2)}}
+"""By model; the others have none."""
 
 _WIDTH, _WORDS = 8, 13
 
 
 class Shared(nn.Module):
-    """A layer with a shared weight: of the embedding and the head, or of two square layers in the middle."""
+    """A layer with a shared weight: of the embedding and the head, or of square layers in the middle."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -45,15 +49,21 @@ class Shared(nn.Module):
 
 
 def layers(model: str, spec: Any = Shared) -> list[Any]:
-    """As `jobs.layers`, of the model "tied" too; `spec(key)` makes a layer with a shared weight."""
-    if model != "tied":
+    """As `jobs.layers`, of the models in `TIES` too; `spec(key)` makes a layer with a shared weight."""
+    if model not in TIES:
         return _LAYERS_OF_JOBS(model)
-    key_of = {number: key for key, numbers in TIED.items() for number in numbers}
+    key_of = {number: key for key, numbers in TIES[model].items() for number in numbers}
+    ends = {0: jobs._Embed, LAYERS - 1: lambda width: nn.Linear(width, _WORDS)}
     built = []
     with torch.random.fork_rng(devices=[]):
         for number in range(LAYERS):
             torch.manual_seed(400 + number)
-            built.append(spec(key_of[number]) if number in key_of else jobs._Mix(_WIDTH, _WIDTH))
+            if number in key_of:
+                built.append(spec(key_of[number]))
+            elif model == "copies" and number > 2 * LAYERS // 3:
+                built.append(jobs._Squeeze())
+            else:
+                built.append(ends[number](_WIDTH) if number in ends else jobs._Mix(_WIDTH, _WIDTH))
     return built
 
 
@@ -83,12 +93,15 @@ def poison(job: Job) -> tuple[int, int] | None:
     return job.config.get("poison")
 
 
-def build(job: Job, schedule: str | None = "paci") -> Any:
-    """As `deepspeed_job.build`, of the model "tied" too."""
+def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any:
+    """As `deepspeed_job.build`, of the models in `TIES` too."""
     with in_place_of_jobs(_tied_specs):
         # The engine's default, which the other tests' jobs do without.
         options = {"clip": "global", **job.config.get("paci", {})}
-        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule)
+        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule,
+                        **module_options)
+    for parameter in engine.module.parameters():
+        parameter.model_parallel = job.config.get("sliced", False)
     if poison(job):
         stage, update = poison(job)
         take_update = engine.take_update

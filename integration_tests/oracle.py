@@ -190,7 +190,8 @@ class _Stage:
             torch.autograd.backward(saved.outputs[0] / accumulation)
         else:
             gradients, loss = after.made.pop(index)
-            torch.autograd.backward(saved.outputs, gradients)
+            if any(output.requires_grad for output in saved.outputs):
+                torch.autograd.backward(saved.outputs, gradients)
         self._updater.accumulate()
         if not self._is_first:
             self.made[index] = [leaf.grad for leaf in saved.inputs], loss
@@ -206,7 +207,7 @@ class _Stage:
         self.window.clear()
 
     def rate(self) -> float:
-        """The learning rate of the next update; NaN without parameters."""
+        """The learning rate of the next update; NaN where nothing is trained."""
         return self._updater.optimizer.param_groups[0]["lr"] if self._updater.optimizer else math.nan
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -230,7 +231,7 @@ class _Updater:
     """fp32: gradients pile up in `.grad`; the optimizer steps the parameters under graphs that still hold them."""
 
     def __init__(self, job: Job, module: nn.Module) -> None:
-        self.parameters = list(module.parameters())
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.clip = job.clip
         self.factors: list[float] = []
         self.optimizer, self.schedule = None, None

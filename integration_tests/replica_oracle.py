@@ -32,16 +32,19 @@ def replica_job(job: Job, replica: int) -> Job:
     return dataclasses.replace(job, first_micro_batch=job.first_micro_batch + replica * APART)
 
 
-def run(job: Job, replicas: int = 1, *, zero: bool = False, **arithmetic: Any) -> list[Moment]:
+def run(
+    job: Job, replicas: int = 1, *, kind: type[Reference] = Reference, zero: bool = False, **arithmetic: Any
+) -> list[Moment]:
     """Carry out a job's script with data-parallel replicas; one moment per action.
 
     Args:
         job: what a replica does.
         replicas: of every stage.
+        kind: of a replica's pipeline.
         zero: ZeRO stage 1 with gradients accumulated in the parameters' own dtype.
         arithmetic: for `ZeroUpdater`.
     """
-    references = [Reference(replica_job(job, replica)) for replica in range(replicas)]
+    references = [kind(replica_job(job, replica)) for replica in range(replicas)]
     if "fp16" in job.config:
         for stage in itertools.chain.from_iterable(reference.stages for reference in references):
             stage.module.half()

@@ -12,6 +12,8 @@ MODELS = {
     "fp32": Job(stages=3, accumulation=2, script=(), warmup=True),
     "bf16": Job(stages=3, accumulation=3, script=(), precision="bf16", optimizer="groups", clip=0.4, warmup=True),
     "tuples": Job(stages=2, accumulation=2, script=(), model="pairs", optimizer="sgd"),
+    "a stage without parameters": Job(stages=3, accumulation=2, script=(), model="hollow", precision="bf16", clip=0.4),
+    "a frozen stage": Job(stages=3, accumulation=2, script=(), model="frozen", clip=0.4),
     "one stage": Job(stages=1, accumulation=3, script=(), warmup=True),
 }
 

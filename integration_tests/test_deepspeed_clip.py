@@ -13,6 +13,7 @@ from integration_tests.test_deepspeed_collectives import spanning, steady_calls
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
           "zero_allow_untested_optimizer": True}
+SWITCHES = ("train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
 STAGE = {"paci": {"clip": "stage"}}
 
 JOBS = {
@@ -24,10 +25,13 @@ JOBS = {
     "P=4 a=1": Job(stages=4, accumulation=1, script=MIXED, clip=0.9),
     "P=4 a=2": Job(stages=4, accumulation=2, script=MIXED, clip=0.7, warmup=True),
     "P=4 a=3": Job(stages=4, accumulation=3, script=("train x4", "drain", "train x3"), clip=0.6),
-    "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4,
-                                      config={"optimizer": {"type": "AdamW", "params": {
-                                          "lr": 0.02, "betas": [0.8, 0.95], "weight_decay": 0.03,
-                                          "torch_adam": True}}}),
+    "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4),
+    "a stage without parameters, bf16": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4,
+                                            precision="bf16"),
+    "a frozen stage": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6),
+    "a frozen stage, bf16 sums, ZeRO-1": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6,
+                                             precision="bf16-bf16", config=ZERO_1),
+    "a frozen stage, bf16": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6, precision="bf16"),
     "accumulation changes": Job(stages=3, accumulation=2, clip=0.6, script=(
         "train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")),
     "bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.7, precision="bf16", warmup=True),
@@ -35,6 +39,9 @@ JOBS = {
                                       precision="bf16", optimizer="groups"),
     "bf16 sums": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16"),
     "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config=ZERO_1),
+    "offload": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config={
+        "zero_optimization": {**ZERO_1["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}),
     "tuples": Job(stages=2, accumulation=2, script=MIXED, clip=1.4, model="pairs"),
     "by stage": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, config=STAGE),
     "by stage, bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, precision="bf16", config=STAGE),
@@ -111,6 +118,9 @@ def test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_sta
 # ---- against other runs of engines -----------------------------------------------------------------------------------
 
 FLUSHED = {
+    # Of the stages but the first, stock counts in fp32 only what is marked as a slice, slice or not.
+    "fp32, marked": Job(stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7,
+                        config={"sliced": True}),
     "bf16": Job(stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7, precision="bf16",
                 optimizer="groups"),
     "bf16 sums": Job(stages=3, accumulation=3, script=("train x3",), clip=0.6, precision="bf16-bf16"),
@@ -137,6 +147,10 @@ def pairs(tmp_path_factory):
     calls = {}
     for name, job in FLUSHED.items():
         calls[f"{name}: 1f1b"], calls[f"{name}: stock"] = (in_1f1b(job),), (job, "stock")
+    marked = FLUSHED["fp32, marked"]
+    calls["flush_warmup_steps"] = (dataclasses.replace(marked, config={"sliced": True, "paci": {
+        "flush_warmup_steps": 100}}),)
+    calls["fp32, not marked: stock"] = dataclasses.replace(marked, config={}), "stock"
     for name, job in UNCLIPPED.items():
         calls[f"{name}: none"] = (job,)
         calls[f"{name}: huge"] = (dataclasses.replace(job, clip=1e9),)
@@ -157,9 +171,19 @@ def assert_same_weights(results, others, step=1, skip=0):
 def test_in_1f1b_mode_the_engine_clips_as_stock_does(name, pairs):
     mine, stock = pairs[f"{name}: 1f1b"], pairs[f"{name}: stock"]
     assert_same_weights(mine, stock, skip=1)
-    if FLUSHED[name].clip:
+    if FLUSHED[name].clip and FLUSHED[name].precision != "fp32":  # stock does not tell in fp32
         for result, other in zip(mine, stock, strict=True):
             assert result["norm"][1:] == other["norm"]
+
+
+def test_in_the_flushed_warm_up_the_engine_clips_as_stock_does(pairs):
+    assert_same_weights(pairs["flush_warmup_steps"], pairs["fp32, marked: stock"])
+
+
+def test_stock_clips_fp32_by_the_norm_of_its_first_stage(pairs):
+    """Nothing but what is counted changes with the mark, and it changes the weights."""
+    with pytest.raises(AssertionError, match="of stage"):
+        assert_same_weights(pairs["fp32, not marked: stock"], pairs["fp32, marked: stock"])
 
 
 @pytest.mark.parametrize("name", UNCLIPPED)

@@ -42,6 +42,9 @@ JOBS = {
     "bf16": Job(stages=3, accumulation=2, script=(), precision="bf16"),
     "bf16, clipping": Job(stages=3, accumulation=2, script=(), precision="bf16", clip=0.1, optimizer="groups"),
     "bf16 sums, clipping": Job(stages=2, accumulation=3, script=(), precision="bf16-bf16", clip=0.1),
+    "ZeRO-1, clipping": Job(stages=3, accumulation=2, script=(), precision="bf16-bf16", clip=0.1, config={
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+        "zero_allow_untested_optimizer": True, "paci": {"clip": "global"}}),
     "tuples": Job(stages=3, accumulation=1, script=(), model="pairs"),
 }
 JOBS["with a monitor and a report of every step"] = Job(

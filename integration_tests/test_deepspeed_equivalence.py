@@ -36,6 +36,9 @@ JOBS = {
     "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW),
     "a stage without parameters, bf16": Job(stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW,
                                             precision="bf16", clip=0.1),
+    "a frozen stage": Job(stages=3, accumulation=2, script=MIXED, model="frozen", warmup=True),
+    "a frozen stage, bf16, clipping": Job(stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16",
+                                          clip=0.4),
     "accumulation changes on the way": Job(stages=3, accumulation=2, script=("train x3", "accumulate=5", "train x2",
                                                                              "accumulate=1", "train x4", "drain")),
 }
@@ -59,12 +62,7 @@ def assert_as_reference(job, tmp_path):
     assert_pulled(job, results)
 
 
-NOT_YET = {"a stage without parameters, bf16": "BF16_Optimizer takes the norm of no gradients"}
-NAMES = [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=NOT_YET[name])) if name in NOT_YET else name
-         for name in JOBS]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JOBS)
 def test_the_engine_is_the_reference(name, tmp_path):
     assert_as_reference(JOBS[name], tmp_path)
 

@@ -229,7 +229,9 @@ def lose_stage_one(job, how, at):
 @pytest.mark.parametrize(("how", "at"), [("dies", 1), ("dies", 6), ("raises", 6), ("hangs", 7)])
 def test_a_lost_stage_ends_the_others_within_the_timeout(how, at):
     job = Job(stages=3, accumulation=2, script=(), config={"paci": {"timeout": TIMEOUT}})
-    outcomes = ranks.gather_outcomes(lose_stage_one, 3, (job, how, at), timeout=60, grace=TIMEOUT + 15)
+    # A stage that hangs is the last to end: once the first of the others has given up, they all have.
+    grace = 6.0 if how == "hangs" else TIMEOUT + 15
+    outcomes = ranks.gather_outcomes(lose_stage_one, 3, (job, how, at), timeout=60, grace=grace)
     assert outcomes[1].ended == {"dies": "died", "hangs": "killed", "raises": "raised"}[how]
     for rank in (0, 2):
         outcome = outcomes[rank]
@@ -244,20 +246,23 @@ def test_a_lost_stage_ends_the_others_within_the_timeout(how, at):
         assert waited < TIMEOUT + 15  # the job itself takes a moment, on a busy machine several
 
 
-def drain_alone(job):
+def drain_alone(job, batches):
     """Stage 0 drains, stage 1 has gone to do something else."""
     engine = deepspeed_job.build(job)
-    engine.train_batch(jobs.data(job.model))
+    for _ in range(batches):
+        engine.train_batch(jobs.data(job.model))
     if engine.stage_id == 1:
         time.sleep(600)
     engine.drain()
 
 
-def test_a_drain_that_one_rank_misses_does_not_hang():
-    job = Job(stages=2, accumulation=2, script=(), config={"paci": {"timeout": 4}})
-    first, second = ranks.gather_outcomes(drain_alone, 2, (job,), timeout=60, grace=1)
+@pytest.mark.parametrize("batches", [1, 0], ids=["waits for a gradient", "waits for the norms"])
+def test_a_drain_that_one_rank_misses_does_not_hang(batches):
+    job = Job(stages=2, accumulation=2, script=(), clip=0.5, config={"paci": {"timeout": 4, "clip": "global"}})
+    first, second = ranks.gather_outcomes(drain_alone, 2, (job, batches), timeout=60, grace=1)
     assert second.ended == "killed"
     assert first.raised[:1] == ("LinkError",), first
+    assert "stage 0" in first.error.rpartition("LinkError: ")[2]
 
 
 def test_training_without_gradients_is_refused_as_stock_does():

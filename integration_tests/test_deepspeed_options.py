@@ -93,6 +93,10 @@ VARIANTS: dict[str, tuple[Job, dict[str, Any], Callable[[], Any], Callable[[orac
 OFFLOADED = {
     "fp32": Job(stages=2, accumulation=3, script=SCRIPT, config=OFFLOAD),
     "bf16": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", config=OFFLOAD),
+    "fp32, clipping": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**OFFLOAD, "paci": {
+        "clip": "stage"}}),
+    "bf16, clipping": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", clip=0.4, config={
+        **OFFLOAD, "paci": {"clip": "stage"}}),
 }
 
 
@@ -188,17 +192,19 @@ def test_fp16_with_a_fixed_loss_scale_is_the_reference(variants):
 # ---- tensor parallelism ---------------------------------------------------------------------------------------------
 
 SLICES = 2
+GLOBAL = {"paci": {"clip": "global"}}
 SLICED = {
     "fp32": Job(stages=2, accumulation=3, script=SCRIPT),
     "by stage": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={"paci": {"clip": "stage"}}),
-    "global": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4),
-    "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config=ZERO),
-    "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd"),
+    "global": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config=GLOBAL),
+    "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**ZERO, **GLOBAL}),
+    "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd",
+                        config=GLOBAL),
 }
 
 
-def follow_slices(world: int) -> dict[str, Any]:
-    """Every sliced job on this rank, of 2 x `world` ranks, and the collectives of two more batches."""
+def follow_slices(world: int, replicas: int = 1, names: tuple[str, ...] = tuple(SLICED)) -> dict[str, Any]:
+    """Sliced jobs on this rank, of 2 x `replicas` x `world` ranks, and the collectives of two more batches."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     slice_rank = torch.distributed.get_rank() % world
@@ -208,8 +214,10 @@ def follow_slices(world: int) -> dict[str, Any]:
         swapped("layers", lambda model: sliced_model.layers(slice_rank, world)),
         recorded(lambda name, members: heard.append((name, members))),
     ):
-        for name, job in SLICED.items():
-            engine = deepspeed_job.build(job, topology=PipeModelDataParallelTopology(num_pp=2, num_mp=world, num_dp=1))
+        for name in names:
+            job, topology = SLICED[name], PipeModelDataParallelTopology(num_pp=2, num_mp=world, num_dp=replicas)
+            engine = deepspeed_job.build(job, topology=topology)
+            job = replica_oracle.replica_job(job, engine.grid.get_data_parallel_id())
             if world > 1:
                 sliced_model.use_group(engine.module, engine.grid.get_slice_parallel_group())
             result = deepspeed_job.follow(engine, job, "paci", None)
@@ -229,16 +237,32 @@ def sliced():
 
 @pytest.mark.parametrize("name", SLICED)
 def test_sliced_layers_train_as_whole_ones(sliced, name):
+    assert_near(name, sliced[1], sliced[SLICES])
+
+
+def assert_near(name: str, whole: list[dict[str, Any]], parts: list[dict[str, Any]]) -> None:
     """But for the order of sums, which is 1e-5 of a weight in fp32 after eight updates, and 2e-2 in bf16."""
     near = 2e-2 if SLICED[name].precision == "bf16" else 1e-5
-    for rank, result in enumerate(sliced[SLICES]):
-        stage, part = divmod(rank, SLICES)
-        whole = sliced[1][stage][name]["moments"]
-        for moment, truth in zip(result[name]["moments"], whole, strict=True):
+    for rank, result in enumerate(parts):
+        other, part = divmod(rank, SLICES)
+        for moment, truth in zip(result[name]["moments"], whole[other][name]["moments"], strict=True):
             assert moment["loss"] == pytest.approx(truth["loss"], rel=near, nan_ok=True)
             for key, value in truth["weights"].items():
                 expected = sliced_model.shard_of(key, value, part, SLICES)
                 torch.testing.assert_close(moment["weights"][key], expected, rtol=near, atol=near)
+
+
+def test_slices_and_replicas_together():
+    """Two stages of two replicas of two slices; a rank's collectives are with the other slice and the other replica."""
+    names = ("global", "global, ZeRO-1")
+    whole = ranks.run_ranks(follow_slices, 4, (1, 2, names))
+    parts = ranks.run_ranks(follow_slices, 8, (SLICES, 2, names))
+    for name in names:
+        assert_near(name, whole, parts)
+        for rank, result in enumerate(parts):
+            spans = {tuple(members) for _, members in result[name]["collectives"] if len(members) > 1}
+            replicas = (rank & ~2, rank | 2)
+            assert spans == {(rank & ~1, rank | 1), replicas}, f"{name}: {spans}"
 
 
 @pytest.mark.parametrize("name", SLICED)

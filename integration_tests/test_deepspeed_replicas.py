@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, ranks, replica_oracle
+from integration_tests import deepspeed_job, jobs, late_job, ranks, replica_oracle
 from integration_tests.jobs import Job
+from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_collectives import recorded
 
 REPLICAS = 2
 MIXED = ("train x3", "drain", "train x2", "eval", "train x4", "save", "train x3")
+STEADY = ("train x4", "eval", "train x3", "drain")
 ZERO = {
     "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
     "zero_allow_untested_optimizer": True,
@@ -43,6 +45,8 @@ GLOBAL = {  # clipped by the norm over all stages
     "fp32, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, config=ZERO),
     "bf16": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, precision="bf16"),
     "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, precision="bf16-bf16", config=ZERO),
+    "tied": Job(stages=2, accumulation=1, script=MIXED, model="tied", clip=2.0),
+    "tied, bf16": Job(stages=2, accumulation=2, script=STEADY, model="tied", clip=2.0, precision="bf16"),
 }
 
 
@@ -54,7 +58,7 @@ def follow_all(scripts: dict[str, Job], folder: str) -> dict[str, Any]:
 
 
 def follow(job: Job, folder: str, heard: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    engine = deepspeed_job.build(job)
+    engine = late_job.build(job)
     mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
     result = deepspeed_job.follow(engine, mine, "paci", folder)
     feed = jobs.data(mine.model, 5_000)
@@ -89,6 +93,48 @@ def test_replicas_are_the_reference(followed, name):
         deepspeed_job.assert_equal(results, expected)
 
 
+@pytest.mark.parametrize("name", [name for name, job in GLOBAL.items() if "zero_optimization" not in job.config])
+def test_replicas_clipped_globally_are_the_reference(followed, name):
+    expected = replica_oracle.run(GLOBAL[name], REPLICAS, kind=LateReference)
+    for results in by_replica(followed[f"global, {name}"]):
+        deepspeed_job.assert_equal(results, expected)
+
+
+@pytest.mark.parametrize("name", ["tied", "tied, bf16"])
+def test_copies_of_all_replicas_are_equal_at_equal_versions(followed, name):
+    copies: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for result in followed[f"global, {name}"]:
+        for moment in result["moments"]:
+            for key in late_job.TIED:
+                at = key, moment["stats"]["version"]
+                copies.setdefault(at, []).append(moment["weights"][f"tied_modules.{key}.weight"])
+    assert all(torch.equal(copy, same[0]) for same in copies.values() for copy in same)
+    assert sum(len(same) >= 2 * REPLICAS for same in copies.values()) > len(copies) / 2
+
+
+def run_and_resume(job: Job, folder: str) -> list[dict[str, Any]]:
+    """What a rank does: the whole job with a save on the way, then what comes after the save once more from there."""
+    rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
+    results = []
+    for part in (job, rest):
+        engine = late_job.build(part)
+        if part is rest:
+            engine.load_checkpoint(folder, tag="common")
+        mine = replica_oracle.replica_job(part, engine.grid.get_data_parallel_rank())
+        results.append(deepspeed_job.follow(engine, mine, "paci", folder))
+    return results
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replicas_with_tied_weights_resume_exactly(precision, tmp_path):
+    """The replicas' pending sums differ, one of them writes the checkpoint: what is saved is their mean."""
+    job = Job(stages=2, accumulation=1, script=("train x4", "save", "train x3", "drain"), model="tied", clip=2.0,
+              precision=precision)
+    for whole, resumed in ranks.run_ranks(run_and_resume, 2 * REPLICAS, (job, str(tmp_path))):
+        for moment, truth in zip(resumed["moments"], whole["moments"][5:], strict=True):
+            assert all(torch.equal(moment["weights"][key], value) for key, value in truth["weights"].items())
+
+
 @pytest.mark.parametrize("name", GLOBAL)
 def test_replicas_stay_alike_when_clipped_globally(followed, name):
     first, second = by_replica(followed[f"global, {name}"])
@@ -100,13 +146,17 @@ def test_replicas_stay_alike_when_clipped_globally(followed, name):
 
 
 def test_collectives_stay_among_the_replicas_of_a_stage(followed):
-    """Every collective of two steady batches, in all jobs; without ZeRO that is gradients and loss, once each."""
+    """Every collective of two steady batches, in all jobs; without ZeRO that is gradients and loss, once each.
+
+    Tied weights have an asynchronous one of their own, in the replica's pipeline.
+    """
     for name, results in followed.items():
         for rank, result in enumerate(results):
             stage = rank // REPLICAS
             assert result["group"] == [stage * REPLICAS, stage * REPLICAS + 1]
             spans = {tuple(members) for _, members in result["collectives"] if len(members) > 1}
-            assert spans == {tuple(result["group"])}, f"{name}: {spans}"
+            tied = {(rank % REPLICAS, REPLICAS + rank % REPLICAS)} if "tied" in name else set()
+            assert spans == {tuple(result["group"]), *tied}, f"{name}: {spans}"
     for result in followed["fp32"]:
         assert [name for name, members in result["collectives"] if len(members) > 1] == ["allreduce"] * 4
 
@@ -116,6 +166,13 @@ def test_the_optimizers_are_those_that_the_names_say(followed):
     for name, optimizer in [("fp32", "AdamW"), ("fp32, ZeRO-1", zero), ("bf16", bf16), ("bf16 sums", bf16),
                             ("bf16 sums, ZeRO-1", zero)]:
         assert {result["optimizer"] for result in followed[name]} == {optimizer}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-bf16"])
+def test_zero_without_replicas_is_the_reference(precision, tmp_path):
+    job = Job(stages=3, accumulation=2, script=MIXED, precision=precision, clip=0.4, optimizer="groups", warmup=True,
+              config={**ZERO, **BY_STAGE})
+    deepspeed_job.assert_equal(deepspeed_job.run(job, folder=str(tmp_path)), replica_oracle.run(job, zero=True))
 
 
 def test_the_replicas_do_train_on_different_data():

@@ -71,6 +71,17 @@ def test_torchrun_runs_the_script_with_the_schedule(tmp_path):
         assert all(float(loss) == float(loss) for loss in told["losses"])
 
 
+def test_deepspeeds_launcher_runs_the_script_with_the_schedule(tmp_path):
+    """It puts --local_rank before the script's name."""
+    script = tmp_path / "train.py"
+    script.write_text("import deepspeed, sys\nprint('ran', sys.argv[1:], deepspeed.PipelineEngine.__module__)\n")
+    done = launch("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "paci_schedule.launch", str(script),
+                  "--steps", "3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        assert f"ran ['--local_rank={rank}', '--steps', '3'] paci_schedule." in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [[], ["missing.py"], ["--steps", "3"]], ids=["nothing", "no file", "no script"])
 def test_without_a_script_it_says_how_to_call_it(arguments):
     done = launch("paci_schedule.launch", *arguments)

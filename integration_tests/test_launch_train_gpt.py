@@ -1,5 +1,6 @@
 """The training programme on two ranks: it learns, resumes exactly, and its replicas read what stages would."""
 
+import json
 import math
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 
 from integration_tests.ranks import run_ranks
 from launch import train_gpt
+from launch.errors import LaunchError
 from launch.runlog import read_log
 
 SMALL = ["--blocks", "2", "--sequence-length", "32", "--micro-batch-size", "2", "--accumulation", "2", "--warm-up", "2"]
@@ -49,6 +51,23 @@ def test_a_run_learns_and_resumes_exactly(schedule, text, tmp_path):
     if schedule == "paci":
         assert [stage["max_drift"] for stage in stages] == [stage["drift_bound"] for stage in stages] == [1, 0]
         assert all(stage["compute_seconds"] > 0 for stage in stages)
+
+
+def test_a_measured_cut_is_kept_for_the_run_that_resumes(text, tmp_path):
+    """Optimizer states are saved by stage: nothing is measured again on resuming."""
+    flags = [*text, "--pipeline-schedule", "paci", "--partition", "profile", "--save-every", "2"]
+    log = train(tmp_path, *flags, "--updates", "2")
+    file = tmp_path / "cut.json"
+    written = file.read_text()
+    assert log[0]["cut"] == json.loads(written)["bounds"]
+    resumed = train(tmp_path, *flags, "--updates", "4", "--resume")
+    assert file.read_text() == written
+    assert losses(resumed).keys() == {1, 2, 3, 4}
+
+
+def test_a_cut_is_not_measured_on_an_unknown_micro_batch():
+    with pytest.raises(LaunchError, match="--micro-batch-size"):
+        train_gpt._measured_cut(None, {"train_batch_size": 8}, None, 2)
 
 
 def test_two_replicas_of_one_stage_train_like_one_replica_of_two_stages(text, tmp_path):

@@ -16,6 +16,8 @@ from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
 from launch.errors import LaunchError
+from paci_schedule.adapters.deepspeed import CutPipelineModule
+from paci_schedule.balance import Cut
 
 __all__ = ["SIZES", "GPT2Head", "GPT2PipeBlock", "TokenEmbedding", "gpt2_config", "gpt2_layers", "gpt2_pipeline"]
 
@@ -113,16 +115,18 @@ def gpt2_layers(config: GPT2Config) -> list[LayerSpec]:
     return [LayerSpec(TokenEmbedding, config), *blocks, LayerSpec(GPT2Head, config)]
 
 
-def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str = "parameters") -> PipelineModule:
+def gpt2_pipeline(
+    config: GPT2Config, *, stages: int, seed: int, partition: str | Cut = "parameters"
+) -> PipelineModule:
     """The model cut into `stages`.  Its initial weights depend on `seed` alone, not on the cut.
 
     Args:
         config: of `gpt2_config`.
         stages: P; must divide the number of ranks.
         seed: of the initial weights.
-        partition: DeepSpeed's `partition_method`: "parameters", "uniform" or "type:<regex>".
+        partition: DeepSpeed's `partition_method`: "parameters", "uniform" or "type:<regex>"; or a cut.
     """
-    module = PipelineModule(
+    module = CutPipelineModule(
         gpt2_layers(config),
         num_stages=stages,
         loss_fn=next_token_loss,

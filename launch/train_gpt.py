@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed import PipelineEngine
+from transformers import GPT2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,12 +31,14 @@ from launch.batches import MicroBatches, split_stream
 from launch.config import deepspeed_config
 from launch.corpus import open_corpus
 from launch.errors import LaunchError
-from launch.gpt2 import SIZES, gpt2_config, gpt2_pipeline
+from launch.gpt2 import SIZES, gpt2_config, gpt2_layers, gpt2_pipeline, next_token_loss
 from launch.optimizer import optimizer_name, warm_up_cosine, weight_decay_groups
 from launch.runlog import RunLog
 from launch.tokens import tokenise
 from launch.training import LoopOptions, Training
 from paci_schedule import PaciError
+from paci_schedule.adapters.deepspeed import balanced_cut
+from paci_schedule.balance import Cut
 
 _DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "gpt_tiny.json"
 
@@ -87,6 +90,7 @@ def _train(args: argparse.Namespace) -> None:
         "optimizer": optimizer_name(engine.basic_optimizer),
         "model": args.model,
         "parameters": _total_parameters(engine.module, batch["replicas"]),
+        "cut": [int(bound) for bound in engine.module.parts],
         "data": corpus.name,
         "training_tokens": len(training_text) * args.sequence_length,
         "device": engine.device.type,
@@ -132,12 +136,32 @@ def _engine(args: argparse.Namespace, config: dict[str, Any], stages: int, vocab
         blocks=args.blocks,
     )
     deepspeed.init_distributed()
-    module = gpt2_pipeline(model, stages=stages, seed=args.seed, partition=args.partition)
+    partition = _measured_cut(args, config, model, stages) if args.partition == "profile" else args.partition
+    module = gpt2_pipeline(model, stages=stages, seed=args.seed, partition=partition)
     scheduler = None if "scheduler" in config else warm_up_cosine(args.updates, args.warm_up)
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=weight_decay_groups(module), config=config, lr_scheduler=scheduler
     )
     return engine
+
+
+def _measured_cut(args: argparse.Namespace, config: dict[str, Any], model: GPT2Config, stages: int) -> Cut:
+    """The cut that balances the stages on this machine; kept with the run, for it is resumed with the same."""
+    samples = config.get("train_micro_batch_size_per_gpu")
+    if samples is None:
+        raise LaunchError("--partition profile: needs train_micro_batch_size_per_gpu in the JSON or --micro-batch-size")
+    file = args.output / "cut.json"
+    if dist.get_rank() == 0 and not args.resume:
+        file.unlink(missing_ok=True)
+    ids = torch.randint(model.vocab_size, (samples, args.sequence_length))
+    return balanced_cut(
+        gpt2_layers(model),
+        (ids, ids),
+        num_stages=stages,
+        loss_fn=next_token_loss,
+        file=file,
+        dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else None,
+    )
 
 
 def _total_parameters(module: torch.nn.Module, replicas: int) -> int:
@@ -154,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--deepspeed-config", "--deepspeed_config", type=Path, default=_DEFAULT_CONFIG, metavar="JSON")
     add("--pipeline-schedule", choices=["1f1b", "paci"], help="instead of the JSON's pipeline_schedule")
     add("--stages", type=_positive, help="pipeline stages; the other processes are data-parallel replicas [all]")
-    add("--partition", default="parameters", help="DeepSpeed's partition_method: parameters, uniform, type:REGEX")
+    add("--partition", default="parameters", help="parameters, uniform, type:REGEX, or profile: measured and balanced")
     add("--micro-batch-size", type=_positive, help="instead of the JSON's")
     add("--accumulation", type=_positive, help="micro-batches per update, instead of the JSON's")
     add("--learning-rate", type=float, help="peak, instead of the JSON's")

@@ -41,3 +41,16 @@ def test_the_grids_in_the_documents_are_up_to_date():
     assert len(cheap) >= 3
     for block in cheap:
         assert rebuild.rebuilt(block) == block
+
+
+def test_every_row_of_what_works_names_tests_that_exist():
+    """A name without a file is of the file named before it; "the same" is the row before it."""
+    text = (ROOT / "docs" / "what-works.md").read_text()
+    rows = [row for row in text.partition("## Not tested")[0].splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| what |")]
+    assert len(rows) > 30
+    assert [row for row in rows if not re.search(r"::test_\w+`|\| the same\b", row)] == []
+    file = None
+    for path, name in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text):
+        file = path or file
+        assert re.search(rf"^def {name}\(", (ROOT / "integration_tests" / file).read_text(), re.MULTILINE), name

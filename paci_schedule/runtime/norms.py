@@ -20,9 +20,12 @@ A norm that is not finite counts as zero elsewhere: a stage that overflows skips
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
+from paci_schedule.errors import LinkError
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["CarriedNorms", "NormGroup"]
@@ -37,12 +40,21 @@ class CarriedNorms:
         pipeline: process group of all stages of this pipeline, used by `exchange` alone.
         device: where the norms live.
         agrees: this stage holds a weight that is tied across stages.
+        timeout: how long the other stages may take to come to `exchange`.
     """
 
     def __init__(
-        self, spec: PipelineSpec, stage: int, pipeline: dist.ProcessGroup, device: torch.device, agrees: bool
+        self,
+        spec: PipelineSpec,
+        stage: int,
+        pipeline: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        agrees: bool,
+        timeout: timedelta,
     ) -> None:
         self._spec, self._stage, self._pipeline, self._device, self._agrees = spec, stage, pipeline, device, agrees
+        self._timeout = timeout
         self._update = self._since_empty = 0
         self._newest = [-1] * spec.stages
         self._squares: dict[int, torch.Tensor] = {}  # update -> float32[P]
@@ -91,11 +103,22 @@ class CarriedNorms:
         self._squares.pop(self._update - self.memory - 1, None)
 
     def exchange(self) -> None:
-        """Learn every stage's norms; a collective of the pipeline, for an empty pipe."""
+        """Learn every stage's norms; a collective of the pipeline, for an empty pipe.
+
+        Raises:
+            LinkError: a stage did not come to it in time.
+        """
         updates = range(self._update - self.memory, self._update)
         own = torch.stack([self._row(update)[self._stage] for update in updates])
         gathered = [torch.empty_like(own) for _ in range(self._spec.stages)]
-        dist.all_gather(gathered, own, group=self._pipeline)
+        try:
+            dist.all_gather(gathered, own, group=self._pipeline, async_op=True).wait(self._timeout)
+        except RuntimeError as error:
+            raise LinkError(
+                f"stage {self._stage} (rank {dist.get_rank()}) has an empty pipe and waited for the other stages' "
+                f"gradient norms longer than the timeout of {self._timeout.total_seconds():g} s, or a process is gone: "
+                f"look at the logs of the other stages first; drain on every rank.  The transport says: {error}"
+            ) from error
         self._squares = dict(zip(updates, torch.stack(gathered, dim=1), strict=True))
         self._begin_at(self._update)
 

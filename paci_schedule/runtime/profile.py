@@ -4,14 +4,14 @@ Layers run one after the other on a sample micro-batch, each on what the one bef
 a pipeline stage: gradients are added to those that are there, and the inputs of all layers but the first get one.  Only
 one layer is on the device at a time, so a model may be larger than the device.
 
-Seconds are medians: on CUDA between events in the device's stream, on CPU by the host's clock.  Bytes are those of the
-tensors that are made: what the forward leaves behind is saved for the backward, the rest is workspace; a kernel's inner
-scratch is not seen.  A layer that recomputes itself is measured as it is: a longer backward, little saved.
+Seconds are the least of several runs, for whatever disturbs a run only adds to it: on CUDA between events in the
+device's stream, on CPU by the host's clock.  Bytes are those of the tensors that are made: what the forward leaves is
+saved for the backward, the rest is workspace; a kernel's inner scratch is not seen.  A layer that recomputes itself is
+measured as it is: a longer backward, little saved.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -97,18 +97,20 @@ def _measure(
         kept = counter.live
         _backward(outputs, gradients)
     handed_on = sum(tensor.nbytes for tensor in tree_leaves(outputs) if tensor in counter)
-    marks = []
+    # As in a pipeline a forward lies between a micro-batch's forward and its backward, which finds no warm caches.
+    marks, behind = [], layer(fresh())
     for _ in range(repeats):
         given = fresh()
         begin = _mark(device)
         results = layer(given)
         middle = _mark(device)
-        _backward(results, gradients)
+        _backward(behind, gradients)
         marks.append((begin, middle, _mark(device)))
+        behind = results
     own = list(chain(layer.parameters(), layer.buffers())) if isinstance(layer, nn.Module) else []
     cost = LayerCost(
-        forward=statistics.median(_seconds(begin, middle) for begin, middle, _ in marks),
-        backward=statistics.median(_seconds(middle, end) for _, middle, end in marks),
+        forward=min(_seconds(begin, middle) for begin, middle, _ in marks),
+        backward=min(_seconds(middle, end) for _, middle, end in marks),
         input_bytes=sum(tensor.nbytes for tensor in tree_leaves(inputs)),
         saved_bytes=max(0, kept - handed_on),
         workspace_bytes=counter.peak - kept,

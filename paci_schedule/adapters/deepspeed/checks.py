@@ -11,18 +11,21 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
+from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.errors import UnsupportedError
 
 __all__ = ["check_supported"]
 
 
-def check_supported(config: DeepSpeedConfig, module: PipelineModule) -> None:
+def check_supported(config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule) -> None:
     """Raises UnsupportedError with every reason why this job cannot run under PACI.
 
     Call it on every rank: what one stage cannot run, all of them refuse, so that none is left waiting.
     """
     reasons: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(reasons, [*_config_reasons(config, module.num_stages), *_module_reasons(module)])
+    mine = [*_config_reasons(config, module.num_stages), *_module_reasons(module)]
+    mine += _tie_reasons(config, options, module)
+    dist.all_gather_object(reasons, mine)
     if any(reasons):
         listed = "\n".join(f"  * {reason}" for reason in dict.fromkeys(chain.from_iterable(reasons)))
         raise UnsupportedError(
@@ -66,3 +69,13 @@ def _module_reasons(module: PipelineModule) -> Iterator[str]:
         yield "PipelineModule(dynamic_shape=True): PACI posts receives before their sizes are sent; pad to one shape"
     if any(isinstance(part, MoE) for part in module.modules()):
         yield "deepspeed.moe.MoE layers reduce over groups that span stages; use dense layers"
+
+
+def _tie_reasons(config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule) -> Iterator[str]:
+    across = sorted(key for key, comm in module.tied_comms.items() if len(comm["ranks"]) > 1)
+    if across and config.gradient_clipping > 0 and options.clip == "stage":
+        yield (
+            f'"paci": {{"clip": "stage"}} with weights tied across stages ({", ".join(across)}) and '
+            f'"gradient_clipping": {config.gradient_clipping:g}: each stage would scale the common gradient by its own '
+            'norm and the copies would drift apart; use "clip": "global", or "gradient_clipping": 0'
+        )

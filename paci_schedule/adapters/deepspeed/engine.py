@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -71,8 +73,9 @@ class PaciPipelineEngine(PipelineEngine):
         self._options = options = PaciOptions.read(config_class._param_dict)
         self._schedule = "paci"
         module: PipelineModule = kwargs["model"]
-        check_supported(config_class, module)
+        check_supported(config_class, options, module)
         grid = module.mpu()
+        timeout = timedelta(seconds=options.timeout)
         spec = PipelineSpec(
             stages=module.num_stages,
             accumulation=config_class.gradient_accumulation_steps,
@@ -82,7 +85,9 @@ class PaciPipelineEngine(PipelineEngine):
         if config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1:
             device = torch.device(get_accelerator().current_device_name())
             pipeline = grid.get_pipe_parallel_group()
-            self._norms = CarriedNorms(spec, grid.get_stage_id(), pipeline, device, agrees=bool(module.tied_comms))
+            self._norms = CarriedNorms(
+                spec, grid.get_stage_id(), pipeline, device, agrees=bool(module.tied_comms), timeout=timeout
+            )
             self._norm_group = NormGroup(self._norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
         self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
@@ -96,7 +101,7 @@ class PaciPipelineEngine(PipelineEngine):
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         self._tied = self._tied_gradients(spec)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        self._links = Links(spec, pipelines, self.device, timedelta(seconds=options.timeout))
+        self._links = Links(spec, pipelines, self.device, timeout)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
         self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
 
@@ -286,7 +291,7 @@ class PaciPipelineEngine(PipelineEngine):
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
-            # A stage of pure functions still needs an optimizer that can be built, stepped and saved.
+            # A stage of pure functions or frozen layers still needs an optimizer to build, step and save.
             dtype = next(dtype for dtype in (self._mixed_precision_dtypes()[0], torch.float32) if dtype is not None)
             nothing = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=self.device))
             self.param_names[nothing] = "no_parameters_in_this_stage"
@@ -296,6 +301,8 @@ class PaciPipelineEngine(PipelineEngine):
             super()._configure_optimizer(client_optimizer, model_parameters)
         finally:
             self.mpu = grid
+        if isinstance(self.optimizer, BF16_Optimizer):
+            self.optimizer.get_grads_for_norm = partial(_some, self.optimizer.get_grads_for_norm, self.device)
 
     def clip_fp32_gradients(self) -> None:
         first_slice = self._stage_mpu.get_model_parallel_rank() == 0
@@ -364,3 +371,9 @@ class PaciPipelineEngine(PipelineEngine):
             losses = losses / self.dp_world_size
             dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
         return losses
+
+
+def _some(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
+    """The gradients, or a zero for none: BF16_Optimizer takes no norm of nothing, as where all weights are frozen."""
+    found = gradients(for_clipping)
+    return found if for_clipping or found[0] else ([torch.zeros(1, device=device)], *found[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -89,6 +90,7 @@ def balanced_cut(
     """
     stages = num_stages if topology is None else topology.get_dim("pipe")
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as DeepSpeed does when it builds the engine
 
     def measure() -> Cut:
         costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)

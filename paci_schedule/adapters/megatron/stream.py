@@ -62,11 +62,14 @@ class ModelStream:
         device = next(self._model.parameters()).device
         spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
         ties, weight = tied_embedding(self._model)
-        norms = CarriedNorms(spec, stage, group, device, agrees=ties) if options.clip == "global" else None
+        timeout = timedelta(seconds=options.timeout)
+        norms = None
+        if options.clip == "global":
+            norms = CarriedNorms(spec, stage, group, device, agrees=ties, timeout=timeout)
         ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
         self.late = Late(norms, weight, ends, spec)
         make_optimizer_local(self._config, norms, warn=stage == 0)
-        links = Links(spec, pipelines, device, timedelta(seconds=options.timeout))
+        links = Links(spec, pipelines, device, timeout)
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)
         self._stopwatch = Stopwatch(device, records=options.record is not None)
         self._runner = StageRunner(spec, stage, self._compute, links, self._stopwatch, norms)

@@ -1,0 +1,142 @@
+"""What a training loop does beside training: other shapes, losses beside the loss, data that disagrees, the end."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from integration_tests import deepspeed_job, jobs, oracle, ranks
+from integration_tests.jobs import Job
+
+JOB = Job(stages=3, accumulation=2, script=("train x3",))
+
+
+def end(job):
+    """Train, and destroy the engine: where the stage stands before and after."""
+    engine = deepspeed_job.build(job)
+    feed = jobs.data(job.model)
+    for _ in range(3):
+        engine.train_batch(feed)
+    before = engine.pipeline_stats()
+    engine.destroy()
+    after = engine.pipeline_stats()
+    return [(stats["version"], stats["in_flight"]) for stats in (before, after)], deepspeed_job.weights(engine)
+
+
+def test_the_end_of_training_drains():
+    truth = oracle.run(dataclasses.replace(JOB, script=("train x3", "drain")))[-1]
+    for stage, (stands, weights) in enumerate(ranks.run_ranks(end, 3, (JOB,))):
+        assert stands == [([2, 2, 3][stage], 2 - stage), (3, 0)]
+        assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def narrow(first):
+    """Micro-batches of two samples, not three."""
+    for inputs, labels in jobs.data("words", first):
+        yield inputs[:2], labels[:2]
+
+
+def change_shape(job, announced):
+    """Two batches of one shape, one of another."""
+    engine = deepspeed_job.build(job)
+    feed = jobs.data(job.model)
+    for _ in range(2):
+        engine.train_batch(feed)
+    if announced:
+        engine.reset_activation_shape()
+    engine.train_batch(narrow(4))
+    engine.drain()
+    return deepspeed_job.weights(engine)
+
+
+def test_shapes_change_between_batches_when_told():
+    reference = oracle.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
+    reference.run()
+    reference._data = narrow(4)
+    reference.act("train")
+    truth = reference.act("drain")
+    for stage, weights in enumerate(ranks.run_ranks(change_shape, 3, (JOB, True))):
+        assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
+
+
+def test_another_shape_untold_is_an_error_that_says_what_to_do():
+    job = dataclasses.replace(JOB, config={"paci": {"timeout": 5}})
+    outcomes = ranks.gather_outcomes(change_shape, 3, (job, False), timeout=60)
+    assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "LinkError"]
+    for words in ("micro-batch 4", "drop_last=True", "reset_activation_shape"):
+        assert words in outcomes[0].error
+
+
+# ---- data that the first and the last stage do not share ------------------------------------------------------------
+
+
+def disagree(job):
+    """Every stage but the last has endless data; the last has a batch and a half."""
+    engine = deepspeed_job.build(job)
+    feed = jobs.data(job.model)
+    if engine.is_last_stage():
+        feed = iter([next(feed) for _ in range(3)])
+    for _ in range(4):
+        engine.train_batch(feed)
+
+
+def test_a_last_stage_without_data_says_so_and_the_others_end():
+    job = dataclasses.replace(JOB, config={"paci": {"timeout": 5}})
+    outcomes = ranks.gather_outcomes(disagree, 3, (job,), timeout=60)
+    assert [outcome.raised[0] for outcome in outcomes] == ["LinkError", "LinkError", "DataEndedError"]
+    assert "ended after 1 of 2 micro-batches" in outcomes[2].error
+    assert "stage 2" in re.search(r"LinkError: (.*)", outcomes[1].error)[1]
+
+
+# ---- losses beside the loss -----------------------------------------------------------------------------------------
+
+
+def train_with_two_losses(schedules):
+    """By schedule and batch, (loss, loss beside it) of `train_batch`; under PACI of a drain too."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    import paci_schedule
+
+    class Two(PipelineModule):
+        size = torch.zeros(())
+
+        def get_additional_losses(self):
+            return {"size": self.size}
+
+    paci_schedule.register()
+    deepspeed.init_distributed(verbose=False)
+    job, told = Job(stages=2, accumulation=3, script=()), {}
+
+    def loss(outputs, labels):
+        Two.size = outputs.detach().abs().mean()
+        return jobs.loss(outputs, labels)
+
+    for schedule in schedules:
+        module = Two(jobs.layers(job.model), num_stages=2, partition_method="uniform", loss_fn=loss)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), config=deepspeed_job.config(
+            job, schedule), model_parameters=list(module.parameters()))
+        feed, rows = jobs.data(job.model), []
+        for _ in range(3):
+            losses = [engine.train_batch(feed)]
+            beside = [engine.get_additional_losses()]
+            if schedule == "paci":
+                losses.append(engine.drain())
+                beside.append(engine.get_additional_losses())
+            rows.append([(float(loss), float(one["size"])) for loss, one in zip(losses, beside, strict=True)])
+        told[schedule] = rows
+    return told
+
+
+def test_losses_beside_the_loss_are_averaged_like_it():
+    """The last stage has the batch's own at once; the first, of two micro-batches, and of the third in the drain."""
+    first, last = ranks.run_ranks(train_with_two_losses, 2, (("paci", "1f1b"),))
+    for rows, truth in zip(last["paci"], last["1f1b"], strict=True):
+        assert rows[0] == pytest.approx(truth[0], rel=1e-6)
+    for rows, truth in zip(first["paci"], first["1f1b"], strict=True):
+        mean = [(2 * early + late) / 3 for early, late in zip(*rows, strict=True)]
+        assert mean == pytest.approx(truth[0], rel=1e-6)
