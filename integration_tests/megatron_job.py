@@ -41,6 +41,9 @@ class GptJob:
     lr: float = 0.01
     clip_grad: float = 0.0
     tied: bool = False
+    count_zeros: bool = False
+    accumulations: tuple[int, ...] = ()
+    """Micro-batches of each call, where they change."""
     missing: int = 0
     """Micro-batches that the data has fewer than the calls need."""
     evaluate_after: tuple[int, ...] = ()
@@ -66,6 +69,7 @@ class Trained:
         pulled: micro-batches taken from the training iterator, after each call.
         parked: micro-batches in flight, after each call.
         norms: the gradient norm that each optimizer.step() returned.
+        zeros: the number of zero gradients that each returned.
         collectives: name and global ranks of every collective of the last call and the update after it.
     """
 
@@ -77,6 +81,7 @@ class Trained:
     pulled: list[int] = field(default_factory=list)
     parked: list[int] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
+    zeros: list[float | None] = field(default_factory=list)
     collectives: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
@@ -148,6 +153,7 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         OptimizerConfig(
             optimizer=job.optimizer, lr=job.lr, weight_decay=0.01, clip_grad=job.clip_grad, bf16=job.bf16,
             params_dtype=dtype, use_distributed_optimizer=job.distributed_optimizer,
+            log_num_zeros_in_grad=job.count_zeros,
         ),
         [model],
     )
@@ -218,23 +224,25 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
     replica = parallel_state.get_data_parallel_rank()
     model, optimizer = _wired(job)
     seen = Trained()
-    count = job.calls * job.accumulation + (job.stages if "train_iters" not in job.paci else 0)
+    accumulations = job.accumulations or (job.accumulation,) * job.calls
+    count = sum(accumulations) + (job.stages if "train_iters" not in job.paci else 0)
     data = Counted(micro_batch(index, replica) for index in range(count - job.missing))
     validation = (micro_batch(10_000 + index, replica) for index in range(2 * len(job.evaluate_after)))
     shape = {"seq_length": SEQUENCE, "micro_batch_size": 2}
-    for call in range(job.calls):
+    for call, accumulation in enumerate(accumulations):
         begins(call)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reduced = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=data, model=[model], num_microbatches=job.accumulation,
+            forward_step_func=forward_step, data_iterator=data, model=[model], num_microbatches=accumulation,
             forward_only=False, **shape,
         )
         seen.losses.append([entry["lm loss"].item() for entry in reduced])
         seen.gradients.append({name: p.main_grad.clone().cpu() for name, p in model.named_parameters()})
-        ok, norm, _ = optimizer.step()
+        ok, norm, zeros = optimizer.step()
         assert ok
         seen.norms.append(norm)
+        seen.zeros.append(zeros)
         seen.pulled.append(data.taken)
         seen.parked.append(0 if job.schedule == "1f1b" or job.stages == 1 else pipeline_stats(model)["in_flight"])
         if call + 1 in job.evaluate_after:

@@ -1,6 +1,7 @@
 """PACI on the real megatron-core: weights, losses and drift equal to a single process, to the last bit."""
 
 import dataclasses
+import gc
 import sys
 import types
 
@@ -110,6 +111,17 @@ def test_so_they_are_with_tied_embeddings_and_global_clipping(stages):
 
 
 @EXACT
+@pytest.mark.parametrize("stages", [2, 4])
+def test_so_they_are_where_the_first_end_comes_before_the_pipe_is_full(stages):
+    """No stage waits for a gradient that needs a forward it has yet to do."""
+    plain = GptJob(stages=stages, accumulation=1, clip_grad=0.2)
+    assert_as_the_oracle_says([
+        dataclasses.replace(plain, calls=3, paci={"drain_interval": 1}),
+        dataclasses.replace(plain, calls=stages - 1, paci={"train_iters": stages - 1}, tied=True),
+    ])
+
+
+@EXACT
 def test_so_they_are_with_data_parallel_replicas():
     plain = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
     assert_as_the_oracle_says([
@@ -130,43 +142,84 @@ def test_so_they_are_with_data_parallel_replicas():
     [
         GptJob(stages=3, accumulation=2, calls=3, lr=0.0),
         GptJob(stages=2, accumulation=3, calls=3, lr=0.0, tensor_parallel=2),
+        GptJob(stages=3, calls=4, accumulations=(2, 2, 3, 3), lr=0.0, paci={"drain_interval": 2}),
     ],
-    ids=["pipeline", "tensor parallel"],
+    ids=["pipeline", "tensor parallel", "another number of micro-batches"],
 )
 def test_with_a_learning_rate_of_0_losses_and_gradients_are_the_stock_schedules(job):
     stock = dataclasses.replace(job, schedule="1f1b")
     for late, flushed in run_ranks(train_all, world(job), ([job, stock],)):
         assert late.losses == flushed.losses
-        assert [len(losses) for losses in late.losses] in ([0] * 3, [job.accumulation] * 3)
+        accumulations = job.accumulations or (job.accumulation,) * job.calls
+        assert [len(losses) for losses in late.losses] in ([0] * job.calls, [*accumulations])
         for number in range(job.calls):
             assert any(gradient.abs().max() > 0 for gradient in late.gradients[number].values())
             assert_equal(late.gradients[number], flushed.gradients[number], f"call {number}, gradient of")
 
 
 def test_with_tensor_parallel_stages_training_goes_the_same_way_on_all_their_ranks():
-    job = GptJob(stages=2, accumulation=2, calls=4, tensor_parallel=2, clip_grad=0.5)
-    ranks = [trained for [trained] in run_ranks(train_all, world(job), ([job],))]
-    for one, other in (ranks[:2], ranks[2:]):
-        assert one.norms == other.norms
-        assert one.losses == other.losses
-        assert one.stats["max_drift"] == other.stats["max_drift"]
-        same = [name for name in one.weights if "norm" in name]
-        assert_equal({name: one.weights[name] for name in same}, {name: other.weights[name] for name in same}, "weight")
+    plain = GptJob(stages=2, accumulation=2, calls=4, tensor_parallel=2, clip_grad=0.5)
+    late = {"tied": True, "bf16": True}
+    jobs = [plain, dataclasses.replace(plain, **late),
+            dataclasses.replace(plain, **late, distributed_optimizer=True, evaluate_after=(2,))]
+    for job, ranks in zip(jobs, zip(*run_ranks(train_all, world(plain), (jobs,)), strict=True), strict=True):
+        for one, other in (ranks[:2], ranks[2:]):
+            assert one.norms == other.norms
+            assert one.losses == other.losses
+            assert one.stats["max_drift"] == other.stats["max_drift"]
+            for name in one.weights:
+                if "norm" in name:
+                    assert torch.equal(one.weights[name], other.weights[name])
+        for first, last in zip(ranks[:2], ranks[2:], strict=True):
+            same = torch.equal(first.weights["embedding.word_embeddings.weight"], last.weights["output_layer.weight"])
+            assert same == job.tied
 
 
-def test_a_micro_batch_is_read_once_and_none_beyond_a_known_end():
-    """The first stage reads P-1 ahead, except towards an end; after it, nothing is parked."""
-    plain = GptJob(stages=3, accumulation=1, calls=4)
-    jobs = [plain, dataclasses.replace(plain, paci={"train_iters": 4}),
-            dataclasses.replace(plain, paci={"train_iters": 4, "drain_interval": 3})]
-    first, middle, last = run_ranks(train_all, 3, (jobs,))
-    assert [trained.pulled for trained in first] == [[3, 4, 5, 6], [3, 4, 4, 4], [3, 3, 3, 4]]
-    assert [trained.parked for trained in first] == [[2, 2, 2, 2], [2, 2, 1, 0], [2, 1, 0, 0]]
-    assert [trained.pulled for trained in middle] == [[0] * 4] * 3
-    assert [trained.pulled for trained in last] == [[1, 2, 3, 4]] * 3
+def test_zeros_are_the_stages_own_and_counting_them_leaves_the_norms_alone():
+    plain = GptJob(clip_grad=0.2, tied=True)
+    for silent, counted in run_ranks(train_all, 2, ([plain, dataclasses.replace(plain, count_zeros=True)],)):
+        assert silent.zeros == [None] * plain.calls
+        # The embedding of the last stage is shared: its zeros count at the first stage alone.
+        owned = [
+            {name: gradient for name, gradient in call.items() if "output_layer" not in name}
+            for call in counted.gradients
+        ]
+        assert counted.zeros == [sum(int((g == 0).sum()) for g in call.values()) for call in owned]
+        assert counted.norms == silent.norms
+        assert_equal(counted.weights, silent.weights, "weight")
 
 
-@EXACT
+def test_another_number_of_micro_batches_is_taken_where_the_pipe_is_empty_alone():
+    """And with tied embeddings, sums that a smaller number made wait are applied, by both copies alike."""
+    tied = GptJob(stages=3, tied=True, clip_grad=0.2, calls=6, accumulations=(1, 1, 2, 2, 1, 1),
+                  paci={"drain_interval": 2})
+    first, _, last = [trained for [trained] in run_ranks(train_all, 3, ([tied],))]
+    assert torch.equal(first.weights["embedding.word_embeddings.weight"], last.weights["output_layer.weight"])
+    parked = dataclasses.replace(tied, tied=False, paci={"drain_interval": 3})
+    [said], *_ = run_ranks(refusals, 3, ([parked],))
+    assert "num_microbatches=2 after 1, with 1 micro-batches in flight" in said
+    assert "drain_interval" in said
+
+
+def models_left(jobs):
+    """How many models are still there after each of several jobs in one process."""
+    from megatron.core.models.gpt import GPTModel
+
+    left = []
+    for job in jobs:
+        train_all([job])
+        gc.collect()
+        left.append(sum(isinstance(each, GPTModel) for each in gc.get_objects()))
+    return left
+
+
+def test_a_model_is_freed_when_its_training_is_over():
+    """Once its pipe is empty: what is parked holds the graph, and the graph the model."""
+    ended = GptJob(tied=True, clip_grad=1.0, paci={"train_iters": 5})
+    for left in run_ranks(models_left, 2, ([GptJob(schedule="1f1b"), ended, ended],)):
+        assert left == [0, 0, 0]
+
+
 @pytest.mark.parametrize("change", [{}, {"tied": True}, {"tied": True, "bf16": True}])
 def test_a_resumed_run_goes_on_bit_for_bit(change):
     """With what is late by design: norms, and sums of tied gradients that wait to be applied."""

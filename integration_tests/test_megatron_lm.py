@@ -117,6 +117,13 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(check
         ours, theirs = (weights(f"{folder}/iter_0000006/mp_rank_00_{rank:03}") for folder in (whole, resumed))
         assert len(ours) > 10
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Where a rank's part of what is late is gone, all begin with nothing late, and say so.
+    (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
+    [missing, *_] = sorted((tmp_path / "whole" / "paci_schedule" / "iter_0000003").iterdir())
+    missing.unlink()
+    said = pretrain(checkout, "paci", 2, common, "--train-iters 6 --load", whole)
+    assert "for 1 of the 2 ranks" in said
+    assert logged(said)[4][2:] != straight[4][2:]
     # Both ways: the stock schedule goes on from ours, and ours from the stock's.
     longer = "--override-opt-param-scheduler"
     third = logged(pretrain(checkout, "1f1b", 2, common, longer, "--train-iters 9 --load", resumed, "--save", stock))
@@ -148,7 +155,7 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
     flags = {
         "--rerun-mode": "validate_results", "--timing-log-level": "1", "--log-params-norm": "",
         "--exit-duration-in-mins": "9", "--exit-signal-handler": "", "--calculate-per-token-loss": "",
-        "--iterations-to-skip": "3",
+        "--iterations-to-skip": "3", "--log-energy": "", "--empty-unused-memory-level": "1",
     }
     said = pretrain(
         checkout, "paci", 2, "--lr 1e-3 --train-iters 2 --eval-iters 0 --eval-interval 100",
@@ -156,6 +163,14 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
     )
     listed = re.findall(r"^\S* *\* (--[\w-]+) \(", said, re.MULTILINE)
     assert set(flags) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--paci-clip=none", "argument --paci-clip"), ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds")],
+)
+def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
+    assert said in pretrain(checkout, "paci", 1, flag, expect=1)
 
 
 def test_an_unknown_schedule_is_refused_before_anything_starts(checkout):

@@ -59,12 +59,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _our_flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    flags = argparse.ArgumentParser(
+        "paci_schedule.launch", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     flags.add_argument("--pipeline-schedule")
-    flags.add_argument("--paci-clip")
-    flags.add_argument("--paci-timeout", type=float)
+    flags.add_argument("--paci-clip", choices=["global", "stage"])
+    flags.add_argument("--paci-timeout", type=seconds)
     flags.add_argument("--paci-record")
     return flags
+
+
+def seconds(text: str) -> float:
+    """The value of --paci-timeout; argparse names this function where it is wrong."""
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ class _Inbox:
     def __init__(self, end: _End) -> None:
         self._end = end
         self._layout: Layout | None = None
+        self._expected = 0
         self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def warm_up(self) -> None:
@@ -80,21 +81,34 @@ class _Inbox:
             dist.recv(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
 
     def expect(self, op: Op) -> None:
-        """Post the receive for the next message; the first one brings its layout."""
-        with self._end.during(f"posted the receive {op} of the {self._end.content} of micro-batch {op.index} from"):
-            if self._layout is None:
+        """Post the receive for the next message; before the layout is known, remember that one is due."""
+        self._expected += 1
+        if self._layout is not None:
+            self._post(op)
+
+    def receive(self, op: Op) -> tuple[Payload, Riders]:
+        """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next).
+
+        The first one brings its layout, and waiting for that is left until here: what it is made of may need an op of
+        this stage that comes after `expect`.
+        """
+        if self._layout is None:
+            with self._end.during(f"waited ({op}) for the shapes of the {self._end.content}s from"):
                 header: list[Layout | None] = [None]
                 dist.recv_object_list(header, self._end.peer, group=self._end.group)
                 self._layout = header[0]
-            buffer = self._layout.empty(self._end.device)
-            self._posted.append((dist.irecv(buffer, self._end.peer, group=self._end.group), buffer))
-
-    def receive(self, op: Op) -> tuple[Payload, Riders]:
-        """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next)."""
+            self._post(op)
         work, buffer = self._posted.popleft()
         with self._end.during(f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from"):
             work.wait()
         return self._layout.unpack(buffer)
+
+    def _post(self, op: Op) -> None:
+        with self._end.during(f"posted the receive {op} of the {self._end.content} of micro-batch {op.index} from"):
+            for _ in range(self._expected):
+                buffer = self._layout.empty(self._end.device)
+                self._posted.append((dist.irecv(buffer, self._end.peer, group=self._end.group), buffer))
+        self._expected = 0
 
     def forget_layout(self) -> None:
         self._layout = None

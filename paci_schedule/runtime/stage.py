@@ -111,7 +111,7 @@ class StageRunner:
             OpKind.EXPECT_ACTIVATION: links.expect_activation,
             OpKind.RECV_ACTIVATION: self._recv_activation,
             OpKind.SEND_ACTIVATION: self._send_activation,
-            OpKind.EXPECT_GRADIENT: self._expect_gradient,
+            OpKind.EXPECT_GRADIENT: links.expect_gradient,
             OpKind.RECV_GRADIENT: self._recv_gradient,
             OpKind.SEND_GRADIENT: self._send_gradient,
         }
@@ -252,21 +252,7 @@ class StageRunner:
     def _send_activation(self, op: Op) -> None:
         self._links.send_activation(op, *self._outputs.pop(op.index))
 
-    @property
-    def _expects_late(self) -> bool:
-        """A flushed batch of a <= d_s micro-batches posts the first gradient's receive before its last forward.
-
-        The first receive on a link waits for the layout of its messages, here of a gradient that needs this forward.
-        """
-        return self.flushing and self.spec.accumulation <= self.spec.look_ahead(self.stage)
-
-    def _expect_gradient(self, op: Op) -> None:
-        if not self._expects_late:
-            self._links.expect_gradient(op)
-
     def _recv_gradient(self, op: Op) -> None:
-        if self._expects_late:
-            self._links.expect_gradient(op)
         self._gradients[op.index] = message = self._links.recv_gradient(op)
         if self._norms is not None:
             self._norms.came_up(op.index, message[1][-1])

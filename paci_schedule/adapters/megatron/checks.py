@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -9,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
+from paci_schedule.adapters.megatron.hooks import TESTED
+from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import optimizers
 from paci_schedule.errors import UnsupportedError
@@ -84,6 +88,17 @@ _CONFIG = (
     _Refusal("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
     _Refusal("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
     _Refusal("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
+    _Refusal(
+        "dsa_indexer_loss_coeff",
+        "--dsa-indexer-loss-coeff",
+        "the indexer's loss is summed over the pipeline in every iteration; use 0",
+    ),
+    _Refusal(
+        "gtp_weight_remat_size",
+        "--tensor-parallel-num-weight-shards",
+        "not tried yet: its ranks hold different weights of a stage; leave it off",
+        _at_most_one,
+    ),
 )
 
 _DDP = (
@@ -111,6 +126,7 @@ _JOB = (
         lambda value: value in (None, "disabled"),
     ),
     _Refusal("rampup_batch_size", "--rampup-batch-size", "the number of micro-batches to an update must not change"),
+    _Refusal("step_batch_size_schedule", "--step-batch-size-schedule", "as --rampup-batch-size"),
     _Refusal("decrease_batch_size_if_needed", "--decrease-batch-size-if-needed", "as --rampup-batch-size"),
     _Refusal("iterations_to_skip", "--iterations-to-skip", "the first stage has read ahead of the iteration to skip"),
     _Refusal("timing_log_level", "--timing-log-level", f"{_EVERY_ITERATION}use 0"),
@@ -118,6 +134,22 @@ _JOB = (
     _Refusal("exit_duration_in_mins", "--exit-duration-in-mins", f"{_EVERY_ITERATION}use --exit-interval"),
     _Refusal("exit_signal_handler", "--exit-signal-handler", f"{_EVERY_ITERATION}use --exit-interval"),
     _Refusal("log_straggler", "--log-straggler", f"{_EVERY_ITERATION}leave it off"),
+    _Refusal("log_energy", "--log-energy", "every rank waits for all the others at every log line; leave it off"),
+    _Refusal(
+        "empty_unused_memory_level",
+        "--empty-unused-memory-level",
+        "it makes the host wait for the device, and for sums on their way, in every iteration; use 0",
+    ),
+    _Refusal(
+        "optimizer_cuda_graph",
+        "--optimizer-cuda-graph",
+        "a captured update would replay the other stages' norms of that moment; leave it off",
+    ),
+    _Refusal(
+        "inprocess_restart",
+        "--inprocess-restart",
+        "micro-batches in flight cannot be restarted; let torchrun start the job again from its checkpoint",
+    ),
     _Refusal("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
     _Refusal("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),
     _Refusal("save_activations_interval", "--save-activations-interval", "as --save-dgrads-interval; leave it off"),
@@ -170,6 +202,9 @@ def _reasons(
         yield from _refused(_DDP, ddp)
     if args is not None:
         yield from _refused(_JOB, args)
+        for name in REBOUND:
+            if not hasattr(sys.modules["megatron.training.training"], name):
+                yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
     module = chunks[0]
@@ -188,8 +223,15 @@ def _reasons(
             yield f"the optimizer {type(optimizer).__name__}: not tried yet; use --optimizer adam or sgd"
     if call.get("adjust_tensor_shapes_fn") is not None:
         yield "adjust_tensor_shapes_fn (distillation): not tried yet"
+    groups = call.get("pg_collection")
+    if groups is not None and getattr(groups, "pp", None) is not _pipeline():
+        yield "a pg_collection with groups of its own: not tried yet; use parallel_state's"
     if call.get("collect_non_loss_data"):
         yield "collect_non_loss_data in training: collect in evaluation"
+
+
+def _pipeline() -> dist.ProcessGroup | None:
+    return parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
 
 
 def _refused(refusals: tuple[_Refusal, ...], settings: Any) -> Iterator[str]:

@@ -26,6 +26,8 @@ __all__ = ["Selector", "install", "load_state", "stream_of"]
 
 Model = torch.nn.Module | list[torch.nn.Module]
 
+_STREAM = "_paci_stream"  # of a model's first chunk: it refers to the model, so no table may keep it
+
 
 class Selector:
     """Stands in for ``get_forward_backward_func``.
@@ -36,15 +38,13 @@ class Selector:
     Attributes:
         default: the schedule of a model whose config names none.
         options: of a model whose config has none.
-        streams: of the models that are trained under PACI, by their first chunk.
-        states: of models that are yet to be trained, to begin with.
+        states: of models that are yet to be trained, by their first chunk, to begin with.
     """
 
     def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
         self.stock = stock
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
-        self.streams: WeakKeyDictionary[torch.nn.Module, ModelStream] = WeakKeyDictionary()
         self.states: WeakKeyDictionary[torch.nn.Module, Mapping[str, Any]] = WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., list]:
@@ -64,12 +64,14 @@ class Selector:
         group = getattr(call.get("pg_collection"), "pp", None) or parallel_state.get_pipeline_model_parallel_group()
         if name == "1f1b" or forward_only or group.size() == 1:
             return stock(model=model, forward_only=forward_only, **call)
-        if first not in self.streams:
+        stream = _stream(first)
+        if stream is None:
             options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
-            self.streams[first] = ModelStream(_chunks(model), group, options, call)
+            stream = ModelStream(_chunks(model), group, options, call)
             if first in self.states:
-                self.streams[first].late.load_state(self.states.pop(first))
-        return self.streams[first].train_batch(**call)
+                stream.late.load_state(self.states.pop(first))
+            setattr(first, _STREAM, stream)
+        return stream.train_batch(**call)
 
 
 def install(default: str | None, options: Mapping[str, Any] | None) -> None:
@@ -106,8 +108,7 @@ def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
 
 def stream_of(model: Model) -> ModelStream:
     """The stream of a model.  Raises ConfigError if it has none."""
-    selector = schedules.get_forward_backward_func
-    stream = selector.streams.get(_chunks(model)[0]) if isinstance(selector, Selector) else None
+    stream = _stream(_chunks(model)[0])
     if stream is None:
         raise ConfigError(
             "this model has not been trained under PACI: set config.pipeline_schedule = 'paci' and call the function "
@@ -122,9 +123,13 @@ def load_state(model: Model, state: Mapping[str, Any]) -> None:
     first = _chunks(model)[0]
     if not isinstance(selector, Selector):
         raise ConfigError("call paci_schedule.register() before the state is loaded")
-    if first in selector.streams:
+    if _stream(first) is not None:
         raise ConfigError("this model is being trained under PACI already: load its state before the first call")
     selector.states[first] = state
+
+
+def _stream(first: torch.nn.Module) -> ModelStream | None:
+    return first.__dict__.get(_STREAM)
 
 
 def _chunks(model: Model) -> list[torch.nn.Module]:

@@ -20,11 +20,13 @@ _HOOKS = {
     f"{_SCHEDULES}:forward_step": ("forward_step_func", "num_microbatches", "is_first_microbatch", "is_last_stage"),
     f"{_SCHEDULES}:backward_step": ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
     f"{_SCHEDULES}:deallocate_output_tensor": ("out", "deallocate_pipeline_outputs"),
+    "megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads": (),
     "megatron.core.utils:get_model_config": (),
     "megatron.core.utils:make_viewless_tensor": ("inp", "requires_grad", "keep_graph"),
     "megatron.core.optimizer.optimizer:MegatronOptimizer.get_grad_stats_parallel_group": (),
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_grad_stats_parallel_group": (),
     "megatron.core.parallel_state:get_tensor_and_data_parallel_group": ("with_context_parallel",),
+    "megatron.core.parallel_state:get_embedding_group": ("check_initialized",),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }
 

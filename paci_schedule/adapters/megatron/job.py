@@ -5,6 +5,7 @@ Nothing here imports Megatron-LM: with megatron-core alone there is no such job.
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron.late import Late
 
-__all__ = ["current_args", "iteration", "keep_late", "make_local"]
+__all__ = ["REBOUND", "current_args", "iteration", "keep_late", "make_local"]
+
+logger = logging.getLogger(__name__)
+
+REBOUND = (
+    "reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group", "save_checkpoint"
+)
+"""The names in megatron.training.training that get another meaning here."""
 
 
 def current_args() -> Namespace | None:
@@ -45,13 +54,16 @@ def make_local(config: Any) -> None:
 def keep_late(late: Late, settle: Callable[[], bool], sharded: bool) -> None:
     """Save what is late by design beside every checkpoint, before it, and begin with what the loaded one has.
 
+    Every rank of the job calls it at the same time: where one of them finds nothing, all begin with nothing late, for
+    the copies of a tied weight must apply the same sums.
+
     Args:
         late: of this stage.
         settle: called before a save; whether the pipe is empty.
         sharded: whether data-parallel ranks hold different parts of the gradients.
     """
     args, training = current_args(), sys.modules["megatron.training.training"]
-    stock_save = training.save_checkpoint
+    stock_save = getattr(training.save_checkpoint, "stock", training.save_checkpoint)
 
     def path(folder: str, iteration: int) -> Path:
         return Path(folder, "paci_schedule", f"iter_{iteration:07d}", _rank_name(sharded))
@@ -64,9 +76,20 @@ def keep_late(late: Late, settle: Callable[[], bool], sharded: bool) -> None:
             torch.save(late.state() if empty else {**late.state(), "norms": []}, file)
         return stock_save(iteration, *rest, **options)
 
+    save_checkpoint.stock = stock_save
     training.save_checkpoint = save_checkpoint
-    if args.load and args.iteration and path(args.load, args.iteration).is_file():
-        late.load_state(torch.load(path(args.load, args.iteration), weights_only=True, map_location="cpu"))
+    if args.load and args.iteration:
+        file = path(args.load, args.iteration)
+        found = [False] * dist.get_world_size()
+        dist.all_gather_object(found, file.is_file())
+        if all(found):
+            late.load_state(torch.load(file, weights_only=True, map_location="cpu"))
+        elif dist.get_rank() == 0:
+            logger.warning(
+                "%s holds what a run under 'paci' learns late for %d of the %d ranks of this topology: this run begins "
+                "with nothing late",
+                file.parent, sum(found), len(found),
+            )
 
 
 def _rank_name(sharded: bool) -> str:
