@@ -43,7 +43,7 @@ def engine_for(
         config: further keys of the DeepSpeed config.
     """
     deepspeed.init_distributed()
-    paci_schedule.register()
+    paci_schedule.register("deepspeed")
     module = CutPipelineModule(
         layers=layers,
         num_stages=torch.distributed.get_world_size(),

@@ -50,7 +50,7 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
     if schedule != "stock":
         import paci_schedule
 
-        paci_schedule.register()
+        paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     options = {"num_stages": job.stages, "partition_method": "uniform", "loss_fn": jobs.loss, **module_options}
     module = PipelineModule(jobs.layers(job.model), **options)

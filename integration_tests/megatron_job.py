@@ -91,7 +91,7 @@ def prepare() -> None:
         shim.install()
     import paci_schedule
 
-    paci_schedule.register()
+    paci_schedule.register("megatron")
 
 
 def micro_batch(index: int, replica: int, vocabulary: int = VOCABULARY) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import gc
+import importlib.util
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -16,7 +17,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from launch.kernels import build_kernels
+
 __all__ = ["Outcome", "RankError", "gather_outcomes", "on_gpus", "run_ranks"]
 
 _ROOT = Path(__file__).parents[1]
 _PRELOAD = "integration_tests.preload"
-_BUILD = 600.0  # seconds that the compilation of DeepSpeed's kernel may take, the first time
 _GRACE = 2.0  # seconds that the others get to end by themselves after a rank has failed that should not have
 
 
@@ -123,13 +124,8 @@ def gather_outcomes(
 @functools.cache
 def _fork_context() -> multiprocessing.context.BaseContext:
     os.environ.update(_BASE_ENVIRONMENT)  # the server reads it when it imports torch and DeepSpeed
-    try:
-        subprocess.run([sys.executable, "-m", _PRELOAD], capture_output=True, check=True, timeout=_BUILD)
-    except subprocess.TimeoutExpired:
-        raise RankError(
-            f"DeepSpeed's kernel for communication was not built within {_BUILD:g} s: if an earlier build was cut off, "
-            "remove deepspeed_shm_comm/lock from TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions)"
-        ) from None
+    if importlib.util.find_spec("deepspeed") is not None:
+        build_kernels(timeout=600)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOAD])
     return context

@@ -74,7 +74,7 @@ def build_experts(job):
 
     import paci_schedule
 
-    paci_schedule.register()
+    paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     experts = MoE(hidden_size=8, expert=nn.Linear(8, 8), num_experts=2)
     module = PipelineModule([nn.Linear(8, 8), experts, nn.Linear(8, 8), nn.Linear(8, 8)], num_stages=2,

@@ -108,7 +108,7 @@ def train_with_two_losses(schedules):
         def get_additional_losses(self):
             return {"size": self.size}
 
-    paci_schedule.register()
+    paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     job, told = Job(stages=2, accumulation=3, script=()), {}
 

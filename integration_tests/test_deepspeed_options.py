@@ -340,7 +340,7 @@ def train_with_curriculum(schedule: str, folder: str) -> None:
 
     import paci_schedule
 
-    paci_schedule.register()
+    paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     module = PipelineModule(jobs.layers("words"), num_stages=2, partition_method="uniform", loss_fn=jobs.loss)
     config = deepspeed_job.config(JOB, schedule) | CURRICULUM

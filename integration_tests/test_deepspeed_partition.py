@@ -81,7 +81,7 @@ def trained(layers, partition):
     import paci_schedule
     from paci_schedule.adapters.deepspeed import CutPipelineModule
 
-    paci_schedule.register()
+    paci_schedule.register("deepspeed")
     module = CutPipelineModule(layers, num_stages=2, loss_fn=loss, partition_method=partition)
     first = weights(module)
     engine, *_ = deepspeed.initialize(model=module, config={
@@ -227,7 +227,7 @@ def predict_and_count(bounds, every):
     from paci_schedule.runtime.live_bytes import LiveBytes
 
     deepspeed.init_distributed(verbose=False)
-    paci_schedule.register()
+    paci_schedule.register("deepspeed")
     block = LayerSpec(nn.TransformerEncoderLayer, 32, 2, 64, 0.1, batch_first=True)
     layers = [LayerSpec(nn.Embedding, 300, 32), *[block] * 6, LayerSpec(nn.Linear, 32, 300)]
     ids = torch.arange(512).remainder(300).reshape(8, 64)

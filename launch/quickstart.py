@@ -19,6 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import compare
+from launch.errors import LaunchError
+from launch.kernels import build_kernels
 
 _TRAIN = Path(__file__).resolve().parent / "train_gpt.py"
 _RUNS = {
@@ -45,6 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(stages)]
     shared = ["--model", model, "--blocks", str(2 * stages), "--accumulation", str(stages), "--sequence-length", "128"]
     shared += ["--updates", str(args.updates), "--validation-batches", "16"]
+    if gpus < 2:
+        try:
+            build_kernels()
+        except LaunchError as error:
+            sys.exit(f"quickstart: {error}")
     for run, own in _RUNS.items():
         print(f"\n{' '.join(own)}: {args.updates} updates, {stages} stages on {device}", flush=True)
         command = [*launcher, str(_TRAIN), *shared, *own, "--output", str(args.output / run), *passed_on]

@@ -70,7 +70,7 @@ def _train(args: argparse.Namespace) -> None:
     )
     schedule = config.get("pipeline_schedule", "1f1b")
     if schedule != "1f1b":  # the baseline runs on DeepSpeed as it comes
-        paci_schedule.register()
+        paci_schedule.register("deepspeed")
 
     corpus = open_corpus(args.data, split=args.data_split, column=args.data_column)
     stream = tokenise(corpus, args.cache, tokenizer=args.tokenizer, vocabulary=args.vocabulary)
