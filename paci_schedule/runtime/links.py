@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.ops import Op
-from paci_schedule.runtime.message import Layout, Payload, Riders
+from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["Links"]
@@ -73,6 +73,7 @@ class _Inbox:
     def __init__(self, end: _End) -> None:
         self._end = end
         self._layout: Layout | None = None
+        self._header: tuple[dist.Work, torch.Tensor] | None = None
         self._expected = 0
         self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
@@ -81,22 +82,26 @@ class _Inbox:
             dist.recv(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
 
     def expect(self, op: Op) -> None:
-        """Post the receive for the next message; before the layout is known, remember that one is due."""
+        """Post the receive for the next message; before the layout is known, for the header that brings it."""
         self._expected += 1
         if self._layout is not None:
             self._post(op)
+        elif self._header is None:
+            with self._end.during(f"posted the receive {op} of the shapes of the {self._end.content}s from"):
+                buffer = torch.empty(HEADER, dtype=torch.uint8, device=self._end.device)
+                self._header = dist.irecv(buffer, self._end.peer, group=self._end.group), buffer
 
     def receive(self, op: Op) -> tuple[Payload, Riders]:
         """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next).
 
-        The first one brings its layout, and waiting for that is left until here: what it is made of may need an op of
-        this stage that comes after `expect`.
+        Waiting for the header is left until here: what the first message is made of may need an op of this stage that
+        comes after `expect`.
         """
         if self._layout is None:
             with self._end.during(f"waited ({op}) for the shapes of the {self._end.content}s from"):
-                header: list[Layout | None] = [None]
-                dist.recv_object_list(header, self._end.peer, group=self._end.group)
-                self._layout = header[0]
+                work, header = self._header
+                work.wait()
+                self._layout, self._header = Layout.from_header(header), None
             self._post(op)
         work, buffer = self._posted.popleft()
         with self._end.during(f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from"):
@@ -121,6 +126,7 @@ class _Outbox:
         self._end = end
         self._on_wire = on_wire
         self._layout: Layout | None = None
+        self._header: tuple[dist.Work, torch.Tensor] | None = None
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def warm_up(self) -> None:
@@ -132,7 +138,8 @@ class _Outbox:
         layout = Layout.of(payload, riders)
         with self._end.during(f"sent ({op}) the {self._end.content} of micro-batch {op.index} to"):
             if self._layout is None:
-                dist.send_object_list([layout], self._end.peer, group=self._end.group)
+                header = layout.header(self._end.device)
+                self._header = dist.isend(header, self._end.peer, group=self._end.group), header
                 self._layout = layout
             elif layout != self._layout:
                 raise ConfigError(
@@ -155,6 +162,9 @@ class _Outbox:
 
     def _settle(self, remaining: int) -> None:
         while len(self._sending) > remaining:
+            if self._header is not None:  # it left before them
+                self._header[0].wait()
+                self._header = None
             self._sending.popleft()[0].wait()
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Layout", "Payload", "Riders"]
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["HEADER", "Layout", "Payload", "Riders"]
+
+HEADER = 1 << 14
+"""Bytes of a header: a layout in a message of known size."""
 
 Payload = torch.Tensor | tuple[torch.Tensor, ...]
 """What a stage hands to its neighbour: a tensor, or a tuple of tensors (also of one)."""
@@ -38,6 +44,26 @@ class Layout:
         bare = isinstance(payload, torch.Tensor)
         tensors = (*((payload,) if bare else payload), *riders)
         return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), len(riders), bare)
+
+    @classmethod
+    def from_header(cls, header: torch.Tensor) -> Layout:
+        """The layout that such a header holds."""
+        return pickle.loads(header.cpu().numpy().tobytes())  # what follows the pickle is ignored
+
+    def header(self, device: torch.device) -> torch.Tensor:
+        """This layout as uint8[HEADER] on `device`.
+
+        Raises:
+            UnsupportedError: it does not fit.
+        """
+        pickled = pickle.dumps(self)
+        if len(pickled) > HEADER:
+            raise UnsupportedError(
+                f"{len(self.parts)} tensors between two stages: their shapes take {len(pickled)} bytes, more than "
+                f"{HEADER}; pack them into fewer tensors"
+            )
+        padded = bytearray(pickled.ljust(HEADER, b"\0"))
+        return torch.frombuffer(padded, dtype=torch.uint8).to(device)
 
     def __str__(self) -> str:
         payload = self.parts[: len(self.parts) - self.riders]
