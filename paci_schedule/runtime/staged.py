@@ -82,16 +82,20 @@ class StagedGroup(dist.ProcessGroup):
         return BACKEND
 
     def send(self, tensors: list[torch.Tensor], destination: int, tag: int) -> dist.Work:
-        if tensors[0].device.type == "cpu":
+        if _is_on_host(tensors[0]):
             return self._gloo.send(tensors, destination, tag)
         host = tensors[0].cpu()
         return _Leaving(self._gloo.send([host], destination, tag), host)
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> dist.Work:
-        if tensors[0].device.type == "cpu":
+        if _is_on_host(tensors[0]):
             return self._gloo.recv(tensors, source, tag)
         host = torch.empty_like(tensors[0], device="cpu")
         return _Arriving(self._gloo.recv([host], source, tag), host, tensors[0])
+
+
+def _is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _delegated(name: str) -> Any:
