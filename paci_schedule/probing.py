@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-__all__ = ["look_up"]
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["look_up", "require"]
+
+
+def require(found: Iterable[tuple[str, bool, str]], refused: str) -> None:
+    """Raises UnsupportedError, `refused` and then what is missing of `found` (name, whether it is there, detail)."""
+    missing = [f"{name}: {detail}" for name, there, detail in found if not there]
+    if missing:
+        raise UnsupportedError(f"{refused}.  Missing: {'; '.join(missing)}")
 
 
 def look_up(name: str, parameters: Collection[str] = ()) -> tuple[str, bool, str]:

@@ -15,8 +15,9 @@ from paci_schedule.spec import PipelineSpec
 __all__ = ["write_recording"]
 
 
-def write_recording(path: Path, spec: PipelineSpec, stage: int, stopwatch: Stopwatch) -> None:
-    """Write what `stopwatch` has recorded to `path`, in place of what stood there."""
+def write_recording(folder: str, spec: PipelineSpec, stage: int, replica: int, stopwatch: Stopwatch) -> None:
+    """Write what `stopwatch` has recorded to the stage's file in `folder`, in place of what stood there."""
+    path = Path(folder, f"stage{stage}-replica{replica}.jsonl")
     clock = {"wall": time.time(), "mono": time.perf_counter()}
     lines = [{"stage": stage, "stages": spec.stages, "accumulation": spec.accumulation, "clock": clock}]
     lines += ({"op": str(what), "start": start, "end": end} for what, start, end in stopwatch.spans())

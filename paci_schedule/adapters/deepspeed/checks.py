@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from paci_schedule.adapters.deepspeed.options import PaciOptions
-from paci_schedule.errors import UnsupportedError
+from paci_schedule.runtime.refusal import refuse_together
 
 __all__ = ["check_supported"]
 
@@ -22,15 +21,10 @@ def check_supported(config: DeepSpeedConfig, options: PaciOptions, module: Pipel
 
     Call it on every rank: what one stage cannot run, all of them refuse, so that none is left waiting.
     """
-    reasons: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    mine = [*_config_reasons(config, module.num_stages), *_module_reasons(module)]
-    mine += _tie_reasons(config, options, module)
-    dist.all_gather_object(reasons, mine)
-    if any(reasons):
-        listed = "\n".join(f"  * {reason}" for reason in dict.fromkeys(chain.from_iterable(reasons)))
-        raise UnsupportedError(
-            f'"pipeline_schedule": "paci" cannot run this job; change what follows, or use "1f1b":\n{listed}'
-        )
+    reasons = chain(
+        _config_reasons(config, module.num_stages), _module_reasons(module), _tie_reasons(config, options, module)
+    )
+    refuse_together(reasons, '"pipeline_schedule": "paci" cannot run this job; change what follows, or use "1f1b"')
 
 
 def _config_reasons(config: DeepSpeedConfig, stages: int) -> Iterator[str]:

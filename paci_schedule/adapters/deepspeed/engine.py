@@ -17,7 +17,6 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -180,8 +179,8 @@ class PaciPipelineEngine(PipelineEngine):
         if self._reporter is not None:
             self._reporter.flush()
         if self._options.record is not None and self._stage_mpu.get_model_parallel_rank() == 0:
-            name = f"stage{self.stage_id}-replica{self.grid.get_data_parallel_id()}.jsonl"
-            write_recording(Path(self._options.record, name), self._runner.spec, self.stage_id, self._stopwatch)
+            replica = self.grid.get_data_parallel_id()
+            write_recording(self._options.record, self._runner.spec, self.stage_id, replica, self._stopwatch)
         return self._aggregate(losses)
 
     def pipeline_stats(self) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.errors import UnsupportedError
-from paci_schedule.probing import look_up
+from paci_schedule.probing import look_up, require
 
 __all__ = ["TESTED", "check_installed", "probe"]
 
@@ -49,9 +48,4 @@ def probe() -> list[tuple[str, bool, str]]:
 
 def check_installed() -> None:
     """Raises UnsupportedError, naming what is missing, unless the engine can run on the installed DeepSpeed."""
-    missing = [f"{name}: {detail}" for name, there, detail in probe() if not there]
-    if missing:
-        raise UnsupportedError(
-            f"paci_schedule cannot register with this DeepSpeed; install deepspeed{TESTED}.  Missing: "
-            + "; ".join(missing)
-        )
+    require(probe(), f"paci_schedule cannot register with this DeepSpeed; install deepspeed{TESTED}")

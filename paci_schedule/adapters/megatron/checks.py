@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from paci_schedule.adapters.megatron.hooks import TESTED
 from paci_schedule.adapters.megatron.job import REBOUND
+from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import optimizers
-from paci_schedule.errors import UnsupportedError
+from paci_schedule.runtime.refusal import refuse_together
 
 __all__ = ["agree"]
 
@@ -183,14 +183,11 @@ def agree(
     Raises:
         UnsupportedError: on every rank, with every reason of any of them, so that none is left waiting.
     """
-    reasons = [*_reasons(chunks, config, options, args, call)]
-    answers: list[tuple[list[int], list[str]]] = [(ranks, reasons)] * dist.get_world_size()
-    dist.all_gather_object(answers, (ranks, reasons))
-    told = dict.fromkeys(chain.from_iterable(reasons for _, reasons in answers))
-    if told:
-        listed = "\n".join(f"  * {reason}" for reason in told)
-        raise UnsupportedError(f"'paci' cannot run this job; change what follows, or use '1f1b':\n{listed}")
-    return [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline, _ in answers})]
+    reasons = _reasons(chunks, config, options, args, call)
+    refuse_together(reasons, "'paci' cannot run this job; change what follows, or use '1f1b'")
+    pipelines = [ranks] * dist.get_world_size()
+    dist.all_gather_object(pipelines, ranks)
+    return [list(pipeline) for pipeline in sorted(set(map(tuple, pipelines)))]
 
 
 def _reasons(
@@ -207,16 +204,14 @@ def _reasons(
                 yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
-    module = chunks[0]
-    while hasattr(module, "module"):
-        module = module.module
     clips = any(optimizer.config.clip_grad > 0 for optimizer in optimizers(config))
-    if clips and options.clip == "stage" and getattr(module, "share_embeddings_and_output_weights", False):
+    ties, _ = tied_embedding(chunks[0])
+    if clips and options.clip == "stage" and ties:
         yield (
             "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
             "different norms; use 'global', or --untie-embeddings-and-output-weights"
         )
-    if getattr(getattr(module, "model_type", None), "name", "") == "encoder_and_decoder":
+    if getattr(getattr(unwrapped(chunks[0]), "model_type", None), "name", "") == "encoder_and_decoder":
         yield "an encoder-decoder model: PACI runs decoder-only and encoder-only models"
     for optimizer in optimizers(config):
         if type(optimizer) not in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):

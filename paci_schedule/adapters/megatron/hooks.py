@@ -6,8 +6,7 @@ from importlib import import_module
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.errors import UnsupportedError
-from paci_schedule.probing import look_up
+from paci_schedule.probing import look_up, require
 
 __all__ = ["TESTED", "check_installed", "probe"]
 
@@ -45,9 +44,4 @@ def probe() -> list[tuple[str, bool, str]]:
 
 def check_installed() -> None:
     """Raises UnsupportedError, naming what is missing, unless the schedule can run on this Megatron-core."""
-    missing = [f"{name}: {detail}" for name, there, detail in probe() if not there]
-    if missing:
-        raise UnsupportedError(
-            f"paci_schedule cannot register with this Megatron-core; use one in {TESTED}.  Missing: "
-            + "; ".join(missing)
-        )
+    require(probe(), f"paci_schedule cannot register with this Megatron-core; use one in {TESTED}")

@@ -14,13 +14,19 @@ from paci_schedule.runtime.norms import CarriedNorms
 from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["Late", "tied_embedding"]
+__all__ = ["Late", "tied_embedding", "unwrapped"]
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, without the wrappers for data parallelism and mixed precision around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | None]:
     """Whether the model ties its embedding to its head, and this stage's copy, if it holds one."""
-    while hasattr(model, "module"):
-        model = model.module
+    model = unwrapped(model)
     if not getattr(model, "share_embeddings_and_output_weights", False):
         return False, None
     return True, model.shared_embedding_or_output_weight()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,8 +123,8 @@ class ModelStream:
                 )
         self.late.begin_update()
         if self._record is not None and not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            name = f"stage{runner.stage}-replica{parallel_state.get_data_parallel_rank()}.jsonl"
-            write_recording(Path(self._record, name), runner.spec, runner.stage, self._stopwatch)
+            replica = parallel_state.get_data_parallel_rank()
+            write_recording(self._record, runner.spec, runner.stage, replica, self._stopwatch)
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())
