@@ -8,6 +8,8 @@ import pytest
 
 from integration_tests import deepspeed_job, jobs, oracle, ranks
 from integration_tests.jobs import Job
+from paci_schedule import PipelineSpec, trace
+from paci_schedule.schedules import paci
 
 SAMPLES = 3  # in a micro-batch
 
@@ -181,3 +183,14 @@ def test_pipeline_stats():
         assert drained["compute_seconds"] > 0 or stage == 3
         assert (drained["version"], drained["in_flight"], drained["backwards"]) == (4, 0, 8)
         assert math.isfinite(drained["wait_seconds"])
+
+
+def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
+    job = Job(stages=3, accumulation=2, script=("train x4", "drain"), config={"paci": {"record": str(tmp_path)}})
+    deepspeed_job.run(job)
+    recordings = trace.merge([trace.read(path) for path in sorted(tmp_path.iterdir())])
+    spec = PipelineSpec(stages=3, accumulation=2)
+    for stage, (recording, row) in enumerate(zip(recordings, trace.timeline(recordings).rows, strict=True)):
+        assert recording.stage == stage
+        assert len(recording.data) == 4
+        assert [str(span.op) for span in row] == [str(op) for op in paci.stream(spec, stage, 4)]
