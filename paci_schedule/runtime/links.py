@@ -62,8 +62,9 @@ class _End:
             raise LinkError(
                 f"stage {self.stage} (rank {dist.get_rank()}) {doing} stage {self.peer_stage} (rank {self.peer}) and "
                 f"got no answer within the timeout of {self.timeout.total_seconds():g} s, or its process is gone: "
-                f"look at the log of rank {self.peer} first; if that stage is only slow, raise "
-                f'"paci": {{"timeout": seconds}}.  The transport says: {error}'
+                f"look at the log of rank {self.peer} first; if that stage is only slow, raise the "
+                'timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout seconds).  '
+                f"The transport says: {error}"
             ) from error
 
 
