@@ -1,0 +1,48 @@
+"""The `paci` command: see schedules, check them, simulate them, plan a job, read a recorded run, examine this machine.
+
+Bad input is one line on standard error that names the value, the rule and the remedy, and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from paci_schedule import __version__
+from paci_schedule.cli.check import check
+from paci_schedule.cli.doctor import doctor
+from paci_schedule.cli.plan import plan_
+from paci_schedule.cli.show import show
+from paci_schedule.cli.simulate import simulate_
+from paci_schedule.cli.trace import trace_
+from paci_schedule.errors import PaciError
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__)
+def _paci() -> None:
+    """See pipeline schedules, check, simulate and plan them, and read recorded runs."""
+
+
+for _command in (show, check, simulate_, plan_, trace_, doctor):
+    _paci.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with `arguments`, or those of the process, and exit."""
+    try:
+        code = _paci.main(arguments, prog_name="paci", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        code = 130
+    except (click.ClickException, PaciError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        shows_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
+        context = getattr(error, "ctx", None)
+        remedy = f" See `{context.command_path} --help`." if context and not shows_help else ""
+        click.echo(message if shows_help else f"paci: {message}{remedy}", err=True)
+        code = 2
+    sys.exit(code)

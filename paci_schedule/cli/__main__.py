@@ -1,0 +1,5 @@
+"""`python -m paci_schedule.cli` is the `paci` command."""
+
+from paci_schedule.cli import main
+
+main()

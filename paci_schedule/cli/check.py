@@ -1,0 +1,61 @@
+"""`paci check`: a schedule, or a grid in a file, against the schedule's rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from paci_schedule import grid
+from paci_schedule.cli.options import at_least_one, json_option, shape_of, variant_options
+from paci_schedule.cli.printing import print_json
+from paci_schedule.errors import ConfigError, ScheduleError
+from paci_schedule.schedules.registry import SCHEDULES
+from paci_schedule.validate import check_grid, check_schedule
+
+__all__ = ["check"]
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), required=False)
+@click.option("--schedule", "name", required=True, metavar="NAME", help=", ".join(SCHEDULES) + ".")
+@click.option("--stages", type=int, metavar="P", help="Pipeline stages; of FILE, its lines.")
+@click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch.")
+@variant_options
+@click.option("--batches", type=int, default=3, metavar="N", help="Batches to check (3).")
+@json_option
+def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **options: object) -> None:
+    """Check a schedule, or with FILE a grid of ops (one line a stage: F0 B0 STEP0) against a schedule's rules.
+
+    Exit code 1 where it breaks one; the op is marked in the grid.
+    """
+    rows = grid.read(_read(file)) if file else None
+    if stages is None and rows is None:
+        raise ConfigError("stages is missing: give --stages P, or a FILE with a line a stage")
+    chosen, spec = shape_of(stages=stages if rows is None or stages is not None else len(rows), **options)
+    fault = ""
+    try:
+        if rows is None:
+            check_schedule(chosen, spec, at_least_one("batches", batches))
+        else:
+            check_grid(chosen, spec, rows)
+    except ScheduleError as error:
+        fault = str(error)
+    if as_json:
+        shape = {"schedule": chosen.name, "stages": spec.stages, "micro_batches": spec.accumulation}
+        print_json({"ok": not fault, "error": fault or None} | shape)
+    else:
+        click.echo(
+            fault
+            or f"ok: {file or chosen.name} is a valid {chosen.name} schedule of {spec.stages} stages and "
+            f"{spec.accumulation} micro-batches a batch"
+        )
+    if fault:
+        raise click.exceptions.Exit(1)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"file={str(file)!r}: cannot be read ({error}); name a text file") from None

@@ -1,0 +1,34 @@
+"""`paci doctor`: what is installed here, what of it is supported, and whether each hook exists."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import click
+from rich.table import Table
+
+from paci_schedule.cli.options import json_option
+from paci_schedule.cli.printing import print_json, screen
+from paci_schedule.doctor import examine
+
+__all__ = ["doctor"]
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what is installed and supported and whether each hook exists; exit code 1 if not."""
+    with contextlib.redirect_stdout(sys.stderr):  # where frameworks log while they are imported
+        findings = list(examine())
+    healthy = all(finding.ok for finding in findings if finding.required)
+    if as_json:
+        print_json({"ok": healthy, "findings": [finding._asdict() for finding in findings]})
+    else:
+        table = Table("", "what", "found", box=None)
+        for finding in findings:
+            mark = "[green]ok[/]" if finding.ok else "[red]missing[/]" if finding.required else "[yellow]no[/]"
+            table.add_row(mark, finding.name, finding.detail)
+        screen().print(table)
+    if not healthy:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,196 @@
+"""What several commands take: a pipeline, its costs, where the output goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from paci_schedule.costs import Costs
+from paci_schedule.errors import ConfigError
+from paci_schedule.schedules.base import Schedule
+from paci_schedule.schedules.registry import SCHEDULES, schedule
+from paci_schedule.spec import PipelineSpec
+
+__all__ = [
+    "at_least_one",
+    "costs_options",
+    "jobs",
+    "json_option",
+    "output_option",
+    "pipeline_options",
+    "shape_of",
+    "variant_options",
+    "width_option",
+]
+
+
+class Numbers(click.ParamType):
+    """A number, or numbers separated by commas: one for each stage (or link)."""
+
+    name = "NUMBER[,NUMBER...]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | list[float]:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a number, nor numbers separated by commas", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
+class Pair(click.ParamType):
+    """INDEX:NUMBER."""
+
+    name = "INDEX:NUMBER"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        try:
+            index, number = str(value).split(":")
+            return int(index), float(number)
+        except ValueError:
+            self.fail(f"{value!r} is not an index and a number with a colon between, such as 3:1.5", param, ctx)
+
+
+def several(*options: Callable) -> Callable:
+    """One decorator out of several."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+output_option = click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a picture: .svg, .png, .txt, or .json for a Chrome trace (ui.perfetto.dev).",
+)
+
+width_option = click.option(
+    "--width", type=click.IntRange(1), metavar="CHARACTERS", help="Cut the text off there (the terminal's)."
+)
+
+variant_options = several(
+    click.option("--chunks", type=int, metavar="V", help="Model chunks a stage (interleaved-1f1b; 2)."),
+    click.option("--cut", type=click.Choice(["lagging", "leading"]), help="Where a call of PACI returns (lagging)."),
+    click.option(
+        "--extra-in-flight", type=int, default=0, metavar="K", help="Further micro-batches in flight (paci; 0)."
+    ),
+)
+
+pipeline_options = several(
+    click.option("--schedule", "name", required=True, metavar="NAME[,NAME...]", help=", ".join(SCHEDULES) + "."),
+    click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages."),
+    click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch."),
+    variant_options,
+)
+
+costs_options = several(
+    click.option(
+        "--forward", type=Numbers(), default=1.0, metavar="F", help="Time of a forward; commas: of each stage."
+    ),
+    click.option(
+        "--backward",
+        type=Numbers(),
+        default=2.0,
+        metavar="B",
+        help="Time of the whole backward, or of its input half where --weight is given.",
+    ),
+    click.option("--weight", type=Numbers(), metavar="W", help="Time of the weight half of the backward."),
+    click.option("--step", type=Numbers(), default=0.0, metavar="S", help="Time of an optimizer update."),
+    click.option("--latency", type=Numbers(), default=0.0, metavar="L", help="Of a message; commas: of each link."),
+    click.option(
+        "--bandwidth", type=float, default=float("inf"), metavar="BYTES", help="Of a link, in a unit of time."
+    ),
+    click.option("--message-bytes", type=float, default=0.0, metavar="BYTES", help="Of one activation or gradient."),
+    click.option("--jitter", type=float, default=0.0, metavar="J", help="Coefficient of variation of F, B and W."),
+    click.option("--seed", type=int, default=0, metavar="N", help="Which jitter."),
+    click.option(
+        "--sync", type=float, metavar="C", help="Time of a collective over all stages after every call (none)."
+    ),
+    click.option("--straggler", type=Pair(), multiple=True, metavar="STAGE:FACTOR", help="A stage that is slower."),
+    click.option(
+        "--slow-link", type=Pair(), multiple=True, metavar="LINK:LATENCY", help="Another latency behind a stage."
+    ),
+)
+
+
+def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
+    """The schedules, with the pipeline and the costs that the options of `pipeline_options` and `costs_options` say.
+
+    Of several schedules each gets those of --chunks, --cut and --extra-in-flight that it has.
+    """
+    shape = {key: options.pop(key) for key in ("stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
+    names, jobs = options.pop("name").split(","), []
+    for name in names:
+        own = dict(shape)
+        if len(names) > 1:
+            own["chunks"] = shape["chunks"] if name == "interleaved-1f1b" else None
+            own["cut"] = shape["cut"] if name == "paci" else None
+            own["extra_in_flight"] = shape["extra_in_flight"] if name == "paci" else 0
+        chosen, spec = shape_of(name, **own)
+        jobs.append((chosen, spec, _costs_for(spec, dict(options))))
+    return jobs
+
+
+def _costs_for(spec: PipelineSpec, options: dict[str, object]) -> Costs:
+    """The costs that the options of `costs_options` say."""
+    stragglers, slow_links = options.pop("straggler"), options.pop("slow_link")
+    for name in ("forward", "backward", "weight"):
+        if options[name] is not None:
+            options[name] = _with(
+                name, options[name], spec.stages, stragglers, lambda old, factor: old * factor, "straggler"
+            )
+    options["latency"] = _with(
+        "latency", options["latency"], spec.stages - 1, slow_links, lambda old, new: new, "slow_link"
+    )
+    return Costs(**options)
+
+
+def _with(
+    name: str,
+    value: float | list[float],
+    count: int,
+    changes: Sequence[tuple[int, float]],
+    change: Callable[[float, float], float],
+    option: str,
+) -> float | list[float]:
+    """`value` for all of `count`, changed at the indices of `changes`."""
+    if not changes:
+        return value
+    values = list(value) if isinstance(value, list) else [value] * count
+    for index, number in changes:
+        if not 0 <= index < min(count, len(values)):
+            raise ConfigError(
+                f"{option}={index}:{number}: there are {count} of them, 0 to {count - 1}; name one of those"
+            )
+        values[index] = change(values[index], number)
+    return values
+
+
+def shape_of(
+    name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
+) -> tuple[Schedule, PipelineSpec]:
+    """The schedule and the pipeline, checked."""
+    varied = {"chunks": chunks} if chunks is not None else {}
+    varied |= {"leading": cut == "leading"} if cut is not None else {}
+    for value, option in ((stages, "stages"), (micro_batches, "micro_batches")):
+        at_least_one(option, value)
+    chosen = schedule(name, **varied)
+    spec = PipelineSpec(stages=stages, accumulation=micro_batches, extra_in_flight=extra_in_flight)
+    chosen.check(spec)
+    return chosen, spec
+
+
+def at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{name}={value}: must be a whole number of at least 1")
+    return value

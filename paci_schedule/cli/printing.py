@@ -1,0 +1,29 @@
+"""Standard output: tables, grids and JSON."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+
+from paci_schedule.render import text
+from paci_schedule.timeline import Timeline
+
+__all__ = ["print_grid", "print_json", "screen"]
+
+
+def screen() -> Console:
+    """Standard output, as wide as the terminal, or wide where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value))
+
+
+def print_grid(console: Console, timeline: Timeline, width: int | None) -> None:
+    """Print the timeline as text, cut off at `width`, by default at the terminal's where there is one."""
+    fits = width or (console.width if console.is_terminal else None)
+    console.print(text(timeline, fits), soft_wrap=True)
