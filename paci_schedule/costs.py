@@ -17,6 +17,7 @@ __all__ = ["Costs", "Noise", "check_amount"]
 PerStage = float | Sequence[float]
 
 _MOST = 1e100  # sums over a run, and squares, stay finite
+_MOST_JITTER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class Costs:
                 if number is None or (field.name == "bandwidth" and number == math.inf):
                     continue
                 check_amount(field.name, number)
+        if self.jitter > _MOST_JITTER:
+            raise ConfigError(
+                f"jitter={self.jitter}: must be at most {_MOST_JITTER}; it is the standard deviation of an op's time "
+                "by its mean, 0.05 for 5%"
+            )
         if not self.bandwidth:
             raise ConfigError("bandwidth=0: must be more than 0; leave it out for links of any bandwidth")
 

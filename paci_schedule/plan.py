@@ -47,7 +47,8 @@ class Job:
     """Sequences of an optimizer update."""
 
     flops: float = 1.0
-    """Floating-point operations that a device does in a second; not used where the layers' times were measured."""
+    """Floating-point operations that a device does in a second; of measured layers, how many times as fast a device is
+    as they say."""
 
     bandwidth: float = float("inf")
     """Bytes a second between two devices."""
@@ -148,8 +149,6 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
     Raises:
         ConfigError: the job does not name one run, or 1f1b cannot run there, or links alone take longer than measured.
     """
-    if job.model.measured:
-        raise ConfigError("measured: the layers' times are measured already; leave one of the two out")
     if not samples_per_second_per_device > 0:
         raise ConfigError(f"measured={samples_per_second_per_device}: must be more than 0")
     shapes = [shape for shape in _shapes(job) if not shape[-1]]
@@ -316,7 +315,7 @@ def _stage_bytes(
 
 def _costs(job: Job, row: Row, cut: Sequence[Sequence[Layer]]) -> Costs:
     """What things take in this row, in seconds."""
-    speed = row.micro_batch_size / (1.0 if job.model.measured else job.flops)
+    speed = row.micro_batch_size / job.flops
     forward = [sum(layer.forward for layer in layers) * speed for layers in cut]
     backward = [sum(layer.backward for layer in layers) * speed for layers in cut]
     ring = 2 * (row.replicas - 1) / row.replicas * _GRADIENT / job.bandwidth

@@ -14,14 +14,10 @@ from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.paci import Paci
 from paci_schedule.simulate import simulate
 from paci_schedule.spec import PipelineSpec
-from paci_schedule.timeline import Timeline, busy, peak_in_flight
-from paci_schedule.wavefront import Marks, sweep
+from paci_schedule.steady import run, steady_state, warm_up
+from paci_schedule.timeline import busy, peak_in_flight
 
 __all__ = ["Report", "report", "time_per_micro_batch"]
-
-_AGREE = 1e-9  # the steady state is reached when a run and one of twice its length agree this well
-_MOST_OPS = 300_000  # of one run of the general simulator
-_MOST_ROUNDS = 20_000  # of one run along wavefronts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +45,9 @@ class Report:
 
     max_drift: list[int]
     """Updates between the forward and the backward of a micro-batch, at the most."""
+
+    counted_batches: int
+    """Batches from an empty pipe that `peak_in_flight`, `max_drift` and `drift_histogram` are counted over."""
 
     drift_histogram: list[dict[int, int]]
     """Drift -> micro-batches."""
@@ -94,20 +93,21 @@ def report(
         raise ConfigError(f"batches={batches}: must be at least 1")
     check_amount("activation_bytes", activation_bytes)
     check_amount("weight_bytes", weight_bytes)
-    steady = _steady(schedule, spec, costs, batches or 0)
-    counted = batches or steady.batches
-    makespan = steady.makespan if steady.batches == batches else _makespan(schedule, spec, costs, batches or 1)
+    count = (batches or 1) * spec.accumulation
+    steady = steady_state(schedule, spec, costs, batches or 0)
+    makespan = steady.makespan if steady.micro_batches == count else run(schedule, spec, costs, count, count).makespan
+    counted = batches or warm_up(schedule, spec) + 2  # by then every drift has been seen
     drift = [_drift(schedule, spec, stage, counted) for stage in range(spec.stages)]
     peak = [_peak(schedule, spec, stage, counted) for stage in range(spec.stages)]
     versions = [schedule.weight_versions(spec, stage) for stage in range(spec.stages)]
-    bubbles, spent = steady.period - steady.busy, steady.period
+    bubbles, spent = (steady.period - steady.busy) * spec.accumulation, steady.period * spec.accumulation
     if schedule.flushes:
         batch = simulate(schedule, spec, costs)
         spent = np.array([row[-1].end - row[0].start for row in batch.rows])
         bubbles = spent - [busy(row) for row in batch.rows]
     return Report(
         makespan=makespan,
-        time_per_micro_batch=float(steady.period.max()) / spec.accumulation,
+        time_per_micro_batch=float(steady.period.max()),
         bubble=_rounded(bubbles.max(), spent.max()),
         bubble_share=_rounded((bubbles / np.maximum(spent, np.finfo(float).tiny)).max(), 1.0),
         waiting_share=[
@@ -115,6 +115,7 @@ def report(
         ],
         peak_in_flight=peak,
         max_drift=[max(histogram, default=0) for histogram in drift],
+        counted_batches=counted,
         drift_histogram=[dict(sorted(histogram.items())) for histogram in drift],
         weight_versions=versions,
         activation_bytes=[held * activation_bytes for held in peak],
@@ -124,87 +125,8 @@ def report(
 
 
 def time_per_micro_batch(schedule: Schedule, spec: PipelineSpec, costs: Costs) -> float:
-    """`Report.time_per_micro_batch` from one short run: for comparing many pipelines."""
-    warm = _warm_up(schedule, spec)
-    return float(_window(schedule, spec, costs, warm, warm + 3).period.max()) / spec.accumulation
-
-
-@dataclass(frozen=True)
-class _Steady:
-    """Per batch and stage in the steady state, shape (stages,); and the run that it was seen in."""
-
-    period: np.ndarray
-    busy: np.ndarray
-    batches: int
-    makespan: float
-
-
-def _warm_up(schedule: Schedule, spec: PipelineSpec) -> int:
-    """Batches after which the pipe has certainly been full for a while, and a stage has heard from the others."""
-    return 1 if schedule.flushes else -(-2 * spec.in_flight(0) // spec.accumulation)
-
-
-def _steady(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int) -> _Steady:
-    """Run until the time between two batches settles; with jitter, as long as is affordable, or `batches` if they are
-    more."""
-    warm = _warm_up(schedule, spec)
-    if _has_wavefronts(schedule, costs):
-        affordable = _MOST_ROUNDS // spec.accumulation
-    else:
-        affordable = _MOST_OPS // (3 * spec.stages * schedule.chunks * spec.accumulation)
-    least, most = warm + 2, max(warm + 2, affordable)
-    if costs.jitter or batches > least:
-        return _window(schedule, spec, costs, warm, max(batches, least if batches > least else most))
-    count = least
-    found = _window(schedule, spec, costs, warm, count)
-    while count < most:
-        count = min(2 * count, most)
-        longer = _window(schedule, spec, costs, count // 2, count)
-        settled = np.allclose(found.period, longer.period, rtol=_AGREE, atol=0)
-        found = longer
-        if settled:
-            break
-    return found
-
-
-def _window(schedule: Schedule, spec: PipelineSpec, costs: Costs, warm: int, batches: int) -> _Steady:
-    """What is between the start of batch `warm` and that of the last of `batches` batches."""
-    window = warm, batches - 1
-    if _has_wavefronts(schedule, costs):
-        marks = sweep(schedule, spec, costs, batches, window)
-    else:
-        marks = _marks(simulate(schedule, spec, costs, batches), window)
-    between = window[1] - window[0]
-    return _Steady(
-        (marks.window[1] - marks.window[0]) / between,
-        marks.window_busy / between,
-        batches,
-        float(marks.end.max() - marks.start.min()),
-    )
-
-
-def _has_wavefronts(schedule: Schedule, costs: Costs) -> bool:
-    return isinstance(schedule, Paci) and costs.sync is None
-
-
-def _marks(timeline: Timeline, window: tuple[int, int]) -> Marks:
-    """The marks of a run of the general simulator."""
-    stages = range(len(timeline.rows))
-    first, last = ([timeline.calls[stage][at - 1] for stage in stages] for at in window)
-    return Marks(
-        start=np.array([row[0].start for row in timeline.rows]),
-        end=np.array([row[-1].end for row in timeline.rows]),
-        busy=np.array([busy(row) for row in timeline.rows]),
-        window=np.array([[timeline.rows[stage][at[stage]].start for stage in stages] for at in (first, last)]),
-        window_busy=np.array([busy(timeline.rows[stage][first[stage] : last[stage]]) for stage in stages]),
-    )
-
-
-def _makespan(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int) -> float:
-    if _has_wavefronts(schedule, costs):
-        marks = sweep(schedule, spec, costs, batches, (0, 0))
-        return float(marks.end.max() - marks.start.min())
-    return simulate(schedule, spec, costs, batches).makespan
+    """`Report.time_per_micro_batch` alone."""
+    return float(steady_state(schedule, spec, costs).period.max())
 
 
 def _drift(schedule: Schedule, spec: PipelineSpec, stage: int, batches: int) -> Counter[int]:

@@ -38,14 +38,21 @@ def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int 
     return execute(schedule, programs, costs)
 
 
-def check_size(schedule: Schedule, spec: PipelineSpec, batches: int) -> None:
-    """Raises ConfigError where the schedule does not exist for `spec`, or has more ops than can be held."""
+def check_size(schedule: Schedule, spec: PipelineSpec, batches: int, why: str = "") -> None:
+    """Raises ConfigError where the schedule does not exist for `spec`, or has more ops than can be held.
+
+    Args:
+        schedule: which schedule.
+        spec: the pipeline.
+        batches: how many batches.
+        why: for the message, where nobody asked for as many: why so many.
+    """
     schedule.check(spec)
-    count = 3 * spec.stages * schedule.chunks * spec.accumulation * batches
+    count = (2 + schedule.splits_backward) * spec.stages * schedule.chunks * spec.accumulation * batches
     if count > _MOST_OPS:
         raise ConfigError(
-            f"{spec.stages} stages x {spec.accumulation} micro-batches x {batches} batches: up to {count} ops, and "
-            f"the general simulator holds {_MOST_OPS}; take fewer, or simulate paci, which goes further"
+            f"{spec.stages} stages x {spec.accumulation} micro-batches x {batches} batches{why}: up to {count} ops, "
+            f"and the general simulator holds {_MOST_OPS}; take fewer, or simulate paci, which goes further"
         )
 
 

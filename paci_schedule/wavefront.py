@@ -27,47 +27,52 @@ _MOST_STAGES, _MOST_MICRO_BATCHES = 10_000, 1_000_000
 
 @dataclass(frozen=True)
 class Marks:
-    """What is left of a run when the single ops are forgotten; arrays of shape (stages,).
+    """What is left of a run when the single ops are forgotten.
 
     Attributes:
-        start: when the first op starts.
-        end: when the last op ends.
-        busy: the time that all ops take.
-        window: when the first op of the first and of the last call of the window starts, shape (2, stages).
-        window_busy: the time that the ops between those two take.
+        start: when the first op of each stage starts, shape (stages,).
+        end: when its last op ends, shape (stages,).
+        busy: the time that all its ops take, shape (stages,).
+        starts: when the marked ops start, shape (marks, stages).
+        free: when the stage could have started them, shape (marks, stages).
+        busy_before: the time that the ops before the marked ones take, shape (marks, stages).
     """
 
     start: np.ndarray
     end: np.ndarray
     busy: np.ndarray
-    window: np.ndarray
-    window_busy: np.ndarray
+    starts: np.ndarray
+    free: np.ndarray
+    busy_before: np.ndarray
+
+    @property
+    def makespan(self) -> float:
+        """From the first op of any stage to the end of the last one."""
+        return float(self.end.max() - self.start.min())
 
 
-def sweep(schedule: Paci, spec: PipelineSpec, costs: Costs, batches: int, window: tuple[int, int]) -> Marks:
-    """Run `batches` batches and the drain after them.
+def sweep(schedule: Paci, spec: PipelineSpec, costs: Costs, micro_batches: int, every: int) -> Marks:
+    """Run `micro_batches` micro-batches and the drain after them.
 
     Args:
         schedule: PACI or a schedule with the same stream.
         spec: the pipeline.
         costs: what things take; per-call synchronisations have no wavefronts.
-        batches: how many batches, at least 1.
-        window: two batches, the first before the second; see `Marks`.
+        micro_batches: how many, at least 1.
+        every: the forwards of micro-batches 0, `every`, 2 `every`, ... are marked.
 
     Raises:
         ConfigError: `costs.sync` is set, the schedule does not exist for `spec`, or the run is too large.
     """
     schedule.check(spec)
-    count = batches * spec.accumulation
-    if spec.stages > _MOST_STAGES or count + spec.look_ahead(0) > _MOST_MICRO_BATCHES:
+    if spec.stages > _MOST_STAGES or micro_batches + spec.look_ahead(0) > _MOST_MICRO_BATCHES:
         raise ConfigError(
-            f"{spec.stages} stages, {count} micro-batches and {spec.look_ahead(0)} ahead: a run has at most "
+            f"{spec.stages} stages, {micro_batches} micro-batches and {spec.look_ahead(0)} ahead: a run has at most "
             f"{_MOST_STAGES} stages and {_MOST_MICRO_BATCHES} micro-batches; take fewer"
         )
     if costs.sync is not None:
         raise ConfigError(f"sync={costs.sync}: a run that synchronises every call has no wavefronts; use simulate()")
-    marked = (0, window[0] * spec.accumulation, window[1] * spec.accumulation)
-    return _Sweep(schedule, spec, costs, count).run(marked)
+    return _Sweep(schedule, spec, costs, micro_batches).run(every)
 
 
 class _Sweep:
@@ -95,24 +100,21 @@ class _Sweep:
         self.activation = np.zeros(stages + 1)
         self.gradient = np.zeros((self.depth, stages + 1) if self.depth > 1 else stages + 1)
 
-    def run(self, marked: tuple[int, int, int]) -> Marks:
-        """Run all levels; `marked` holds the micro-batches at whose F each stage's clock and busy time are noted."""
+    def run(self, every: int) -> Marks:
+        """Run all levels; at every `every`-th F the marks are noted."""
         stages, rounds = len(self.stage), 2 * (self.count - 1)
-        clock, busy = np.zeros((3, stages)), np.zeros((3, stages))
+        starts, free, busy_before = np.zeros((3, -(-self.count // every), stages))
         first = self.stage + 2 * self.ahead + 1  # the level of each stage's B(0); it falls with the stage
         low, high = stages, stages - 1  # the stages that have a B at this level, both included
         for level in range(int(first[0]) + rounds + 1):
             bottom, top = max(0, level - rounds), min(stages - 1, level)
             bottom += (level - bottom) % 2
             if bottom <= top:
-                noted = [
-                    (row, stage) for row, stage in enumerate(level - 2 * at for at in marked) if bottom <= stage <= top
-                ]
-                for row, stage in noted:
-                    busy[row, stage] = self.busy[stage]
-                starts = self._forwards(level, slice(bottom, top + 1, 2))
-                for row, stage in noted:
-                    clock[row, stage] = starts[(stage - bottom) // 2]
+                mark = np.arange(-(-(level - top) // (2 * every)), (level - bottom) // (2 * every) + 1)
+                stage = level - 2 * every * mark
+                free[mark, stage], busy_before[mark, stage] = self.free[stage], self.busy[stage]
+                began = self._forwards(level, slice(bottom, top + 1, 2))
+                starts[mark, stage] = began[(stage - bottom) // 2]
             while low and first[low - 1] <= level:
                 low -= 1
             while high >= 0 and first[high] + rounds < level:
@@ -120,7 +122,7 @@ class _Sweep:
             bottom = low + (level - 1 - low) % 2
             if bottom <= high:
                 self._backwards(level, slice(bottom, high + 1, 2))
-        return Marks(clock[0], self.free, self.busy, clock[1:], busy[2] - busy[1])
+        return Marks(starts[0], self.free, self.busy, starts, free, busy_before)
 
     def _forwards(self, level: int, cut: slice) -> np.ndarray:
         """The forwards of one level; returns when they start."""

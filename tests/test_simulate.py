@@ -12,6 +12,7 @@ from paci_schedule.ops import OpKind
 from paci_schedule.report import report, time_per_micro_batch
 from paci_schedule.schedules.registry import SCHEDULES, schedule
 from paci_schedule.simulate import simulate
+from paci_schedule.steady import run, steady_state
 from paci_schedule.timeline import busy, peak_in_flight
 from paci_schedule.wavefront import sweep
 
@@ -127,6 +128,39 @@ def test_without_slack_every_micro_batch_pays_the_round_trip_and_extra_in_flight
     assert figures("paci", 2, 4, extra=1, forward=2.0, backward=5.0, latency=1.0).time_per_micro_batch == 7
 
 
+@pytest.mark.parametrize(("stages", "micro_batches"), [(3, 11), (4, 2), (4, 7), (5, 4), (6, 16), (64, 16)])
+def test_links_cost_a_stream_their_latency_on_the_way_down_and_up_once_in_as_many_micro_batches_as_stages(
+    stages, micro_batches
+):
+    """The pipe repeats itself every P micro-batches, whatever a batch is: no whole number of batches shows it."""
+    for batches in (None, 3, 8):
+        found = figures("paci", stages, micro_batches, batches, forward=1.0, backward=2.0, latency=0.5)
+        assert found.time_per_micro_batch == pytest.approx(3 + (stages - 1) / stages, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_steady_state_is_that_of_a_long_run(seed):
+    draw = random.Random(seed)
+    name = draw.choice(["paci", "paci", "pipedream", "pipedream-2bw", "1f1b", "zb-h1"])
+    stages = draw.randint(1, 6)
+    micro_batches = draw.randint(stages, 9)
+    spec = PipelineSpec(
+        stages=stages, accumulation=micro_batches, extra_in_flight=draw.choice([0, 1, 3]) * (name == "paci")
+    )
+    costs = Costs(
+        forward=[draw.choice([1.0, 2.0, 2.5]) for _ in range(stages)],
+        backward=draw.choice([2.0, 3.0]),
+        step=draw.choice([0.0, 0.7]),
+        latency=draw.choice([0.0, 0.3, 1.0]),
+        sync=draw.choice([None, None, 0.2]),
+    )
+    half = 250
+    starts = run(schedule(name), spec, costs, (2 * half + 1) * micro_batches, half * micro_batches).starts
+    expected = (starts[2] - starts[1]) / (half * micro_batches)
+    found = steady_state(schedule(name), spec, costs).period
+    assert found == pytest.approx(expected, rel=1 / half / 2)
+
+
 def test_a_straggler_sets_the_pace_of_all():
     found = figures("paci", 4, 8, forward=[2.0, 2.0, 3.0, 2.0], backward=5.0)
     assert found.time_per_micro_batch == pytest.approx(8)
@@ -211,22 +245,23 @@ def test_wavefronts_equal_the_general_simulator(seed):
         jitter=draw.choice([0.0, 0.3]),
         seed=seed,
     )
-    first = draw.randrange(batches)
-    window = first, draw.randrange(first, batches)
-    whole, marks = simulate(schedule(name), spec, costs, batches), sweep(schedule(name), spec, costs, batches, window)
+    every = draw.randint(1, batches)
+    whole = simulate(schedule(name), spec, costs, batches)
+    marks = sweep(schedule(name), spec, costs, batches * accumulation, every * accumulation)
     for stage, row in enumerate(whole.rows):
         assert row[0].start == marks.start[stage]
         assert row[-1].end == marks.end[stage]
         assert busy(row) == pytest.approx(marks.busy[stage], rel=1e-12)
-        assert [whole.call(stage, at)[0].start for at in window] == list(marks.window[:, stage])
-        between = row[whole.calls[stage][window[0] - 1] if window[0] else 0 : whole.calls[stage][window[1] - 1]]
-        assert busy(between if window[1] else []) == pytest.approx(marks.window_busy[stage], rel=1e-9, abs=1e-9)
+        marked = range(0, batches, every)
+        assert [whole.call(stage, at)[0].start for at in marked] == marks.starts[:, stage].tolist()
+        spent = [busy(row[: whole.calls[stage][at - 1] if at else 0]) for at in marked]
+        assert marks.busy_before[:, stage] == pytest.approx(spent, rel=1e-9, abs=1e-9)
 
 
 def test_wavefronts_reach_past_a_block_of_jitter():
     spec = PipelineSpec(stages=5, accumulation=700)
     costs = Costs(forward=1.0, backward=2.0, jitter=0.2, seed=3)
-    marks = sweep(schedule("paci"), spec, costs, 2, (0, 1))
+    marks = sweep(schedule("paci"), spec, costs, 1400, 700)
     assert marks.end.tolist() == [row[-1].end for row in simulate(schedule("paci"), spec, costs, 2).rows]
 
 
@@ -236,8 +271,8 @@ def test_wavefronts_refuse_synchronisations():
             schedule("paci"),
             PipelineSpec(stages=2, accumulation=2),
             Costs(forward=1.0, backward=1.0, sync=1.0),
-            1,
-            (0, 0),
+            2,
+            2,
         )
 
 

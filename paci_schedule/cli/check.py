@@ -25,7 +25,9 @@ __all__ = ["check"]
 @click.option("--batches", type=int, default=3, metavar="N", help="Batches to check (3).")
 @json_option
 def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **options: object) -> None:
-    """Check a schedule, or with FILE a grid of ops (one line a stage: F0 B0 STEP0) against a schedule's rules.
+    """Check a schedule.
+
+    With FILE, check a grid of ops (one line a stage: F0 B0 STEP0) against the schedule's rules.
 
     Exit code 1 where it breaks one; the op is marked in the grid.
     """

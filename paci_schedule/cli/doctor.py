@@ -18,7 +18,10 @@ __all__ = ["doctor"]
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what is installed and supported and whether each hook exists; exit code 1 if not."""
+    """Examine this machine.
+
+    Say what is installed and supported and whether each hook exists; exit code 1 if not.
+    """
     with contextlib.redirect_stdout(sys.stderr):  # where frameworks log while they are imported
         findings = list(examine())
     healthy = all(finding.ok for finding in findings if finding.required)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from paci_schedule.costs import Costs
+from paci_schedule.costs import Costs, check_amount
 from paci_schedule.errors import ConfigError
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.registry import SCHEDULES, schedule
@@ -172,6 +172,7 @@ def _with(
             raise ConfigError(
                 f"{option}={index}:{number}: there are {count} of them, 0 to {count - 1}; name one of those"
             )
+        check_amount(f"{option} {index}", number)
         values[index] = change(values[index], number)
     return values
 
@@ -180,6 +181,8 @@ def shape_of(
     name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
 ) -> tuple[Schedule, PipelineSpec]:
     """The schedule and the pipeline, checked."""
+    if cut is not None and name != "paci":
+        raise ConfigError(f"cut={cut}: {name} returns at the end of every batch; leave it out, or take paci")
     varied = {"chunks": chunks} if chunks is not None else {}
     varied |= {"leading": cut == "leading"} if cut is not None else {}
     for value, option in ((stages, "stages"), (micro_batches, "micro_batches")):

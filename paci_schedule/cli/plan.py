@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
 
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
-from paci_schedule.errors import ConfigError
+from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.model import built_in, from_config, from_layers, load_config
 from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
 from paci_schedule.schedules.registry import SCHEDULES
 
 __all__ = ["plan_"]
+
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command("plan")
@@ -30,17 +33,21 @@ __all__ = ["plan_"]
     "--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Measured layers (JSON)."
 )
 @click.option("--devices", type=int, required=True, metavar="N", help="How many devices.")
-@click.option("--memory", type=float, required=True, metavar="GIB", help="Of one device.")
+@click.option("--memory", type=_POSITIVE, required=True, metavar="GIB", help="Of one device.")
 @click.option("--global-batch", type=int, required=True, metavar="G", help="Sequences of an update.")
 @click.option("--sequence-length", type=click.IntRange(1), metavar="TOKENS", help="Of a sequence (the longest).")
-@click.option("--tflops", type=float, default=100.0, metavar="T", help="What a device really does in a second (100).")
+@click.option(
+    "--tflops", type=_POSITIVE, default=100.0, metavar="T", help="What a device really does in a second (100)."
+)
 @click.option(
     "--measured",
     type=float,
     metavar="RATE",
-    help="Samples a second and device of 1f1b with --stages and --micro-batch-size; instead of --tflops.",
+    help="Samples a second and device of 1f1b with --stages and --micro-batch-size: how fast the devices really are.",
 )
-@click.option("--bandwidth", type=float, default=float("inf"), metavar="GB", help="Of a link in a second (no limit).")
+@click.option(
+    "--bandwidth", type=_POSITIVE, default=float("inf"), metavar="GB", help="Of a link in a second (no limit)."
+)
 @click.option("--latency", type=float, default=0.0, metavar="SECONDS", help="Of a message (0).")
 @click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (1).")
 @click.option("--max-drift", type=int, default=1, metavar="D", help="Updates between a forward and its backward (1).")
@@ -65,7 +72,9 @@ def plan_(
     as_json: bool,
     **given: object,
 ) -> None:
-    """Search stages, micro-batch size, accumulation, schedule and recomputation for the fastest pipeline of a model.
+    """Search for the fastest pipeline of a model.
+
+    It is a choice of stages, micro-batch size, accumulation, schedule and recomputation.
 
     Exit code 1 where none can run.
     """
@@ -77,7 +86,7 @@ def plan_(
     job = Job(
         model=shape,
         memory=memory * 2**30,
-        flops=tflops * 1e12,
+        flops=tflops * 1e12 if layers is None else 1.0,
         bandwidth=bandwidth * 1e9,
         schedules=schedules or tuple(SCHEDULES),
         micro_batch_sizes=sizes,
@@ -127,7 +136,7 @@ def _print_plan(job: Job, rows: Sequence[Row], best: Row | None, top: int) -> No
             *_place(row),
             f"{row.tokens_per_second:,.0f}",
             f"{row.samples_per_second_per_device:.4g}",
-            f"{row.speedup:.3f}" if row.speedup else "",
+            f"{round(row.speedup, 9):.3f}" if row.speedup else "",
             f"{row.memory / 2**30:.1f}",
             str(row.drift),
         )
@@ -168,14 +177,26 @@ def _config(name: str) -> dict[str, object]:
     if config is not None:
         return config
     try:
-        from transformers import CONFIG_MAPPING, AutoConfig
+        from transformers import CONFIG_MAPPING
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report every retry
-        found = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+        found = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else _on_the_hub(name)
         return found.get_text_config().to_dict()
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # of transformers, the hub's client or its transport: whichever says that there is none
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model={name!r}: none of {', '.join(built_in())}, no file, no type in transformers, and not on the hub "
-            f"({reason}); give a config.json"
+            f"model={name!r}: not a size of ours ({nearest(name, built_in())}), no file, no type in transformers, and "
+            f"not on the hub ({reason}); give a config.json"
         ) from None
+
+
+def _on_the_hub(name: str) -> Any:
+    """The PretrainedConfig of a model on the Hugging Face hub, or of its copy here."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except OSError:
+        # Asked once: from_pretrained asks for half a minute where there is no network.
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+        return AutoConfig.from_pretrained(name)

@@ -48,7 +48,7 @@ def _figures(found: dict[str, object]) -> Table:
     title = f"{found['schedule']}, {found['stages']} stages, {found['micro_batches']} micro-batches"
     table = Table(title=title, show_header=False, box=None, title_justify="left")
     for key, value in found.items():
-        if key not in ("schedule", "stages", "micro_batches", "batches") and (
+        if key not in ("schedule", "stages", "micro_batches", "batches", "counted_batches") and (
             not isinstance(value, list) or any(value)
         ):
             table.add_row(key.replace("_", " "), _brief(value))

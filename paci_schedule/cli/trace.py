@@ -26,7 +26,10 @@ __all__ = ["trace_"]
 @output_option
 @json_option
 def trace_(files: Sequence[Path], batches: int, width: int | None, output: Path | None, as_json: bool) -> None:
-    """Read a recorded run (a FILE a stage, or their folder): where the time went, with a simulated run beside it."""
+    """Say where the time of a recorded run went.
+
+    The run is a FILE a stage, or their folder; a simulated run is drawn beside it.
+    """
     paths = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
     if not paths:
         raise ConfigError("no trace files: name the files (or the folder of *.jsonl files) that the ranks wrote")
