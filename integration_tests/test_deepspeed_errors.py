@@ -186,6 +186,30 @@ def test_data_that_ends_drains_and_says_so_on_every_rank(stages, accumulation, l
         assert all((weights[name] == value).all() for name, value in truth.weights[stage].items())
 
 
+def give_loaders(job):
+    """Loaders where iterators belong, refused; then a batch of a loader's iterator; then loaders, but at stage 1."""
+    from paci_schedule import ConfigError
+
+    engine = deepspeed_job.build(job)
+    source = jobs.data(job.model)
+    loader = torch.utils.data.DataLoader([next(source) for _ in range(4)], batch_size=None)
+    for call in (engine.train_batch, engine.eval_batch):
+        with pytest.raises(ConfigError, match=r"data_iter=DataLoader: .* iter\(loader\), or .*RepeatingLoader"):
+            call(loader)
+    assert engine.pipeline_stats()["forwards"] == 0
+    engine.train_batch(iter(loader))
+    engine.drain()
+    assert engine.global_steps == 1
+    engine.train_batch(None if engine.stage_id == 1 else loader)
+
+
+def test_a_loader_is_no_iterator_and_is_refused():
+    """Where it is given, before anything runs; a stage that is given nothing does not wait for ever."""
+    job = Job(stages=3, accumulation=2, script=(), config={"paci": {"timeout": 10}})
+    outcomes = ranks.gather_outcomes(give_loaders, 3, (job,), timeout=60)
+    assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "ConfigError"], outcomes
+
+
 def hand_over_garbage(job):
     engine = deepspeed_job.build(job)
     engine.train_batch(iter(lambda: "nonsense", None))

@@ -13,10 +13,10 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import deepspeed
@@ -35,7 +35,7 @@ from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
 from paci_schedule.choice import check_schedule
-from paci_schedule.errors import DataEndedError
+from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
@@ -90,7 +90,6 @@ class PaciPipelineEngine(PipelineEngine):
             self._norm_group = NormGroup(self._norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
         self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
-        self._compute_loss = True
         self._reporter = (
             Reporter(self.monitor, self.steps_per_print(), self.train_batch_size(), speaks=self.global_rank == 0)
             if self.is_first_stage()
@@ -115,6 +114,7 @@ class PaciPipelineEngine(PipelineEngine):
             stage, and d_s micro-batches late at stage s.  NaN as long as a stage has finished none.
 
         Raises:
+            ConfigError: `data_iter` is no iterator; raised before anything is run.
             DataEndedError: the iterator ended before a whole batch.  The pipe has been drained; save and stop.
             LinkError: a neighbouring stage did not answer in time.
         """
@@ -127,8 +127,9 @@ class PaciPipelineEngine(PipelineEngine):
         source, pulled = self.data_iterator, []
 
         def pull() -> bool:
-            if source is not None:
-                pulled.extend(islice(source, self.micro_batches))
+            with suppress(StopIteration):
+                while source is not None and len(pulled) < self.micro_batches:
+                    pulled.append(next(source))
             return source is None or len(pulled) == self.micro_batches
 
         if not self._links.announce(Op(OpKind.FORWARD, self._runner.admitted), pull):
@@ -145,6 +146,7 @@ class PaciPipelineEngine(PipelineEngine):
             )
         self._stopwatch.lap(DATA)
         self.module.train()
+        self._compute_loss = True  # an evaluation may have done without
         self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
         self.data_iterator = source if source is None else iter(pulled)
         try:
@@ -152,6 +154,19 @@ class PaciPipelineEngine(PipelineEngine):
         finally:
             self.data_iterator = source
         return self._aggregate(losses)
+
+    def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
+        """As DeepSpeed's, for training and evaluation.
+
+        Raises:
+            ConfigError: an iterable that is no iterator, such as a DataLoader; on every rank that is given one.
+        """
+        if iterator is not None and not hasattr(iterator, "__next__"):
+            raise ConfigError(
+                f"data_iter={type(iterator).__name__}: has no __next__, so every batch would be its first; make one "
+                "iterator before the loop, iter(loader), or deepspeed.utils.RepeatingLoader(loader) for endless data"
+            )
+        super().set_dataiterator(iterator)
 
     def set_pipeline_schedule(self, schedule: str) -> None:
         """Go on with another schedule, after a `drain`; call it on every rank.

@@ -25,6 +25,7 @@ _HOOKS = {
     f"{_ENGINE}._reserve_pipe_buffers": ("num_buffers",),
     f"{_ENGINE}._configure_optimizer": ("client_optimizer", "model_parameters"),
     f"{_ENGINE}.clip_fp32_gradients": (),
+    f"{_ENGINE}.set_dataiterator": ("iterator",),
     f"{_ENGINE}.reset_activation_shape": (),
     f"{_ENGINE}.set_train_micro_batch_size": ("micro_batch_size",),
     f"{_ENGINE}.destroy": (),
