@@ -91,7 +91,7 @@ class PaciPipelineEngine(PipelineEngine):
         self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
         self._reporter = (
-            Reporter(self.monitor, self.steps_per_print(), self.train_batch_size(), speaks=self.global_rank == 0)
+            Reporter(self.monitor, self.steps_per_print(), speaks=self.global_rank == 0)
             if self.is_first_stage()
             else None
         )
@@ -258,6 +258,8 @@ class PaciPipelineEngine(PipelineEngine):
         """As DeepSpeed's, after a `drain`."""
         self.drain()
         path, client_state = super().load_checkpoint(*args, **kwargs)
+        if self._reporter is not None:
+            self._reporter.begin(self.global_steps, self.global_samples)
         late = (client_state or {}).pop(_LATE, {"norms": [], "tied": []})
         if self._norms:
             self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
