@@ -8,14 +8,18 @@ from packaging.specifiers import SpecifierSet
 
 from paci_schedule.probing import look_up, require
 
-__all__ = ["TESTED", "check_installed", "probe"]
+__all__ = ["ENGINES", "TESTED", "check_installed", "probe"]
 
 TESTED = SpecifierSet(">=0.19.8,<0.20")
 """The DeepSpeed versions that the integration tests run on (0.19.8) and the patch releases after them."""
 
+ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
+"""The classes that ``deepspeed.initialize`` builds, by their names in ``deepspeed``."""
+
 _ENGINE = "deepspeed.runtime.pipe.engine:PipelineEngine"
 _HOOKS = {
     "deepspeed:initialize": (),
+    **{f"deepspeed:{name}": () for name in ENGINES},
     _ENGINE: (),
     f"{_ENGINE}._exec_load_micro_batch": ("buffer_id",),
     f"{_ENGINE}._exec_forward_pass": ("buffer_id",),
