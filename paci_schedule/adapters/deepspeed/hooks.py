@@ -38,6 +38,7 @@ _HOOKS = {
     "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
     "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
     "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
+    "torch.distributed.distributed_c10d:_world.pg_group_ranks": (),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }
 
