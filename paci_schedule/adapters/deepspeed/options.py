@@ -60,7 +60,7 @@ class PaciOptions(BaseModel):
             if first["type"] == "literal_error":
                 rule = f"valid are {nearest(str(block[key]), get_args(field.annotation))}"
             said = f'"paci": {{"{key}": {block[key]!r}}}'
-            raise ConfigError(f"{said}: {rule}; leave the key out for {field.default!r}") from None
+            raise ConfigError(f"{said}: {rule} (default: {field.default!r})") from None
 
 
 def read_schedule(config: Mapping[str, Any]) -> str:
