@@ -19,7 +19,7 @@ __all__ = ["act", "assert_equal", "build", "config", "follow", "run", "train", "
 
 
 def config(job: Job, schedule: str | None) -> dict[str, Any]:
-    """The DeepSpeed config of a job; `schedule` is the value of "pipeline_schedule", None and "stock" leave it out."""
+    """The DeepSpeed config of a job; `schedule` is "pipeline_schedule"; None and "stock" leave it and "paci" out."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": job.accumulation,
@@ -39,6 +39,8 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
     for key, value in job.config.items():
         both = isinstance(settings.get(key), dict) and isinstance(value, dict)
         settings[key] = {**settings[key], **value} if both else value
+    if schedule in (None, "stock"):
+        settings.pop("paci", None)
     return settings
 
 
@@ -68,7 +70,8 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
 def _by_stage(settings: dict[str, Any]) -> dict[str, Any]:
     """Clipping by stage unless the job says otherwise, as the reference does."""
     options = settings.get("paci", {})
-    return {**settings, "paci": {"clip": "stage", **options}} if isinstance(options, dict) else settings
+    wanted = "pipeline_schedule" in settings and isinstance(options, dict)
+    return {**settings, "paci": {"clip": "stage", **options}} if wanted else settings
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 The models and scripts of `jobs`, and beyond: the model "tied", whose embedding is its output layer as well and whose
 layer 3 shares its matrix with layer 8, the model "copies", like "tied" but for a last third without weights of its
-own, the model "thrice", three of whose layers share a matrix, and the action "schedule=NAME".
+own, the model "thrice", three of whose layers share a matrix, the model "still", like "tied" with a frozen embedding,
+the model "deaf", like "thrice" but for the second of the three, which gets no gradient, and the action "schedule=NAME".
 """
 
 from __future__ import annotations
@@ -25,31 +26,43 @@ __all__ = ["TIED", "TIES", "Runs", "Shared", "build", "in_place_of_jobs", "layer
 TIED = {"words": (0, LAYERS - 1), "square": (3, 8)}
 """Key -> the layers that share a weight, in the model "tied"."""
 
-TIES = {"tied": TIED, "copies": TIED, "thrice": {"square": (1, 6, LAYERS - 2)}}
+THRICE = {"square": (1, 6, LAYERS - 2)}
+
+TIES = {"tied": TIED, "copies": TIED, "thrice": THRICE, "still": TIED, "deaf": THRICE}
 """By model; the others have none."""
+
+_FROZEN, _DETACHED = {"still": "words"}, {"deaf": 6}  # by model: the key of a frozen weight, a layer without gradient
 
 _WIDTH, _WORDS = 8, 13
 
 
 class Shared(nn.Module):
-    """A layer with a shared weight: of the embedding and the head, or of square layers in the middle."""
+    """A layer with a shared weight: of the embedding and the head, or of square layers in the middle.
 
-    def __init__(self, key: str) -> None:
+    Args:
+        key: "words" or "square".
+        frozen: the weight is not trained.
+        detached: the weight gets no gradient here, and changes as the others do.
+    """
+
+    def __init__(self, key: str, frozen: bool = False, detached: bool = False) -> None:
         super().__init__()
-        self.key = key
+        self.key, self._detached = key, detached
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(500 + len(key))
-            self.weight = nn.Parameter(0.4 * torch.randn(_WORDS if key == "words" else _WIDTH, _WIDTH))
+            weight = 0.4 * torch.randn(_WORDS if key == "words" else _WIDTH, _WIDTH)
+        self.weight = nn.Parameter(weight, requires_grad=not frozen)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.detach() if self._detached else self.weight
         if self.key == "square":
-            return x + torch.tanh(torch.nn.functional.linear(x, self.weight))
+            return x + torch.tanh(torch.nn.functional.linear(x, weight))
         look_up = not x.is_floating_point()
-        return torch.nn.functional.embedding(x, self.weight) if look_up else torch.nn.functional.linear(x, self.weight)
+        return torch.nn.functional.embedding(x, weight) if look_up else torch.nn.functional.linear(x, weight)
 
 
 def layers(model: str, spec: Any = Shared) -> list[Any]:
-    """As `jobs.layers`, of the models in `TIES` too; `spec(key)` makes a layer with a shared weight."""
+    """As `jobs.layers`, of the models in `TIES` too; `spec(key, frozen, detached)` makes a `Shared` layer."""
     if model not in TIES:
         return _LAYERS_OF_JOBS(model)
     key_of = {number: key for key, numbers in TIES[model].items() for number in numbers}
@@ -59,7 +72,8 @@ def layers(model: str, spec: Any = Shared) -> list[Any]:
         for number in range(LAYERS):
             torch.manual_seed(400 + number)
             if number in key_of:
-                built.append(spec(key_of[number]))
+                key = key_of[number]
+                built.append(spec(key, _FROZEN.get(model) == key, _DETACHED.get(model) == number))
             elif model == "copies" and number > 2 * LAYERS // 3:
                 built.append(jobs._Squeeze())
             else:
@@ -73,7 +87,7 @@ _LAYERS_OF_JOBS, _BUILD = jobs.layers, deepspeed_job.build
 def _tied_specs(model: str) -> list[Any]:
     from deepspeed.pipe import TiedLayerSpec
 
-    return layers(model, lambda key: TiedLayerSpec(key, Shared, key))
+    return layers(model, lambda key, *how: TiedLayerSpec(key, Shared, key, *how))
 
 
 @contextlib.contextmanager

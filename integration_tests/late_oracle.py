@@ -173,7 +173,8 @@ class _LateStage(oracle._Stage):
         self.pipe, self.number = pipe, stage
         self.norm = math.nan
         self.applied = dict.fromkeys(pipe.ties, 0)
-        self.shared = {layer.key: layer.weight for layer in self.module if isinstance(layer, late_job.Shared)}
+        shared = [layer for layer in self.module if isinstance(layer, late_job.Shared)]
+        self.shared = {layer.key: layer.weight for layer in shared if layer.weight.requires_grad}
         # DeepSpeed lists the shared weights first.
         ordered = nn.ModuleList(sorted(self.module, key=lambda layer: not isinstance(layer, late_job.Shared)))
         if job.precision == "fp32":
@@ -194,6 +195,8 @@ class _LateStage(oracle._Stage):
     def hand_in(self) -> None:
         """Give the gradients of shared weights to the others."""
         for key, weight in self.shared.items():
+            if self._fp32 and weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
             self.pipe.handed[key][self.version][self.number] = self._gradient(weight).clone()
 
     def measure(self) -> None:

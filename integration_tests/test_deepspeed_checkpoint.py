@@ -92,6 +92,37 @@ def test_a_paci_checkpoint_loads_into_stock(name, tmp_path):
             assert all((moment["weights"][key] == value).all() for key, value in truth.weights[stage].items())
 
 
+def differing_signatures():
+    """The methods that take other arguments than DeepSpeed's, with both signatures."""
+    import inspect
+
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from paci_schedule.adapters.deepspeed import PaciPipelineEngine
+
+    anything = [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    differing, compared = {}, 0
+    for name, method in vars(PaciPipelineEngine).items():
+        if name in ("__doc__", "__init__", "__module__") or not hasattr(PipelineEngine, name):
+            continue
+        compared += 1
+        _, *mine = inspect.signature(method).parameters.values()
+        _, *stock = inspect.signature(getattr(PipelineEngine, name)).parameters.values()
+        takes = [parameter.kind for parameter in mine] == anything or [
+            (parameter.name, parameter.kind, parameter.default or None) for parameter in mine
+        ] == [(parameter.name, parameter.kind, parameter.default or None) for parameter in stock]
+        if not takes:
+            differing[name] = str(mine), str(stock)
+    return differing, compared
+
+
+def test_overridden_methods_take_what_stock_takes():
+    """In the same order, with the same defaults; {} and None are one."""
+    [(differing, compared)] = ranks.run_ranks(differing_signatures, 1)
+    assert not differing
+    assert compared >= 12
+
+
 def test_without_a_tag_every_rank_saves_under_the_same_one(tmp_path):
     """Between drains the stages' step counters differ, and with them DeepSpeed's default tag."""
     steps = ranks.run_ranks(save_untagged, 3, (MODELS["fp32"], str(tmp_path)))

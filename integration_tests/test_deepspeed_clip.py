@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 
-from integration_tests import late_job, late_oracle, ranks
+from integration_tests import jobs, late_job, late_oracle, ranks
 from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_collectives import spanning, steady_calls
@@ -231,3 +232,29 @@ def test_carried_norms_travel_with_a_checkpoint(name, tmp_path):
 )
 def test_no_collective_spans_stages(job):
     assert not spanning(ranks.run_ranks(steady_calls, 3, (job, "paci", 3, 4)))
+
+
+def groups_of_all_reduce(job):
+    """Ranks of the groups that torch.distributed.all_reduce is called with in a steady batch."""
+    import torch.distributed as dist
+
+    engine = late_job.build(job)
+    feed = jobs.data(job.model)
+    engine.train_batch(feed)
+    all_reduce = dist.all_reduce
+    seen = []
+
+    def listening(tensor, *args, group, **kwargs):
+        seen.append(dist.get_process_group_ranks(group))
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", listening):
+        engine.train_batch(feed)
+    return seen
+
+
+def test_who_asks_a_norm_s_group_for_its_ranks_hears_of_this_stage_alone():
+    job = Job(stages=2, accumulation=2, script=(), clip=0.3, precision="bf16")
+    for rank, seen in enumerate(ranks.run_ranks(groups_of_all_reduce, 2, (job,))):
+        assert seen
+        assert all(group == [rank] for group in seen)

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -34,12 +35,33 @@ def assert_refused(error, config=None, *, target=deepspeed_job.build, args=(), s
         ({"paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
         ({"paci": {"timeout": -1}}, ["timeout", "-1"]),
         ({"paci": {"timeout": "soon"}}, ["timeout", "soon"]),
+        ({"paci": {"timeout": float("inf")}}, ["timeout", "inf", "finite", "600"]),
+        ({"paci": {"timeout": 1e20}}, ["timeout", "1e+20", "2592000"]),
+        ({"paci": {"timeout": True}}, ["timeout", "True"]),
+        ({"paci": {"flush_warmup_steps": True}}, ["flush_warmup_steps", "True"]),
+        ({"paci": {"extra_in_flight": [1, -1]}}, ["extra_in_flight", "[1, -1]"]),
+        ({"paci": {"clip": "globl"}}, ["clip", "'globl'", "did you mean 'global'?"]),
         ({"paci": 7}, ["paci", "7"]),
+        ({"pipeline_schedule": "PACI"}, ["'PACI'", "did you mean 'paci'?"]),
+        ({"pipeline_schedule": "1f1b", "paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
     ],
     ids=str,
 )
 def test_bad_options_are_refused_by_name(config, says):
     assert_refused("ConfigError", config, says=says)
+
+
+def build_unscheduled(job):
+    """With options, and no word on the schedule."""
+    config = deepspeed_job.config(job, "paci")
+    del config["pipeline_schedule"]
+    with mock.patch.object(deepspeed_job, "config", return_value=config):
+        deepspeed_job.build(job)
+
+
+def test_options_without_a_schedule_are_refused():
+    says = ['"paci": {...}', 'add "pipeline_schedule": "paci"', '"1f1b"']
+    assert_refused("ConfigError", {"paci": {"clip": "stage"}}, target=build_unscheduled, says=says)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +90,37 @@ def build_dynamic(job):
     deepspeed_job.build(job, dynamic_shape=True)
 
 
+def build_without_stages(job):
+    """A model that is no pipeline: DeepSpeed's own engine without the key."""
+    import deepspeed
+
+    import paci_schedule
+
+    paci_schedule.register("deepspeed")
+    for schedule in (None, "1f1b", "paci"):
+        model = nn.Linear(8, 8)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=jobs.optimizer(job),
+                                          model_parameters=model.parameters(),
+                                          config=deepspeed_job.config(job, schedule))
+        assert type(engine).__module__ == "deepspeed.runtime.engine"
+        assert isinstance(engine, deepspeed.DeepSpeedEngine)
+        assert not isinstance(engine, deepspeed.PipelineEngine)
+
+
+def build_dual(job):
+    """DeepSpeed's own other schedule."""
+    import deepspeed
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+
+    import paci_schedule
+
+    paci_schedule.register("deepspeed")
+    deepspeed.init_distributed(verbose=False)
+    module = DualPipeVModule([nn.Linear(8, 8) for _ in range(4)], num_stages=2, loss_fn=jobs.loss)
+    deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=list(module.parameters()),
+                         config=deepspeed_job.config(job, "paci"))
+
+
 def build_experts(job):
     import deepspeed
     from deepspeed.moe.layer import MoE
@@ -86,8 +139,10 @@ def build_experts(job):
 
 @pytest.mark.parametrize(
     ("target", "says"),
-    [(build_dynamic, ["dynamic_shape"]), (build_experts, ["MoE"])],
-    ids=["dynamic shapes", "mixture of experts"],
+    [(build_dynamic, ["dynamic_shape"]), (build_experts, ["MoE"]),
+     (build_without_stages, ["class Linear", "a DeepSpeedEngine", "PipelineModule"]),
+     (build_dual, ["class DualPipeVModule", "a DualPipeVEngine", "PipelineModule"])],
+    ids=["dynamic shapes", "mixture of experts", "no pipeline", "DualPipeV"],
 )
 def test_models_that_cannot_run_are_refused(target, says):
     assert_refused("UnsupportedError", target=target, says=says)
@@ -184,6 +239,30 @@ def test_data_that_ends_drains_and_says_so_on_every_rank(stages, accumulation, l
     for stage, result in enumerate(resumed):
         weights = result["moments"][0]["weights"]
         assert all((weights[name] == value).all() for name, value in truth.weights[stage].items())
+
+
+def give_loaders(job):
+    """Loaders where iterators belong, refused; then a batch of a loader's iterator; then loaders, but at stage 1."""
+    from paci_schedule import ConfigError
+
+    engine = deepspeed_job.build(job)
+    source = jobs.data(job.model)
+    loader = torch.utils.data.DataLoader([next(source) for _ in range(4)], batch_size=None)
+    for call in (engine.train_batch, engine.eval_batch):
+        with pytest.raises(ConfigError, match=r"data_iter=DataLoader: .* iter\(loader\), or .*RepeatingLoader"):
+            call(loader)
+    assert engine.pipeline_stats()["forwards"] == 0
+    engine.train_batch(iter(loader))
+    engine.drain()
+    assert engine.global_steps == 1
+    engine.train_batch(None if engine.stage_id == 1 else loader)
+
+
+def test_a_loader_is_no_iterator_and_is_refused():
+    """Where it is given, before anything runs; a stage that is given nothing does not wait for ever."""
+    job = Job(stages=3, accumulation=2, script=(), config={"paci": {"timeout": 10}})
+    outcomes = ranks.gather_outcomes(give_loaders, 3, (job,), timeout=60)
+    assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "ConfigError"], outcomes
 
 
 def hand_over_garbage(job):

@@ -31,6 +31,27 @@ def test_the_end_of_training_drains():
         assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
 
 
+def train_after(job, evaluate):
+    """Three batches, after an evaluation or without; the losses of the last stage and the weights."""
+    engine = deepspeed_job.build(job)
+    if evaluate:
+        engine.eval_batch(jobs.data(job.model), compute_loss=False, reduce_output=None)
+    feed = jobs.data(job.model)
+    losses = [engine.train_batch(feed).item() for _ in range(3)]
+    engine.drain()
+    return losses[-1], deepspeed_job.weights(engine)
+
+
+def both_ways(job):
+    return train_after(job, True), train_after(job, False)
+
+
+def test_an_evaluation_without_a_loss_does_not_take_it_from_training():
+    for (loss, weights), (truth, unseen) in ranks.run_ranks(both_ways, 2, (dataclasses.replace(JOB, stages=2),)):
+        assert loss == truth
+        assert all(torch.equal(weights[name], value) for name, value in unseen.items())
+
+
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 

@@ -296,8 +296,9 @@ def test_whole_layers_are_the_reference(sliced):
     [
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["torch_autocast", "bfloat16"]),
         ({"wall_clock_breakdown": True}, ["wall_clock_breakdown", "pipeline_stats"]),
+        ({"flops_profiler": {"enabled": True}}, ['* "flops_profiler": deepspeed', "pipeline_stats"]),
     ],
-    ids=["float16 autocast", "wall clock breakdown"],
+    ids=["float16 autocast", "wall clock breakdown", "flops profiler, which switches it on"],
 )
 def test_what_cannot_run_is_refused(config, says):
     assert_refused("UnsupportedError", config, says=says)

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import time
 
 import pytest
 
@@ -154,6 +155,39 @@ def test_the_printed_line_is_right_about_which_update_it_speaks_of():
     assert printed == [(step, pytest.approx(expected[step - 1], abs=6e-5)) for step in (2, 4, 6)]
     assert re.findall(r"iter time \(s\): [\d.]+ samples/sec: [\d.]+", outcomes[0].output)
     assert not any(re.search(pattern, outcome.output) for outcome in outcomes[1:])
+
+
+PAUSE = 0.1  # seconds after every batch
+
+
+def print_rates(job, folder):
+    """Three updates of two micro-batches, three of six; and in another engine, one of two after the six."""
+    def train(engine, batches):
+        for _ in range(batches):
+            engine.train_batch(feed)
+            time.sleep(PAUSE)
+
+    feed, engine = jobs.data(job.model), deepspeed_job.build(job)
+    for size in (2, 6):
+        engine.set_train_batch_size(size * SAMPLES)
+        train(engine, 3)
+    engine.save_checkpoint(folder, tag="common")
+    resumed = deepspeed_job.build(job)
+    resumed.load_checkpoint(folder, tag="common")
+    train(resumed, 1)
+    resumed.drain()
+
+
+def test_the_printed_rates_are_those_of_the_updates_since_the_last_line(tmp_path):
+    """Where the number of micro-batches changes, and where a run goes on from a checkpoint."""
+    job = Job(stages=2, accumulation=2, script=(), config={"steps_per_print": 1})
+    first, _ = ranks.gather_outcomes(print_rates, 2, (job, str(tmp_path)))
+    pattern = r"steps: (\d+) .* iter time \(s\): ([\d.]+) samples/sec: ([\d.]+)"
+    lines = [tuple(map(float, line)) for line in re.findall(pattern, first.output)]
+    assert [step for step, _, _ in lines] == [1, 2, 3, 4, 5, 6, 7], first
+    for (step, seconds, rate), micro_batches in zip(lines, (2, 2, 2, 6, 6, 6, 2), strict=True):
+        assert seconds * rate == pytest.approx(micro_batches * SAMPLES, rel=0.1), step
+    assert lines[-1][1] >= PAUSE
 
 
 def statistics(job):

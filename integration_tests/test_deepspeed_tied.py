@@ -48,6 +48,12 @@ JOBS = {
     "a stage of copies, clipping": Job(stages=3, accumulation=2, script=MIXED, model="copies", clip=0.5),
     "a stage of copies, bf16": Job(stages=3, accumulation=1, script=SWITCHES, model="copies", clip=0.5,
                                    precision="bf16"),
+    "frozen, clipping": Job(stages=3, accumulation=2, script=MIXED, model="still", clip=1.0),
+    "frozen, bf16": Job(stages=2, accumulation=1, script=SWITCHES, model="still", precision="bf16"),
+    "frozen, bf16 sums": Job(stages=2, accumulation=3, script=MIXED, model="still", precision="bf16-bf16", clip=1.0),
+    "a copy without a gradient": Job(stages=3, accumulation=2, script=SWITCHES, model="deaf", optimizer="sgd"),
+    "a copy without a gradient, ZeRO-1": Job(stages=3, accumulation=1, script=MIXED, model="deaf", clip=0.6,
+                                             precision="bf16-bf16", config=ZERO_1),
     "slack": tied(stages=3, accumulation=2, script=MIXED, clip=3.0, config={"paci": {"extra_in_flight": 3}}),
 }
 
@@ -103,13 +109,15 @@ def test_the_first_updates_apply_no_gradient_to_a_tied_weight(stages, accumulati
                 assert still == (version <= delay)
 
 
-@pytest.mark.parametrize(("model", "clip"), [("tied", 2.5), ("thrice", 0.6)])
-def test_flushed_after_every_batch_the_engine_is_stock(model, clip):
+@pytest.mark.parametrize(
+    ("model", "clip", "precision"), [("tied", 2.5, "bf16"), ("thrice", 0.6, "bf16"), ("still", 0.0, "fp32")]
+)
+def test_flushed_after_every_batch_the_engine_is_stock(model, clip, precision):
     """In 1F1B mode every sum is applied at once, as stock DeepSpeed does."""
-    job = Job(stages=3, accumulation=2, script=("train x4",), model=model, precision="bf16", clip=clip)
+    job = Job(stages=3, accumulation=2, script=("train x4",), model=model, precision=precision, clip=clip)
     mine, stock = late_job.run((dataclasses.replace(job, script=("schedule=1f1b", *job.script)),), (job, "stock"))
     for result, other in zip(mine, stock, strict=True):
-        assert result["norm"][1:] == other["norm"]
+        assert not clip or result["norm"][1:] == other["norm"]
         for moment, truth in zip(result["moments"][1:], other["moments"], strict=True):
             assert all((moment["weights"][name] == value).all() for name, value in truth["weights"].items())
 
@@ -125,6 +133,70 @@ def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
             assert_same_norms(result["norm"], other["norm"][5:])
         for moment, truth in zip(result["moments"], other["moments"][5:], strict=True):
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
+
+
+def go_on(job, folder, *, loads):
+    """Four batches; with `loads`, weights alone from a checkpoint of stock's, then nothing; three more batches."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    engine = late_job.build(job)
+    feed = jobs.data(job.model)
+    for _ in range(4):
+        engine.train_batch(feed)
+    engine.drain()
+    if loads:
+        PipelineEngine.save_checkpoint(engine, folder, "bare")
+        engine.load_checkpoint(folder, "bare", load_module_only=True)
+        assert engine.load_checkpoint(f"{folder}/nothing") == (None, None)
+    for _ in range(3):
+        engine.train_batch(feed)
+    engine.drain()
+    return deepspeed_job.weights(engine), float(engine.get_global_grad_norm())
+
+
+def go_on_both_ways(job, folder):
+    return [go_on(job, folder, loads=loads) for loads in (False, True)]
+
+
+def test_what_is_late_stays_where_the_optimizer_s_states_stay(tmp_path):
+    job = dataclasses.replace(JOBS["clipping"], script=())
+    for (weights, norm), (others, other) in ranks.run_ranks(go_on_both_ways, 3, (job, str(tmp_path))):
+        assert norm == other
+        assert all((weights[name] == value).all() for name, value in others.items())
+
+
+def load_untied(job, folder):
+    """The checkpoint of a model three of whose layers share a matrix, where the last of them has one of its own."""
+    specs = late_job._tied_specs(job.model)
+    specs[10] = late_job.Shared("square")
+    with mock.patch.object(late_job, "_tied_specs", return_value=specs):
+        engine = late_job.build(job)
+    engine.load_checkpoint(folder, "common")
+    return list(engine._pending_sums().values())
+
+
+def test_sums_of_ties_between_other_stages_are_dropped_with_a_word(tmp_path):
+    job = dataclasses.replace(JOBS["thrice"], script=("train x3", "save"))
+    late_job.run((job, "paci", str(tmp_path)))
+    for rank, outcome in enumerate(ranks.gather_outcomes(load_untied, 3, (job, str(tmp_path)))):
+        assert outcome.value == ([[]] if rank < 2 else []), outcome
+        assert "dropped, no such tie here: square.weight of stages [0, 1, 2] of 3" in outcome.output
+
+
+def load_weights(job, folder):
+    engine = late_job.build(job)
+    engine.load_checkpoint(folder, "common", load_module_only=True)
+    return deepspeed_job.weights(engine), engine.train_batch(jobs.data(job.model)).item()
+
+
+def test_the_weights_alone_load_where_nothing_is_tied_across_stages(tmp_path):
+    """On one rank, from two."""
+    job = dataclasses.replace(JOBS["P=2 a=1"], script=("train x3", "save"))
+    saved = [result["moments"][-1]["weights"] for result in late_job.run((job, "paci", str(tmp_path)))[0]]
+    [(weights, loss)] = ranks.run_ranks(load_weights, 1, (dataclasses.replace(job, stages=1), str(tmp_path)))
+    assert weights.keys() == saved[0].keys() | saved[1].keys()
+    assert all((weights[name] == value).all() for stage in saved for name, value in stage.items())
+    assert loss == loss
 
 
 def follow_in_slices(job):
@@ -152,6 +224,20 @@ def test_clipping_by_stage_would_part_the_copies_and_is_refused(clip, refused):
         if refused:
             for words in ('"clip": "stage"', '"gradient_clipping": 0.5', "square, words", 'use "clip": "global"'):
                 assert words in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule", "error", "says"),
+    [("still", "stock", "AttributeError", "_hp_grad"), ("deaf", "paci", "UnsupportedError", "square.weight of stages")],
+    ids=["stock, frozen", "a copy without a gradient"],
+)
+def test_ties_that_bf16_cannot_train_fail_at_once(model, schedule, error, says):
+    """BF16_Optimizer sums no gradients of a weight that gets none; stock 0.19.8 reads the sum of a frozen one, too."""
+    job = Job(stages=3, accumulation=2, script=("train x9",), model=model, precision="bf16")
+    outcomes = ranks.gather_outcomes(late_job.train, 3, (job, schedule), timeout=60)
+    [failed] = [outcome for outcome in outcomes if outcome.raised[:1] == (error,)][:1]
+    assert says in failed.error
+    assert all(outcome.ended == "raised" for outcome in outcomes)
 
 
 # ---- nothing waits ---------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class LinkError(PaciError, RuntimeError):
 
 def nearest(value: str, valid: Iterable[str]) -> str:
     """Names in `valid`, the likeliest one first suggested: ``"'paci', '1f1b'; did you mean 'paci'?"``."""
-    names = sorted(valid)
-    listed = ", ".join(repr(name) for name in names)
-    close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
-    return f"{listed}; did you mean {close[0]!r}?" if close else listed
+    names = {name.lower(): name for name in sorted(valid)}
+    listed = ", ".join(repr(name) for name in names.values())
+    close = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
+    return f"{listed}; did you mean {names[close[0]]!r}?" if close else listed

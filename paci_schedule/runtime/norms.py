@@ -24,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 from paci_schedule.errors import LinkError
 from paci_schedule.spec import PipelineSpec
@@ -178,7 +179,8 @@ class NormGroup(dist.ProcessGroup):
 
     Optimizers sum squared gradient norms, and take the maximum of overflow flags, over the group of all model-parallel
     ranks.  Over this one, a sum is reduced over the stage's tensor-parallel ranks and completed with the carried norms;
-    a maximum stays in the stage.  While `flushing`, it is the group that it stands in for.
+    a maximum stays in the stage.  While `flushing`, it is the group that it stands in for, but for its ranks, which are
+    always the tensor-parallel ones.
 
     Args:
         norms: of this stage.
@@ -189,7 +191,10 @@ class NormGroup(dist.ProcessGroup):
     def __init__(
         self, norms: CarriedNorms, tensor_parallel: dist.ProcessGroup, model_parallel: dist.ProcessGroup
     ) -> None:
+        # The large group's size, as ZeRO asks no group of one for a sum; the ranks of those that take part, for whoever
+        # records collectives.
         super().__init__(model_parallel.rank(), model_parallel.size())
+        _world.pg_group_ranks[self] = _world.pg_group_ranks[tensor_parallel]
         self.flushing = False
         self._norms = norms
         self._tensor_parallel, self._model_parallel = tensor_parallel, model_parallel

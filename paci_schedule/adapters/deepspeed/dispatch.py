@@ -1,41 +1,58 @@
-"""The hook into ``deepspeed.initialize``, which looks up ``deepspeed.PipelineEngine`` when it builds an engine."""
+"""The hook into ``deepspeed.initialize``, which looks up its engines in ``deepspeed`` when it builds one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockEngine
 
 from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
-from paci_schedule.adapters.deepspeed.hooks import check_installed
+from paci_schedule.adapters.deepspeed.hooks import ENGINES, check_installed
 from paci_schedule.adapters.deepspeed.options import read_schedule
+from paci_schedule.errors import UnsupportedError
 
 __all__ = ["install"]
 
-_ENGINES = {"1f1b": StockEngine, "paci": PaciPipelineEngine}
 
-
-class _ChooseByConfig(type(StockEngine)):
+class _StandIn(type(StockEngine)):
     """Constructing the class constructs the engine that the config asks for; as a type it is DeepSpeed's own."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> StockEngine:
-        if cls is not PipelineEngine:  # somebody's own engine, derived from this one
+    def __call__(cls, *args: Any, **kwargs: Any) -> deepspeed.DeepSpeedEngine:
+        stock = cls._stock()
+        if stock is None:
             return super().__call__(*args, **kwargs)
-        return _ENGINES[read_schedule(kwargs["config_class"]._param_dict)](*args, **kwargs)
+        return _chosen(stock, kwargs.get("config_class"), kwargs.get("model"))(*args, **kwargs)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, StockEngine) if cls is PipelineEngine else super().__instancecheck__(instance)
+        stock = cls._stock()
+        return super().__instancecheck__(instance) if stock is None else isinstance(instance, stock)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, StockEngine) if cls is PipelineEngine else super().__subclasscheck__(subclass)
+        stock = cls._stock()
+        return super().__subclasscheck__(subclass) if stock is None else issubclass(subclass, stock)
+
+    def _stock(cls) -> type | None:
+        """The class that this one stands in for; None for somebody's own engine, derived from such a one."""
+        return vars(cls).get("stands_in_for")
 
 
-class PipelineEngine(StockEngine, metaclass=_ChooseByConfig):
-    """Stands in for ``deepspeed.PipelineEngine``."""
+def _chosen(stock: type, config: DeepSpeedConfig | None, model: object) -> type:
+    if config is None or read_schedule(config._param_dict) == "1f1b":
+        return stock
+    if stock is not StockEngine:
+        raise UnsupportedError(
+            f'"pipeline_schedule": "paci" with a model of class {type(model).__name__}, which DeepSpeed runs in a '
+            f"{stock.__name__}: PACI schedules a PipelineEngine; make it a PipelineModule, or leave the key out"
+        )
+    return PaciPipelineEngine
 
 
 def install() -> None:
     """Put the choice in DeepSpeed's place.  Raises UnsupportedError if this DeepSpeed cannot carry it."""
     check_installed()
-    deepspeed.PipelineEngine = PipelineEngine
+    for name in ENGINES:
+        stock = getattr(deepspeed, name)
+        if not isinstance(stock, _StandIn):
+            setattr(deepspeed, name, _StandIn(name, (stock,), {"__module__": __name__, "stands_in_for": stock}))

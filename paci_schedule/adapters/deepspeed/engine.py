@@ -9,14 +9,15 @@ gradients.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import deepspeed
@@ -35,7 +36,7 @@ from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
 from paci_schedule.choice import check_schedule
-from paci_schedule.errors import DataEndedError
+from paci_schedule.errors import ConfigError, DataEndedError, UnsupportedError
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
@@ -46,6 +47,8 @@ from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
+
+logger = logging.getLogger(__name__)
 
 _LATE = "paci_schedule"  # the key of our part in a checkpoint's client state
 
@@ -90,9 +93,8 @@ class PaciPipelineEngine(PipelineEngine):
             self._norm_group = NormGroup(self._norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
         self._stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, **kwargs)
-        self._compute_loss = True
         self._reporter = (
-            Reporter(self.monitor, self.steps_per_print(), self.train_batch_size(), speaks=self.global_rank == 0)
+            Reporter(self.monitor, self.steps_per_print(), speaks=self.global_rank == 0)
             if self.is_first_stage()
             else None
         )
@@ -115,6 +117,7 @@ class PaciPipelineEngine(PipelineEngine):
             stage, and d_s micro-batches late at stage s.  NaN as long as a stage has finished none.
 
         Raises:
+            ConfigError: `data_iter` is no iterator; raised before anything is run.
             DataEndedError: the iterator ended before a whole batch.  The pipe has been drained; save and stop.
             LinkError: a neighbouring stage did not answer in time.
         """
@@ -127,8 +130,9 @@ class PaciPipelineEngine(PipelineEngine):
         source, pulled = self.data_iterator, []
 
         def pull() -> bool:
-            if source is not None:
-                pulled.extend(islice(source, self.micro_batches))
+            with suppress(StopIteration):
+                while source is not None and len(pulled) < self.micro_batches:
+                    pulled.append(next(source))
             return source is None or len(pulled) == self.micro_batches
 
         if not self._links.announce(Op(OpKind.FORWARD, self._runner.admitted), pull):
@@ -145,6 +149,7 @@ class PaciPipelineEngine(PipelineEngine):
             )
         self._stopwatch.lap(DATA)
         self.module.train()
+        self._compute_loss = True  # an evaluation may have done without
         self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
         self.data_iterator = source if source is None else iter(pulled)
         try:
@@ -152,6 +157,19 @@ class PaciPipelineEngine(PipelineEngine):
         finally:
             self.data_iterator = source
         return self._aggregate(losses)
+
+    def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
+        """As DeepSpeed's, for training and evaluation.
+
+        Raises:
+            ConfigError: an iterable that is no iterator, such as a DataLoader; on every rank that is given one.
+        """
+        if iterator is not None and not hasattr(iterator, "__next__"):
+            raise ConfigError(
+                f"data_iter={type(iterator).__name__}: has no __next__, so every batch would be its first; make one "
+                "iterator before the loop, iter(loader), or deepspeed.utils.RepeatingLoader(loader) for endless data"
+            )
+        super().set_dataiterator(iterator)
 
     def set_pipeline_schedule(self, schedule: str) -> None:
         """Go on with another schedule, after a `drain`; call it on every rank.
@@ -205,9 +223,11 @@ class PaciPipelineEngine(PipelineEngine):
         """
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
-            for (weight, _), tied in zip(self.module.get_tied_weights_and_groups(), self._tied, strict=True):
-                gradient = weight._hp_grad if self.using_bf16_optimizer else weight.grad
-                tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
+            weights = (weight for weight, _ in self.module.get_tied_weights_and_groups())
+            for weight, (name, tied) in zip(weights, self._tied.items(), strict=True):
+                if weight.requires_grad:
+                    gradient = self._tied_gradient(name, weight)
+                    tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
             self._exec_reduce_grads()
             self._exec_optimizer_step()
         if self._norms is not None:
@@ -232,22 +252,48 @@ class PaciPipelineEngine(PipelineEngine):
         return super().eval_batch(*args, **kwargs)
 
     def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
         """As DeepSpeed's, after a `drain`, with what is late by design: carried norms and tied gradients' sums."""
         self.drain()
         late = {"norms": self._norms.state() if self._norms else [], "tied": self._pending_sums()}
-        return super().save_checkpoint(save_dir, tag, {**(client_state or {}), _LATE: late}, **kwargs)
+        state = {**(client_state or {}), _LATE: late}
+        return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
-        """As DeepSpeed's, after a `drain`."""
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """As DeepSpeed's, after a `drain`.
+
+        What is late by design is on its way to the optimizer: it is replaced where the optimizer's states are.
+        """
         self.drain()
-        path, client_state = super().load_checkpoint(*args, **kwargs)
-        late = (client_state or {}).pop(_LATE, {"norms": [], "tied": []})
-        if self._norms:
-            self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
-        for tied, sums in zip(self._tied, late["tied"] or [[]] * len(self._tied), strict=True):
-            tied.load_pending([total.to(self.device) for total in sums])
+        path, client_state = super().load_checkpoint(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
+        late = (client_state or {}).pop(_LATE, {"norms": [], "tied": {}})
+        if path is not None and load_optimizer_states and not load_module_only:
+            self._load_late(path, late)
+        if self._reporter is not None:
+            self._reporter.begin(self.global_steps, self.global_samples)
         return path, client_state
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,8 +307,8 @@ class PaciPipelineEngine(PipelineEngine):
         super().set_train_batch_size(train_batch_size)
         spec = replace(self._runner.spec, accumulation=self.micro_batches)
         self._runner.respec(spec)
-        for tied, fresh in zip(self._tied, self._tied_gradients(spec), strict=True):
-            tied.delay = fresh.delay
+        for name, fresh in self._tied_gradients(spec).items():
+            self._tied[name].delay = fresh.delay
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """As DeepSpeed's, after a `drain`: the shapes of the messages change."""
@@ -321,23 +367,47 @@ class PaciPipelineEngine(PipelineEngine):
         for parameter in with_gradient:
             parameter.grad.mul_(scale)
 
-    def _tied_gradients(self, spec: PipelineSpec) -> list[TiedGradient]:
-        """One for each entry of the module's tied weights, in its order."""
-        tied = []
-        for comm in self.module.tied_comms.values():
+    def _tied_gradients(self, spec: PipelineSpec) -> dict[str, TiedGradient]:
+        """One for each entry of the module's tied weights, in its order, by a name that says which stages hold it."""
+        tied = {}
+        for key, comm in self.module.tied_comms.items():
             stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
             delay = delay_between(spec, min(stages), max(stages))
-            tied += [TiedGradient(comm["group"], delay) for _ in comm["weight_attr"]]
+            for weight in comm["weight_attr"]:
+                tied[f"{key}.{weight} of stages {stages} of {spec.stages}"] = TiedGradient(comm["group"], delay)
         return tied
 
-    def _pending_sums(self) -> list[list[torch.Tensor]]:
+    def _tied_gradient(self, name: str, weight: torch.nn.Parameter) -> torch.Tensor:
+        """The gradient of this stage's copy at this update; zeros if no loss depends on it."""
+        if self.using_bf16_optimizer:
+            if not hasattr(weight, "_hp_grad"):
+                raise UnsupportedError(
+                    f"tied weight {name}: no loss depends on the copy of stage {self.stage_id}, so that "
+                    "BF16_Optimizer has no gradient for the others' sum; freeze the weight, use it, or train in fp32"
+                )
+            return weight._hp_grad
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
+    def _pending_sums(self) -> dict[str, list[torch.Tensor]]:
         """The tied gradients' pending sums, made the same on all replicas, of which one writes the checkpoint."""
-        sums = [tied.pending() for tied in self._tied]
+        sums = {name: tied.pending() for name, tied in self._tied.items()}
         if self.is_data_parallel:
-            for total in (total for pending in sums for total in pending):
+            for total in (total for pending in sums.values() for total in pending):
                 total.div_(self.dp_world_size)
                 dist.all_reduce(total, group=self.grid.get_data_parallel_group())
         return sums
+
+    def _load_late(self, path: str, late: dict[str, Any]) -> None:
+        """Go on with what `save_checkpoint` kept; without the sums of ties between other stages than here."""
+        if self._norms:
+            self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
+        for name, tied in self._tied.items():
+            tied.load_pending([total.to(self.device) for total in late["tied"].get(name, [])])
+        dropped = [name for name, sums in late["tied"].items() if sums and name not in self._tied]
+        if dropped and self.grid.get_data_parallel_id() == 0:
+            logger.warning("%s: pending gradient sums dropped, no such tie here: %s", path, "; ".join(dropped))
 
     def _choose_schedule(self) -> None:
         """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""

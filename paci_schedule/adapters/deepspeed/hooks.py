@@ -8,14 +8,18 @@ from packaging.specifiers import SpecifierSet
 
 from paci_schedule.probing import look_up, require
 
-__all__ = ["TESTED", "check_installed", "probe"]
+__all__ = ["ENGINES", "TESTED", "check_installed", "probe"]
 
 TESTED = SpecifierSet(">=0.19.8,<0.20")
 """The DeepSpeed versions that the integration tests run on (0.19.8) and the patch releases after them."""
 
+ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
+"""The classes that ``deepspeed.initialize`` builds, by their names in ``deepspeed``."""
+
 _ENGINE = "deepspeed.runtime.pipe.engine:PipelineEngine"
 _HOOKS = {
     "deepspeed:initialize": (),
+    **{f"deepspeed:{name}": () for name in ENGINES},
     _ENGINE: (),
     f"{_ENGINE}._exec_load_micro_batch": ("buffer_id",),
     f"{_ENGINE}._exec_forward_pass": ("buffer_id",),
@@ -25,6 +29,7 @@ _HOOKS = {
     f"{_ENGINE}._reserve_pipe_buffers": ("num_buffers",),
     f"{_ENGINE}._configure_optimizer": ("client_optimizer", "model_parameters"),
     f"{_ENGINE}.clip_fp32_gradients": (),
+    f"{_ENGINE}.set_dataiterator": ("iterator",),
     f"{_ENGINE}.reset_activation_shape": (),
     f"{_ENGINE}.set_train_micro_batch_size": ("micro_batch_size",),
     f"{_ENGINE}.destroy": (),
@@ -33,6 +38,7 @@ _HOOKS = {
     "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
     "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
     "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
+    "torch.distributed.distributed_c10d:_world.pg_group_ranks": (),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }
 

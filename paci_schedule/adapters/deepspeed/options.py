@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
@@ -13,21 +13,24 @@ from paci_schedule.errors import ConfigError, nearest
 __all__ = ["PaciOptions", "read_schedule"]
 
 
+_Count = Annotated[int, Field(ge=0, strict=True)]
+
+
 class PaciOptions(BaseModel):
     """The block ``"paci"``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0, le=30 * 86_400, allow_inf_nan=False, strict=True)
     """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
 
     clip: Literal["global", "stage"] = "global"
     """Whose norm "gradient_clipping" limits: the whole model's, with other stages' parts late, or each stage's own."""
 
-    flush_warmup_steps: int = Field(0, ge=0)
+    flush_warmup_steps: _Count = 0
     """Updates at the start of training that run 1F1B, for the learning-rate warm-up, where delay hurts most."""
 
-    extra_in_flight: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    extra_in_flight: _Count | tuple[_Count, ...] = 0
     """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
 
     record: str | None = None
@@ -52,15 +55,26 @@ class PaciOptions(BaseModel):
             return cls(**block)
         except ValidationError as error:
             first = error.errors()[0]
-            key = first["loc"][0]
-            raise ConfigError(f'"paci": {{"{key}": {block[key]!r}}}: {first["msg"]}') from None
+            key, rule = first["loc"][0], first["msg"]
+            field = cls.model_fields[key]
+            if first["type"] == "literal_error":
+                rule = f"valid are {nearest(str(block[key]), get_args(field.annotation))}"
+            said = f'"paci": {{"{key}": {block[key]!r}}}'
+            raise ConfigError(f"{said}: {rule} (default: {field.default!r})") from None
 
 
 def read_schedule(config: Mapping[str, Any]) -> str:
     """The schedule that a DeepSpeed config asks for; DeepSpeed's own, "1f1b", when it says nothing.
 
     Raises:
-        ConfigError: an unknown name, with the nearest valid one.
+        ConfigError: an unknown name, with the nearest valid one; a block ``"paci"`` that is wrong, or without a name.
     """
+    if "paci" in config:
+        PaciOptions.read(config)
+        if "pipeline_schedule" not in config:
+            raise ConfigError(
+                '"paci": {...} without "pipeline_schedule": the options are of no effect; add "pipeline_schedule": '
+                '"paci", or "1f1b" for DeepSpeed\'s own schedule, or take the block out'
+            )
     name = config.get("pipeline_schedule", "1f1b")
     return check_schedule(name, f'"pipeline_schedule": {name!r}')

@@ -69,20 +69,20 @@ class Reporter:
     Args:
         monitor: DeepSpeed's monitor.
         steps_per_print: updates between two printed lines; None for no lines.
-        samples_per_step: samples that one update trains on.
         speaks: whether this rank is the one that writes; its replicas only take part in averaging.
     """
 
-    def __init__(
-        self, monitor: MonitorMaster, steps_per_print: int | None, samples_per_step: int, speaks: bool
-    ) -> None:
+    def __init__(self, monitor: MonitorMaster, steps_per_print: int | None, speaks: bool) -> None:
         self._monitor = monitor
         self._steps_per_print = steps_per_print
-        self._samples_per_step = samples_per_step
         self._speaks = speaks
         self._pending: Update | None = None
         self._seconds = 0.0, 0.0
-        self._printed = 0, time.perf_counter()
+        self.begin(0, 0)
+
+    def begin(self, step: int, samples: int) -> None:
+        """Count time from here on, where `step` updates with `samples` samples have been applied."""
+        self._printed = step, samples, time.perf_counter()
 
     def wants(self, step: int) -> bool:
         """Whether anything will be said about update number `step`; the same on every replica."""
@@ -112,12 +112,12 @@ class Reporter:
             self._print(update, loss, waiting)
 
     def _print(self, update: Update, loss: float, waiting: float) -> None:
-        step, at = self._printed
-        self._printed = update.step, update.at
-        seconds = (update.at - at) / max(1, update.step - step)
+        step, samples, at = self._printed
+        self._printed = update.step, update.samples, update.at
+        updates, seconds = update.step - step, update.at - at
         # Printed, not logged: it stands in for the line that DeepSpeed prints, which users' scripts parse.
         print(
-            f"steps: {update.step} loss: {loss:0.4f} iter time (s): {seconds:0.3f} "
-            f"samples/sec: {self._samples_per_step / seconds:0.3f} drift: {update.drift} waiting: {waiting:0.1%}",
+            f"steps: {update.step} loss: {loss:0.4f} iter time (s): {seconds / updates:0.3f} "
+            f"samples/sec: {(update.samples - samples) / seconds:0.3f} drift: {update.drift} waiting: {waiting:0.1%}",
             flush=True,
         )
