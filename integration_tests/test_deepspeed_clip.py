@@ -47,7 +47,7 @@ JOBS = {
     "by stage, bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, precision="bf16", config=STAGE),
     "slack": Job(stages=3, accumulation=2, script=MIXED, clip=0.6, config={"paci": {"extra_in_flight": [2, 1]}}),
     "overflow of one stage": Job(stages=3, accumulation=2, script=("train x5", "drain", "train"), clip=0.7, warmup=True,
-                                 precision="bf16", config={"poison": (1, 2)}),
+                                 precision="bf16", config={"poison": (1, 2, 0)}),
 }
 
 

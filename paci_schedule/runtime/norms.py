@@ -15,7 +15,8 @@ Updates before the first count as zero.
 Stages that share a tied weight must scale its gradient alike, to the bit.  They *agree*: all stages, their own
 included, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
 
-A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.
+A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.  One with a tied
+weight does not skip, and its norm is finite (`runtime.tied`).
 """
 
 from __future__ import annotations

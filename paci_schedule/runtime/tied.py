@@ -9,23 +9,41 @@ update, so they stay identical, version by version.  Precisely:
 * a drain changes nothing: the j newest sums stay pending, are saved with a checkpoint, and the next updates apply them;
 * an update under a flush (1F1B) applies its own sum at once, and whatever was pending with it: no gradient is lost;
 * where j shrinks (more micro-batches to an update), the next update applies all sums that are then due.
+
+An optimizer that skips an update with an overflow would part the copies: one stage would stand still, in weights and
+learning rate, where another applies the sum, and nobody knows in time.  So a stage with a copy never skips: what
+overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["TiedGradient", "delay_between"]
+__all__ = ["TiedGradient", "delay_between", "drop_overflow"]
+
+_LARGEST = 1e13  # the squares of 1e12 such numbers still add up to a finite float32
 
 
 def delay_between(spec: PipelineSpec, first: int, last: int) -> int:
     """j for a weight that the stages from `first` to `last` share, in updates."""
     return -(-(spec.look_ahead(first) - spec.look_ahead(last)) // spec.accumulation)
+
+
+def drop_overflow(gradients: Iterable[torch.Tensor]) -> None:
+    """Make zero, in place, every element that is not finite, or so large that a sum of its kind might not be.
+
+    Element by element, so that ranks that hold the same numbers make the same of them without asking each other.
+    """
+    for gradient in gradients:
+        values = gradient._values() if gradient.is_sparse else gradient
+        limit = min(_LARGEST, torch.finfo(values.dtype).max / 2)
+        values.masked_fill_(~(values.abs() < limit), 0.0)
 
 
 class TiedGradient:

@@ -42,7 +42,7 @@ from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
-from paci_schedule.runtime.tied import TiedGradient, delay_between
+from paci_schedule.runtime.tied import TiedGradient, delay_between, drop_overflow
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -206,7 +206,7 @@ class PaciPipelineEngine(PipelineEngine):
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
             for (weight, _), tied in zip(self.module.get_tied_weights_and_groups(), self._tied, strict=True):
-                gradient = weight._hp_grad if self.using_bf16_optimizer else weight.grad
+                gradient = self._gradient(weight)
                 tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
             self._exec_reduce_grads()
             self._exec_optimizer_step()
@@ -320,6 +320,24 @@ class PaciPipelineEngine(PipelineEngine):
         scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
         for parameter in with_gradient:
             parameter.grad.mul_(scale)
+
+    def _exec_reduce_grads(self) -> None:
+        shares = any(len(comm["ranks"]) > 1 for comm in self.module.tied_comms.values())
+        # ZeRO keeps its sums to itself; as it divides first, they are finite if their summands are.
+        before = self.zero_optimization() and not self.using_bf16_optimizer
+        if shares and before:
+            drop_overflow(self._gradients())
+        super()._exec_reduce_grads()
+        if shares and not before:
+            drop_overflow(self._gradients())
+
+    def _gradient(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
+        """What this update's micro-batches have accumulated."""
+        return getattr(weight, "_hp_grad", None) if self.using_bf16_optimizer else weight.grad
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        every = (self._gradient(weight) for weight in self.module.parameters() if weight.requires_grad)
+        return (gradient for gradient in every if gradient is not None)
 
     def _tied_gradients(self, spec: PipelineSpec) -> list[TiedGradient]:
         """One for each entry of the module's tied weights, in its order."""
