@@ -26,7 +26,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from paci_schedule.errors import LinkError
+from paci_schedule.runtime.waiting import waiting
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["CarriedNorms", "NormGroup"]
@@ -112,14 +112,9 @@ class CarriedNorms:
         updates = range(self._update - self.memory, self._update)
         own = torch.stack([self._row(update)[self._stage] for update in updates])
         gathered = [torch.empty_like(own) for _ in range(self._spec.stages)]
-        try:
+        doing, ranks = "has drained and waited for the gradient norms of", dist.get_process_group_ranks(self._pipeline)
+        with waiting(self._stage, doing, "the other stages", ranks, self._timeout):
             dist.all_gather(gathered, own, group=self._pipeline, async_op=True).wait(self._timeout)
-        except RuntimeError as error:
-            raise LinkError(
-                f"stage {self._stage} (rank {dist.get_rank()}) has an empty pipe and waited for the other stages' "
-                f"gradient norms longer than the timeout of {self._timeout.total_seconds():g} s, or a process is gone: "
-                f"look at the logs of the other stages first; drain on every rank.  The transport says: {error}"
-            ) from error
         self._squares = dict(zip(updates, torch.stack(gathered, dim=1), strict=True))
         self._begin_at(self._update)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -52,11 +53,17 @@ class TiedGradient:
     Args:
         group: the ranks that hold a copy.
         delay: j, in updates.
+        timeout: how long the other stages may take under a flush, and where the pipe is empty.  Else a sum may be under
+            way for as long as the training loop does something else, and the group's own timeout holds.
+
+    Attributes:
+        ranks: of the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup, delay: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, delay: int, timeout: timedelta) -> None:
         self.delay = delay
-        self._group = group
+        self.ranks = dist.get_process_group_ranks(group)
+        self._group, self._timeout = group, timeout
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
 
     def exchange(self, gradient: torch.Tensor) -> None:
@@ -69,7 +76,7 @@ class TiedGradient:
 
     def exchange_now(self, gradient: torch.Tensor) -> None:
         """As `exchange`, under a flush: apply this update's sum and all that are pending."""
-        dist.all_reduce(gradient, group=self._group)
+        dist.all_reduce(gradient, group=self._group, async_op=True).wait(self._timeout)
         while self._pending:
             gradient.add_(self._pop())
 
@@ -77,7 +84,7 @@ class TiedGradient:
         """The sums that wait to be applied, oldest first; to be read and changed in place while the pipe is empty."""
         for _, work in self._pending:
             if work is not None:
-                work.wait()
+                work.wait(self._timeout)
         self._pending = deque((total, None) for total, _ in self._pending)
         return [total for total, _ in self._pending]
 

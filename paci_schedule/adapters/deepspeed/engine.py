@@ -13,6 +13,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -43,6 +44,7 @@ from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.runtime.tied import TiedGradient, delay_between, drop_overflow
+from paci_schedule.runtime.waiting import limit, waiting
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -62,7 +64,7 @@ class PaciPipelineEngine(PipelineEngine):
     Raises:
         ConfigError: an option that the rules do not allow.
         UnsupportedError: a feature that PACI does not run with.
-        LinkError: a neighbouring stage did not answer within ``"paci": {"timeout": seconds}``.
+        LinkError: a neighbouring stage or a replica did not answer within ``"paci": {"timeout": seconds}``.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class PaciPipelineEngine(PipelineEngine):
         module: PipelineModule = kwargs["model"]
         check_supported(config_class, options, module)
         grid = module.mpu()
-        timeout = timedelta(seconds=options.timeout)
+        self._timeout = timeout = timedelta(seconds=options.timeout)
         spec = PipelineSpec(
             stages=module.num_stages,
             accumulation=config_class.gradient_accumulation_steps,
@@ -99,6 +101,13 @@ class PaciPipelineEngine(PipelineEngine):
         # DeepSpeed's slicing of messages over tensor-parallel ranks is its own protocol; ours sends them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         self._tied = self._tied_gradients(spec)
+        for group in (
+            grid.get_data_parallel_group(),
+            grid.get_slice_parallel_group(),
+            grid.get_model_parallel_group(),
+            grid.get_pipe_parallel_group(),
+        ):
+            limit(group, timeout)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timeout)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
@@ -116,7 +125,7 @@ class PaciPipelineEngine(PipelineEngine):
 
         Raises:
             DataEndedError: the iterator ended before a whole batch.  The pipe has been drained; save and stop.
-            LinkError: a neighbouring stage did not answer in time.
+            LinkError: a neighbouring stage or a replica did not answer in time.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
@@ -207,9 +216,11 @@ class PaciPipelineEngine(PipelineEngine):
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
             for (weight, _), tied in zip(self.module.get_tied_weights_and_groups(), self._tied, strict=True):
                 gradient = self._gradient(weight)
-                tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
-            self._exec_reduce_grads()
-            self._exec_optimizer_step()
+                with self._waiting_for_copies(tied):
+                    tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
+            with self._waiting_for_replicas("updated"):
+                self._exec_reduce_grads()
+                self._exec_optimizer_step()
         if self._norms is not None:
             self._norms.close_update()
         if self._reporter is not None and self._reporter.wants(self.global_steps):
@@ -229,7 +240,11 @@ class PaciPipelineEngine(PipelineEngine):
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
         self.drain()
-        return super().eval_batch(*args, **kwargs)
+        everyone = range(dist.get_world_size())
+        with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
+            # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.
+            dist.barrier(async_op=True).wait(self._timeout)
+            return super().eval_batch(*args, **kwargs)
 
     def save_checkpoint(
         self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, **kwargs: Any
@@ -345,16 +360,20 @@ class PaciPipelineEngine(PipelineEngine):
         for comm in self.module.tied_comms.values():
             stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
             delay = delay_between(spec, min(stages), max(stages))
-            tied += [TiedGradient(comm["group"], delay) for _ in comm["weight_attr"]]
+            tied += [TiedGradient(comm["group"], delay, self._timeout) for _ in comm["weight_attr"]]
         return tied
 
     def _pending_sums(self) -> list[list[torch.Tensor]]:
         """The tied gradients' pending sums, made the same on all replicas, of which one writes the checkpoint."""
-        sums = [tied.pending() for tied in self._tied]
+        sums = []
+        for tied in self._tied:
+            with self._waiting_for_copies(tied):
+                sums.append(tied.pending())
         if self.is_data_parallel:
             for total in (total for pending in sums for total in pending):
                 total.div_(self.dp_world_size)
-                dist.all_reduce(total, group=self.grid.get_data_parallel_group())
+                with self._waiting_for_replicas("averaged pending sums"):
+                    dist.all_reduce(total, group=self.grid.get_data_parallel_group())
         return sums
 
     def _choose_schedule(self) -> None:
@@ -386,8 +405,20 @@ class PaciPipelineEngine(PipelineEngine):
     def _mean_over_replicas(self, losses: torch.Tensor) -> torch.Tensor:
         if self.is_data_parallel:
             losses = losses / self.dp_world_size
-            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
+            with self._waiting_for_replicas("averaged losses"):
+                dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
         return losses
+
+    def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
+        whom = "the replicas of this stage" if self.is_data_parallel else "the slices of this stage"
+        ranks = self.grid.topology().filter_match(pipe=self.stage_id)
+        if self._norm_group is not None and self._runner.flushing:
+            whom, ranks = f"the other stages and {whom}", {*ranks, *self.grid.pp_group}
+        return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", whom, ranks, self._timeout)
+
+    def _waiting_for_copies(self, tied: TiedGradient) -> AbstractContextManager[None]:
+        doing = f"summed ({self._runner.at}) the gradients of a tied weight over"
+        return waiting(self.stage_id, doing, "the stages that hold it", tied.ranks, self._timeout)
 
 
 def _some(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
