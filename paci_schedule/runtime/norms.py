@@ -7,10 +7,11 @@ stage r contributes its squared norm of update
 
 * v, for r = s;
 * v - 1, for r > s: it came up with the first gradient of the window;
-* v - ceil((d_r - d_s + 1) / a), for r < s: it came down with an activation (in a drain: with the last one);
+* v - ceil((d_r - d_s + 1) / a), for r < s: it came down with an activation;
 
-or of the last update before the pipe was last empty, where that is newer: a drain tells every stage every norm.
-Updates before the first count as zero.
+or of update E - 1, the last before the pipe was last empty, where that is newer: a drain tells every stage every norm.
+Updates before the first count as zero.  In a drain the last activation, n - 1, has told of the earlier stages what it
+could: the update of r < s is E + floor(max(0, n - 1 - d_r) / a) - 1 from then on.
 
 Stages that share a tied weight must scale its gradient alike, to the bit.  They *agree*: all stages, their own
 included, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
