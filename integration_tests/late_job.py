@@ -102,8 +102,8 @@ def options(job: Job) -> dict[str, Any]:
     return job.config.get("paci", {})
 
 
-def poison(job: Job) -> tuple[int, int] | None:
-    """(stage, update) whose gradient is made infinite, if any; a key of the config that DeepSpeed ignores."""
+def poison(job: Job) -> tuple[int, int, int] | None:
+    """(stage, update, number of the parameter) whose gradient is made infinite; a key that DeepSpeed ignores."""
     return job.config.get("poison")
 
 
@@ -117,13 +117,14 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
     for parameter in engine.module.parameters():
         parameter.model_parallel = job.config.get("sliced", False)
     if poison(job):
-        stage, update = poison(job)
+        stage, update, number = poison(job)
         take_update = engine.take_update
 
-        def poisoned(losses: torch.Tensor) -> None:
+        def poisoned(*args: Any) -> None:
             if (engine.stage_id, engine.global_steps) == (stage, update):
-                next(engine.module.parameters())._hp_grad.view(-1)[1] = torch.inf
-            take_update(losses)
+                weight = list(engine.module.parameters())[number]
+                (weight._hp_grad if engine.using_bf16_optimizer else weight.grad).view(-1)[1] = torch.inf
+            take_update(*args)
 
         engine.take_update = poisoned
     return engine

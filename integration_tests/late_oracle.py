@@ -9,6 +9,8 @@ when the pipe was last empty, stage r contributes its squared norm of update
   drain the last micro-batch of all; or E - 1, where nothing has been updated since the pipe was empty;
 * v - ceil((d_0 + 1) / a) for every r, where s holds a tied weight.
 
+A stage that overflows skips its update; one that holds a tied weight takes what is not finite for zero instead.
+
 Update k applies the tied gradients of every update up to k - j that has not been applied, oldest first, with
 j = ceil((d_first - d_last) / a); under a flush, its own and then all that have not been applied.
 """
@@ -194,6 +196,9 @@ class _LateStage(oracle._Stage):
 
     def hand_in(self) -> None:
         """Give the gradients of shared weights to the others."""
+        stage, update, number = late_job.poison(self.pipe.job) or (None, None, 0)
+        if (stage, update) == (self.number, self.version):
+            self._gradient(self._updater.parameters[number]).view(-1)[1] = torch.inf
         for key, weight in self.shared.items():
             if self._fp32 and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -201,13 +206,14 @@ class _LateStage(oracle._Stage):
 
     def measure(self) -> None:
         """Take the sums that are due, and say this stage's part of the norm."""
-        if self._poisoned():
-            next(iter(self._updater.gradients())).view(-1)[1] = torch.inf
         for key, weight in self.shared.items():
             self._take_sums(key, self._gradient(weight))
         updater = self._updater
         if updater.optimizer:
             updater.reduce()
+        if any(len(self.pipe.holders(key)) > 1 for key in self.shared):
+            for gradient in updater.gradients():
+                gradient[~gradient.isfinite()] = 0
         replicated = [weight for key, weight in self.shared.items() if self.pipe.holders(key)[0] != self.number]
         counted = [self._gradient(weight) for weight in updater.parameters
                    if all(weight is not other for other in replicated) and self._gradient(weight) is not None]
@@ -278,9 +284,6 @@ class _LateStage(oracle._Stage):
     def _scale(self, factor: torch.Tensor) -> None:
         for gradient in self._updater.gradients():
             gradient.mul_(factor)
-
-    def _poisoned(self) -> bool:
-        return late_job.poison(self.pipe.job) == (self.number, self.version)
 
     def _gradient(self, weight: nn.Parameter) -> torch.Tensor | None:
         """Where the accumulated gradient of a parameter is."""

@@ -328,6 +328,63 @@ def test_a_lost_stage_ends_the_others_within_the_timeout(how, at):
         assert waited < TIMEOUT + 15  # the job itself takes a moment, on a busy machine several
 
 
+def lose_before_an_update(job, how, lost, schedule):
+    """Train; the rank `lost` stops before it updates for the third time."""
+    engine = deepspeed_job.build(job)
+    engine.set_pipeline_schedule(schedule)
+    if torch.distributed.get_rank() == lost:
+        take_update = engine.take_update
+
+        def stop(*args):
+            if engine.global_steps == 2:
+                os._exit(9) if how == "dies" else time.sleep(600)
+            take_update(*args)
+
+        engine.take_update = stop
+    feed = jobs.data(job.model)
+    started = time.monotonic()
+    try:
+        for _ in range(50):
+            engine.train_batch(feed)
+    finally:
+        print(f"waited {time.monotonic() - started:.3f}")
+
+
+def outcomes_of_the_others(world_size, how, lost, schedule="paci", **options):
+    """Of ranks whose errors say which stage waited for what op; they came within the timeout."""
+    config = {"paci": {"timeout": 3, "clip": "global"}, **options.pop("config", {})}
+    job = Job(stages=2, accumulation=1, script=(), config=config, **options)
+    args = job, how, lost, schedule
+    grace = 3 if how == "hangs" else 15
+    outcomes = ranks.gather_outcomes(lose_before_an_update, world_size, args, timeout=60, grace=grace)
+    assert outcomes.pop(lost).ended == {"dies": "died", "hangs": "killed"}[how]
+    for outcome in outcomes:
+        assert outcome.raised[:1] == ("LinkError",), outcome
+        message = outcome.error.rpartition("LinkError: ")[2]
+        assert f"stage {outcome.rank * 2 // world_size} (rank {outcome.rank})" in message
+        assert re.search(r"\b([ERS][AG]|F|B|STEP)\d+\b", message), message
+        assert float(outcome.output.rsplit("waited ", 1)[1].split()[0]) < 3 + 15
+    return outcomes
+
+
+@pytest.mark.parametrize(("how", "lost"), [("dies", 0), ("dies", 3), ("hangs", 3)])
+def test_a_lost_replica_ends_the_others_within_the_timeout(how, lost):
+    beside = next(o for o in outcomes_of_the_others(4, how, lost) if o.rank == lost ^ 1)
+    assert re.search(rf"\(STEP2\) together with the replicas of this stage \(rank {lost}\)", beside.error)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-bf16"])
+def test_a_lost_replica_ends_the_others_whatever_the_optimizer(precision):
+    beside = outcomes_of_the_others(4, "hangs", 0, precision=precision, config={
+        "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True})[0]
+    assert re.search(r"\(STEP2\) together with the replicas of this stage \(rank 0\)", beside.error)
+
+
+def test_a_stage_that_is_lost_in_a_flush_ends_the_others_within_the_timeout():
+    (first,) = outcomes_of_the_others(2, "hangs", 1, schedule="1f1b", clip=0.5)
+    assert "(STEP0) together with the other stages and the slices of this stage (rank 1)" in first.error
+
+
 def drain_alone(job, batches):
     """Stage 0 drains, stage 1 has gone to do something else."""
     engine = deepspeed_job.build(job)
@@ -336,6 +393,21 @@ def drain_alone(job, batches):
     if engine.stage_id == 1:
         time.sleep(600)
     engine.drain()
+
+
+def evaluate_alone(job):
+    engine = deepspeed_job.build(job)
+    if engine.stage_id == 1:
+        time.sleep(600)
+    engine.eval_batch(jobs.data(job.model))
+
+
+def test_an_evaluation_that_one_rank_misses_does_not_hang():
+    job = Job(stages=2, accumulation=2, script=(), config={"paci": {"timeout": 3}})
+    first, second = ranks.gather_outcomes(evaluate_alone, 2, (job,), timeout=60, grace=1)
+    assert second.ended == "killed"
+    assert first.raised[:1] == ("LinkError",), first
+    assert "evaluated together with the other ranks (rank 1)" in first.error
 
 
 @pytest.mark.parametrize("batches", [1, 0], ids=["waits for a gradient", "waits for the norms"])

@@ -12,6 +12,7 @@ from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_clip import assert_same_norms
 from integration_tests.test_deepspeed_collectives import recorded
+from paci_schedule.runtime.tied import drop_overflow
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
@@ -22,6 +23,12 @@ ACCUMULATIONS = ("train x4", "accumulate=5", "train x2", "accumulate=1", "train 
 
 def tied(**options):
     return Job(model="tied", **options)
+
+
+def overflowing(number=3, config=(), **options):
+    """A gradient of stage 0 is infinite in its update 2; parameters 0 and 1 are tied."""
+    options = {"stages": 2, "accumulation": 1, "script": MIXED, **options}
+    return tied(config={**dict(config), "poison": (0, 2, number)}, **options)
 
 
 JOBS = {
@@ -55,6 +62,14 @@ JOBS = {
     "a copy without a gradient, ZeRO-1": Job(stages=3, accumulation=1, script=MIXED, model="deaf", clip=0.6,
                                              precision="bf16-bf16", config=ZERO_1),
     "slack": tied(stages=3, accumulation=2, script=MIXED, clip=3.0, config={"paci": {"extra_in_flight": 3}}),
+    "overflow, fp32, clipping": overflowing(clip=2.0),
+    "overflow, bf16": overflowing(precision="bf16"),
+    "overflow, bf16, clipping": overflowing(precision="bf16", clip=2.0, warmup=True),
+    "overflow, bf16 sums": overflowing(precision="bf16-bf16"),
+    "overflow, bf16 sums, ZeRO-1": overflowing(precision="bf16-bf16", config=ZERO_1, clip=2.0),
+    "overflow under a flush, bf16": overflowing(precision="bf16", script=("schedule=1f1b", *MIXED)),
+    "overflow of a tied weight, bf16": overflowing(0, precision="bf16", warmup=True),
+    "overflow of a tied weight, bf16, clipping": overflowing(0, precision="bf16", clip=2.0),
 }
 
 
@@ -238,6 +253,14 @@ def test_ties_that_bf16_cannot_train_fail_at_once(model, schedule, error, says):
     [failed] = [outcome for outcome in outcomes if outcome.raised[:1] == (error,)][:1]
     assert says in failed.error
     assert all(outcome.ended == "raised" for outcome in outcomes)
+
+
+def test_what_overflows_is_dropped_element_by_element():
+    for dtype, huge in [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float16, 6e4)]:
+        gradient = torch.tensor([1.5, torch.inf, -torch.inf, torch.nan, huge, -huge, -2.0, 0.0], dtype=dtype)
+        sparse = gradient.to_sparse()
+        drop_overflow([gradient, sparse])
+        assert gradient.tolist() == sparse.to_dense().tolist() == [1.5, 0, 0, 0, 0, 0, -2.0, 0]
 
 
 # ---- nothing waits ---------------------------------------------------------------------------------------------------

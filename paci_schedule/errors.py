@@ -5,7 +5,7 @@ PaciError
 ├── UnsupportedError                 a feature, version or topology that PACI does not run with
 ├── ScheduleError                    a stream of ops that is not a valid pipeline schedule
 ├── DataEndedError (StopIteration)   the data iterator ended before a whole batch
-└── LinkError (RuntimeError)         a neighbouring stage did not answer in time, or is gone
+└── LinkError (RuntimeError)         another stage, or a replica, did not answer in time, or is gone
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DataEndedError(PaciError, StopIteration):
 
 
 class LinkError(PaciError, RuntimeError):
-    """A neighbouring stage did not answer in time, or its process is gone."""
+    """Another stage, or a replica of this one, did not answer in time, or its process is gone."""
 
 
 def nearest(value: str, valid: Iterable[str]) -> str:

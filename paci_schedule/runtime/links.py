@@ -12,8 +12,8 @@ that the data has ended before it waits for activations that will never come.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,9 +21,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from paci_schedule.errors import ConfigError, LinkError
+from paci_schedule.errors import ConfigError
 from paci_schedule.ops import Op
 from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
+from paci_schedule.runtime.waiting import waiting
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["Links"]
@@ -53,19 +54,9 @@ class _End:
     device: torch.device
     timeout: timedelta
 
-    @contextmanager
-    def during(self, doing: str) -> Iterator[None]:
-        """Turn a transport's error into one that says who waited for what."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise LinkError(
-                f"stage {self.stage} (rank {dist.get_rank()}) {doing} stage {self.peer_stage} (rank {self.peer}) and "
-                f"got no answer within the timeout of {self.timeout.total_seconds():g} s, or its process is gone: "
-                f"look at the log of rank {self.peer} first; if that stage is only slow, raise the "
-                'timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout seconds).  '
-                f"The transport says: {error}"
-            ) from error
+    def during(self, doing: str) -> AbstractContextManager[None]:
+        """Name who waited for what."""
+        return waiting(self.stage, doing, f"stage {self.peer_stage}", [self.peer], self.timeout)
 
 
 class _Inbox:

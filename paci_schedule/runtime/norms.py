@@ -7,15 +7,17 @@ stage r contributes its squared norm of update
 
 * v, for r = s;
 * v - 1, for r > s: it came up with the first gradient of the window;
-* v - ceil((d_r - d_s + 1) / a), for r < s: it came down with an activation (in a drain: with the last one);
+* v - ceil((d_r - d_s + 1) / a), for r < s: it came down with an activation;
 
-or of the last update before the pipe was last empty, where that is newer: a drain tells every stage every norm.
-Updates before the first count as zero.
+or of update E - 1, the last before the pipe was last empty, where that is newer: a drain tells every stage every norm.
+Updates before the first count as zero.  In a drain the last activation, n - 1, has told of the earlier stages what it
+could: the update of r < s is E + floor(max(0, n - 1 - d_r) / a) - 1 from then on.
 
 Stages that share a tied weight must scale its gradient alike, to the bit.  They *agree*: all stages, their own
 included, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
 
-A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.
+A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.  One with a tied
+weight does not skip, and its norm is finite (`runtime.tied`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from paci_schedule.errors import LinkError
+from paci_schedule.runtime.waiting import waiting
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["CarriedNorms", "NormGroup"]
@@ -112,14 +114,9 @@ class CarriedNorms:
         updates = range(self._update - self.memory, self._update)
         own = torch.stack([self._row(update)[self._stage] for update in updates])
         gathered = [torch.empty_like(own) for _ in range(self._spec.stages)]
-        try:
+        doing, ranks = "has drained and waited for the gradient norms of", dist.get_process_group_ranks(self._pipeline)
+        with waiting(self._stage, doing, "the other stages", ranks, self._timeout):
             dist.all_gather(gathered, own, group=self._pipeline, async_op=True).wait(self._timeout)
-        except RuntimeError as error:
-            raise LinkError(
-                f"stage {self._stage} (rank {dist.get_rank()}) has an empty pipe and waited for the other stages' "
-                f"gradient norms longer than the timeout of {self._timeout.total_seconds():g} s, or a process is gone: "
-                f"look at the logs of the other stages first; drain on every rank.  The transport says: {error}"
-            ) from error
         self._squares = dict(zip(updates, torch.stack(gathered, dim=1), strict=True))
         self._begin_at(self._update)
 

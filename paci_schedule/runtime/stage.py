@@ -79,6 +79,7 @@ class StageRunner:
         meter: drift and version counted so far.
         window_drift: the largest drift of the update's micro-batches so far.
         interrupted: an error left micro-batches in flight that nothing can finish.
+        at: the op that runs, or ran last.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class StageRunner:
         self.flushing = False
         self.admitted = self.finished = 0
         self.interrupted = False
+        self.at: Op | None = None
         self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
@@ -207,6 +209,7 @@ class StageRunner:
         self.interrupted = True
         self._finished.clear()
         for op in lower(segment, self.stage):
+            self.at = op
             self._execute[op.kind](op)
             self._stopwatch.lap(op)
         self.interrupted = False

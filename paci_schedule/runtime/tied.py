@@ -9,23 +9,42 @@ update, so they stay identical, version by version.  Precisely:
 * a drain changes nothing: the j newest sums stay pending, are saved with a checkpoint, and the next updates apply them;
 * an update under a flush (1F1B) applies its own sum at once, and whatever was pending with it: no gradient is lost;
 * where j shrinks (more micro-batches to an update), the next update applies all sums that are then due.
+
+An optimizer that skips an update with an overflow would part the copies: one stage would stand still, in weights and
+learning rate, where another applies the sum, and nobody knows in time.  So a stage with a copy never skips: what
+overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["TiedGradient", "delay_between"]
+__all__ = ["TiedGradient", "delay_between", "drop_overflow"]
+
+_LARGEST = 1e13  # the squares of 1e12 such numbers still add up to a finite float32
 
 
 def delay_between(spec: PipelineSpec, first: int, last: int) -> int:
     """j for a weight that the stages from `first` to `last` share, in updates."""
     return -(-(spec.look_ahead(first) - spec.look_ahead(last)) // spec.accumulation)
+
+
+def drop_overflow(gradients: Iterable[torch.Tensor]) -> None:
+    """Make zero, in place, every element that is not finite, or so large that a sum of its kind might not be.
+
+    Element by element, so that ranks that hold the same numbers make the same of them without asking each other.
+    """
+    for gradient in gradients:
+        values = gradient._values() if gradient.is_sparse else gradient
+        limit = min(_LARGEST, torch.finfo(values.dtype).max / 2)
+        values.masked_fill_(~(values.abs() < limit), 0.0)
 
 
 class TiedGradient:
@@ -34,11 +53,17 @@ class TiedGradient:
     Args:
         group: the ranks that hold a copy.
         delay: j, in updates.
+        timeout: how long the other stages may take under a flush, and where the pipe is empty.  Else a sum may be under
+            way for as long as the training loop does something else, and the group's own timeout holds.
+
+    Attributes:
+        ranks: of the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup, delay: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, delay: int, timeout: timedelta) -> None:
         self.delay = delay
-        self._group = group
+        self.ranks = dist.get_process_group_ranks(group)
+        self._group, self._timeout = group, timeout
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
 
     def exchange(self, gradient: torch.Tensor) -> None:
@@ -51,7 +76,7 @@ class TiedGradient:
 
     def exchange_now(self, gradient: torch.Tensor) -> None:
         """As `exchange`, under a flush: apply this update's sum and all that are pending."""
-        dist.all_reduce(gradient, group=self._group)
+        dist.all_reduce(gradient, group=self._group, async_op=True).wait(self._timeout)
         while self._pending:
             gradient.add_(self._pop())
 
@@ -59,7 +84,7 @@ class TiedGradient:
         """The sums that wait to be applied, oldest first; to be read and changed in place while the pipe is empty."""
         for _, work in self._pending:
             if work is not None:
-                work.wait()
+                work.wait(self._timeout)
         self._pending = deque((total, None) for total, _ in self._pending)
         return [total for total, _ in self._pending]
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -43,7 +43,8 @@ from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
-from paci_schedule.runtime.tied import TiedGradient, delay_between
+from paci_schedule.runtime.tied import TiedGradient, delay_between, drop_overflow
+from paci_schedule.runtime.waiting import limit, waiting
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -65,7 +66,7 @@ class PaciPipelineEngine(PipelineEngine):
     Raises:
         ConfigError: an option that the rules do not allow.
         UnsupportedError: a feature that PACI does not run with.
-        LinkError: a neighbouring stage did not answer within ``"paci": {"timeout": seconds}``.
+        LinkError: a neighbouring stage or a replica did not answer within ``"paci": {"timeout": seconds}``.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class PaciPipelineEngine(PipelineEngine):
         module: PipelineModule = kwargs["model"]
         check_supported(config_class, options, module)
         grid = module.mpu()
-        timeout = timedelta(seconds=options.timeout)
+        self._timeout = timeout = timedelta(seconds=options.timeout)
         spec = PipelineSpec(
             stages=module.num_stages,
             accumulation=config_class.gradient_accumulation_steps,
@@ -101,6 +102,13 @@ class PaciPipelineEngine(PipelineEngine):
         # DeepSpeed's slicing of messages over tensor-parallel ranks is its own protocol; ours sends them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         self._tied = self._tied_gradients(spec)
+        for group in (
+            grid.get_data_parallel_group(),
+            grid.get_slice_parallel_group(),
+            grid.get_model_parallel_group(),
+            grid.get_pipe_parallel_group(),
+        ):
+            limit(group, timeout)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timeout)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
@@ -119,7 +127,7 @@ class PaciPipelineEngine(PipelineEngine):
         Raises:
             ConfigError: `data_iter` is no iterator; raised before anything is run.
             DataEndedError: the iterator ended before a whole batch.  The pipe has been drained; save and stop.
-            LinkError: a neighbouring stage did not answer in time.
+            LinkError: a neighbouring stage or a replica did not answer in time.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
@@ -227,9 +235,11 @@ class PaciPipelineEngine(PipelineEngine):
             for weight, (name, tied) in zip(weights, self._tied.items(), strict=True):
                 if weight.requires_grad:
                     gradient = self._tied_gradient(name, weight)
-                    tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
-            self._exec_reduce_grads()
-            self._exec_optimizer_step()
+                    with self._waiting_for_copies(tied):
+                        tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
+            with self._waiting_for_replicas("updated"):
+                self._exec_reduce_grads()
+                self._exec_optimizer_step()
         if self._norms is not None:
             self._norms.close_update()
         if self._reporter is not None and self._reporter.wants(self.global_steps):
@@ -249,7 +259,11 @@ class PaciPipelineEngine(PipelineEngine):
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
         self.drain()
-        return super().eval_batch(*args, **kwargs)
+        everyone = range(dist.get_world_size())
+        with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
+            # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.
+            dist.barrier(async_op=True).wait(self._timeout)
+            return super().eval_batch(*args, **kwargs)
 
     def save_checkpoint(
         self,
@@ -367,6 +381,24 @@ class PaciPipelineEngine(PipelineEngine):
         for parameter in with_gradient:
             parameter.grad.mul_(scale)
 
+    def _exec_reduce_grads(self) -> None:
+        shares = any(len(comm["ranks"]) > 1 for comm in self.module.tied_comms.values())
+        # ZeRO keeps its sums to itself; as it divides first, they are finite if their summands are.
+        before = self.zero_optimization() and not self.using_bf16_optimizer
+        if shares and before:
+            drop_overflow(self._gradients())
+        super()._exec_reduce_grads()
+        if shares and not before:
+            drop_overflow(self._gradients())
+
+    def _gradient(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
+        """What this update's micro-batches have accumulated."""
+        return getattr(weight, "_hp_grad", None) if self.using_bf16_optimizer else weight.grad
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        every = (self._gradient(weight) for weight in self.module.parameters() if weight.requires_grad)
+        return (gradient for gradient in every if gradient is not None)
+
     def _tied_gradients(self, spec: PipelineSpec) -> dict[str, TiedGradient]:
         """One for each entry of the module's tied weights, in its order, by a name that says which stages hold it."""
         tied = {}
@@ -374,29 +406,33 @@ class PaciPipelineEngine(PipelineEngine):
             stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
             delay = delay_between(spec, min(stages), max(stages))
             for weight in comm["weight_attr"]:
-                tied[f"{key}.{weight} of stages {stages} of {spec.stages}"] = TiedGradient(comm["group"], delay)
+                name = f"{key}.{weight} of stages {stages} of {spec.stages}"
+                tied[name] = TiedGradient(comm["group"], delay, self._timeout)
         return tied
 
     def _tied_gradient(self, name: str, weight: torch.nn.Parameter) -> torch.Tensor:
         """The gradient of this stage's copy at this update; zeros if no loss depends on it."""
-        if self.using_bf16_optimizer:
-            if not hasattr(weight, "_hp_grad"):
-                raise UnsupportedError(
-                    f"tied weight {name}: no loss depends on the copy of stage {self.stage_id}, so that "
-                    "BF16_Optimizer has no gradient for the others' sum; freeze the weight, use it, or train in fp32"
-                )
-            return weight._hp_grad
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return weight.grad
+        gradient = self._gradient(weight)
+        if gradient is None and self.using_bf16_optimizer:
+            raise UnsupportedError(
+                f"tied weight {name}: no loss depends on the copy of stage {self.stage_id}, so that BF16_Optimizer has "
+                "no gradient for the others' sum; freeze the weight, use it, or train in fp32"
+            )
+        if gradient is None:
+            gradient = weight.grad = torch.zeros_like(weight)
+        return gradient
 
     def _pending_sums(self) -> dict[str, list[torch.Tensor]]:
         """The tied gradients' pending sums, made the same on all replicas, of which one writes the checkpoint."""
-        sums = {name: tied.pending() for name, tied in self._tied.items()}
+        sums = {}
+        for name, tied in self._tied.items():
+            with self._waiting_for_copies(tied):
+                sums[name] = tied.pending()
         if self.is_data_parallel:
             for total in (total for pending in sums.values() for total in pending):
                 total.div_(self.dp_world_size)
-                dist.all_reduce(total, group=self.grid.get_data_parallel_group())
+                with self._waiting_for_replicas("averaged pending sums"):
+                    dist.all_reduce(total, group=self.grid.get_data_parallel_group())
         return sums
 
     def _load_late(self, path: str, late: dict[str, Any]) -> None:
@@ -438,8 +474,20 @@ class PaciPipelineEngine(PipelineEngine):
     def _mean_over_replicas(self, losses: torch.Tensor) -> torch.Tensor:
         if self.is_data_parallel:
             losses = losses / self.dp_world_size
-            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
+            with self._waiting_for_replicas("averaged losses"):
+                dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
         return losses
+
+    def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
+        whom = "the replicas of this stage" if self.is_data_parallel else "the slices of this stage"
+        ranks = self.grid.topology().filter_match(pipe=self.stage_id)
+        if self._norm_group is not None and self._runner.flushing:
+            whom, ranks = f"the other stages and {whom}", {*ranks, *self.grid.pp_group}
+        return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", whom, ranks, self._timeout)
+
+    def _waiting_for_copies(self, tied: TiedGradient) -> AbstractContextManager[None]:
+        doing = f"summed ({self._runner.at}) the gradients of a tied weight over"
+        return waiting(self.stage_id, doing, "the stages that hold it", tied.ranks, self._timeout)
 
 
 def _some(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:

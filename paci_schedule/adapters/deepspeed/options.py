@@ -22,7 +22,7 @@ class PaciOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     timeout: float = Field(600.0, gt=0, le=30 * 86_400, allow_inf_nan=False, strict=True)
-    """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
+    """Seconds that a neighbouring stage or a replica may take to answer before this rank gives up with a LinkError."""
 
     clip: Literal["global", "stage"] = "global"
     """Whose norm "gradient_clipping" limits: the whole model's, with other stages' parts late, or each stage's own."""

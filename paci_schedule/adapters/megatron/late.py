@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Late:
         weight: this stage's copy of the tied embedding, if it holds one.
         group: the ranks that hold a copy.
         spec: the pipeline.
+        timeout: how long the other stages may take where the pipe is empty.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class Late:
         weight: torch.nn.Parameter | None,
         group: dist.ProcessGroup | None,
         spec: PipelineSpec,
+        timeout: timedelta,
     ) -> None:
         self.norms = norms
         self._weight = weight
-        self._tied = None if weight is None else TiedGradient(group, delay_between(spec, 0, spec.stages - 1))
+        self._tied = None if weight is None else TiedGradient(group, delay_between(spec, 0, spec.stages - 1), timeout)
         self._updating = False
 
     def respec(self, spec: PipelineSpec) -> None:

@@ -66,7 +66,7 @@ class ModelStream:
         if options.clip == "global":
             norms = CarriedNorms(spec, stage, group, device, agrees=ties, timeout=timeout)
         ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
-        self.late = Late(norms, weight, ends, spec)
+        self.late = Late(norms, weight, ends, spec, timeout)
         make_optimizer_local(self._config, norms, warn=stage == 0)
         links = Links(spec, pipelines, device, timeout)
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)

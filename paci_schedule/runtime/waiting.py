@@ -1,0 +1,63 @@
+"""Waiting for other ranks: not longer than the timeout, and with an error that says who waited for whom."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from paci_schedule.errors import LinkError
+
+__all__ = ["limit", "waiting"]
+
+# What gloo and NCCL write.  Whatever else fails while a collective may be under way is an error of its own.
+_TRANSPORT = re.compile(r"gloo|nccl|timed? ?out|clos(ed|ure)|connection|abort", re.IGNORECASE)
+
+
+@contextmanager
+def waiting(stage: int, doing: str, whom: str, ranks: Iterable[int], timeout: timedelta) -> Iterator[None]:
+    """Turn a transport's error into one that says who waited for what.
+
+    Args:
+        stage: this rank's.
+        doing: what it did, up to a preposition: "waited (RG2) for the gradient of micro-batch 2 from".
+        whom: "stage 1", "the replicas of this stage".
+        ranks: whose logs to look at; this rank is left out.
+        timeout: how long they may take.
+
+    Raises:
+        LinkError: in place of the transport's error.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        others = [rank for rank in ranks if rank != dist.get_rank()]
+        # torch writes a collective's error to its log, and fails at that for a group it does not know (NormGroup).
+        told = error.__context__ if isinstance(error, ValueError) else error
+        if not others or not _is_of_transport(told):
+            raise
+        named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+        raise LinkError(
+            f"stage {stage} (rank {dist.get_rank()}) {doing} {whom} ({named}) and got no answer within the timeout of "
+            f"{timeout.total_seconds():g} s, or a process is gone: look at the log of {named} first; if nothing is "
+            'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout '
+            f"seconds).  The transport says: {told}"
+        ) from told
+
+
+def _is_of_transport(error: BaseException | None) -> bool:
+    if not isinstance(error, RuntimeError) or isinstance(error, LinkError):  # a LinkError names who waited already
+        return False
+    return isinstance(error, dist.DistError) or _TRANSPORT.search(str(error)) is not None
+
+
+def limit(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let no collective of the group wait longer than `timeout`, where it would and its backend can be told."""
+    for device in group._device_types:
+        backend = group._get_backend(device)
+        options = getattr(backend, "options", None)
+        if options is not None and timeout < options._timeout:
+            backend._set_default_timeout(timeout)
