@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,19 +73,24 @@ class Late:
         self._updating = False
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Within it, Megatron-core's own sum of the tied embedding's gradients is the deferred one."""
+    def exchanging(self, now: bool = False) -> Iterator[None]:
+        """Within it, Megatron-core's own sum of the tied embedding's gradients is the deferred one.
+
+        Args:
+            now: the sum is applied at once, and with it those that wait.
+        """
         module = sys.modules["megatron.core.distributed.finalize_model_grads"]
         stock = module._allreduce_word_embedding_grads
-        module._allreduce_word_embedding_grads = self._exchange
+        module._allreduce_word_embedding_grads = partial(self._exchange, now)
         try:
             yield
         finally:
             module._allreduce_word_embedding_grads = stock
 
-    def _exchange(self, *_: Any, **__: Any) -> None:
+    def _exchange(self, now: bool, *_: Any, **__: Any) -> None:
         if self._tied is not None:
-            self._tied.exchange(self._weight.main_grad)
+            exchange = self._tied.exchange_now if now else self._tied.exchange
+            exchange(self._weight.main_grad)
 
     def state(self) -> dict[str, list[Any]]:
         """Of an empty pipe, for a checkpoint; see `load_state`."""
