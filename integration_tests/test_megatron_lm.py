@@ -167,7 +167,8 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
 
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--paci-clip=none", "argument --paci-clip"), ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds")],
+    [("--paci-clip=none", "argument --paci-clip"), ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
+     ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds")],
 )
 def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
     assert said in pretrain(checkout, "paci", 1, flag, expect=1)
