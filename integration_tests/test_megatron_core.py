@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import sys
 import types
 
@@ -355,6 +356,9 @@ REFUSED = {
     "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
     "did you mean 'timeout'?": {"paci": {"timeot": 3}},
+    "'timeout': inf": {"paci": {"timeout": math.inf}},
+    "'timeout': 1e+20": {"paci": {"timeout": 1e20}},
+    "'timeout': True": {"paci": {"timeout": True}},
     "'drain_interval': 1.5": {"paci": {"drain_interval": 1.5}},
     "config.paci = {'train_iters': n}": {"calls": 4, "missing": 5, "paci": {"timeout": 8}},
 }
@@ -380,7 +384,7 @@ def test_a_pipeline_of_one_stage_is_the_stock_schedule():
     assert paci.losses == stock.losses
 
 
-def register_late():
+def register_late(alias):
     """What registration says when a training loop has imported the selector by name."""
     shim.install()
     import megatron.core.pipeline_parallel
@@ -388,7 +392,7 @@ def register_late():
     import paci_schedule
 
     loop = types.ModuleType("a_training_loop")
-    loop.get_forward_backward_func = megatron.core.pipeline_parallel.get_forward_backward_func
+    setattr(loop, alias, megatron.core.pipeline_parallel.get_forward_backward_func)
     sys.modules[loop.__name__] = loop
     try:
         paci_schedule.register()
@@ -396,6 +400,22 @@ def register_late():
         return str(error)
 
 
-def test_a_selector_that_was_imported_before_registration_is_said_so():
-    [said] = run_ranks(register_late, 1)
-    assert "a_training_loop imported get_forward_backward_func before paci_schedule was registered" in said
+@pytest.mark.parametrize("alias", ["get_forward_backward_func", "gfb"])
+def test_a_selector_that_was_imported_before_registration_is_said_so(alias):
+    [said] = run_ranks(register_late, 1, (alias,))
+    assert f"a_training_loop (as {alias}) imported get_forward_backward_func before paci_schedule was reg" in said
+
+
+def call_stock(schedule):
+    """What a call of the selector's function gives where Megatron-core has no process groups yet."""
+    shim.install()
+    from paci_schedule.adapters.megatron.dispatch import Selector
+
+    model = torch.nn.Module()
+    model.config = types.SimpleNamespace(pipeline_schedule=schedule)
+    return Selector(lambda: lambda **call: sorted(call))()(model=model, num_microbatches=2)
+
+
+def test_the_stock_schedule_is_handed_the_call_and_nothing_else_is_looked_at():
+    for schedule in (None, "1f1b"):
+        assert run_ranks(call_stock, 1, (schedule,)) == [["forward_only", "model", "num_microbatches"]]

@@ -42,6 +42,7 @@ class Selector:
     """
 
     def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
+        functools.update_wrapper(self, stock)  # it still takes what the hook is probed for
         self.stock = stock
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
@@ -97,10 +98,11 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
 def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
     check_installed()
     early = sorted(
-        name
-        for name, module in list(sys.modules.items())
-        if module not in (schedules, pipeline_parallel)
-        and getattr(module, "__dict__", {}).get("get_forward_backward_func") is stock
+        f"{module} (as {name})"
+        for module, names in [(name, getattr(module, "__dict__", {})) for name, module in list(sys.modules.items())]
+        if module not in (schedules.__name__, pipeline_parallel.__name__)
+        for name, value in list(names.items())
+        if value is stock
     )
     if early:
         raise UnsupportedError(
