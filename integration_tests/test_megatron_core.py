@@ -406,6 +406,21 @@ def test_a_selector_that_was_imported_before_registration_is_said_so(alias):
     assert f"a_training_loop (as {alias}) imported get_forward_backward_func before paci_schedule was reg" in said
 
 
+def train_initialized(jobs):
+    """As `train_all`, where Megatron-LM's initialize_megatron has run, but not its training loop."""
+    args = types.SimpleNamespace(train_iters=2, save="somewhere", save_interval=1, exit_interval=None)
+    sys.modules["megatron.training.global_vars"] = types.SimpleNamespace(_GLOBAL_ARGS=args)
+    return train_all(jobs)
+
+
+def test_a_loop_of_ones_own_on_megatron_lms_arguments_counts_its_own_calls():
+    job = GptJob(calls=4, paci={"drain_interval": 3})
+    for [plain], [initialized] in zip(*(run_ranks(each, 2, ([job],)) for each in (train_all, train_initialized)),
+                                      strict=True):
+        assert_equal(initialized.weights, plain.weights, "weight")
+        assert initialized.parked == plain.parked
+
+
 def call_stock(schedule):
     """What a call of the selector's function gives where Megatron-core has no process groups yet."""
     shim.install()

@@ -124,6 +124,11 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(check
     said = pretrain(checkout, "paci", 2, common, "--train-iters 6 --load", whole)
     assert "for 1 of the 2 ranks" in said
     assert logged(said)[4][2:] != straight[4][2:]
+    # Where the stock schedule has written the checkpoint anew, what PACI left beside the old one is not of its weights.
+    (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
+    pretrain(checkout, "1f1b", 2, common, "--train-iters 6 --load", whole, "--save", whole)
+    said = pretrain(checkout, "paci", 2, common, "--train-iters 7 --override-opt-param-scheduler --load", whole)
+    assert "for 2 of the 2 ranks of this topology, for 0 of them with the weights" in said
     # Both ways: the stock schedule goes on from ours, and ours from the stock's.
     longer = "--override-opt-param-scheduler"
     third = logged(pretrain(checkout, "1f1b", 2, common, longer, "--train-iters 9 --load", resumed, "--save", stock))

@@ -15,7 +15,7 @@ from paci_schedule.runtime.norms import CarriedNorms
 from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["Late", "tied_embedding", "unwrapped"]
+__all__ = ["Late", "fingerprint", "tied_embedding", "unwrapped"]
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -31,6 +31,11 @@ def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | N
     if not getattr(model, "share_embeddings_and_output_weights", False):
         return False, None
     return True, model.shared_embedding_or_output_weight()
+
+
+def fingerprint(model: torch.nn.Module) -> list[int]:
+    """A number for each weight: the sum of its bytes, taken where it lies.  Another version of a model has another."""
+    return [int(p.detach().flatten().view(torch.uint8).sum(dtype=torch.int64)) for p in model.parameters()]
 
 
 class Late:

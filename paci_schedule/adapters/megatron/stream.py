@@ -79,7 +79,7 @@ class ModelStream:
         self._between_calls = ExitStack()
         if args is not None:
             job.make_local(self._config)
-            job.keep_late(self.late, self.settle, sharded=is_sharded(self._config))
+            job.keep_late(self._model, self.late, self.settle, sharded=is_sharded(self._config))
 
     def train_batch(
         self,
