@@ -98,10 +98,10 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
 def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
     check_installed()
     early = sorted(
-        f"{module} (as {name})"
-        for module, names in [(name, getattr(module, "__dict__", {})) for name, module in list(sys.modules.items())]
-        if module not in (schedules.__name__, pipeline_parallel.__name__)
-        for name, value in list(names.items())
+        f"{importer} (as {name})"
+        for importer, module in list(sys.modules.items())
+        if module is not schedules and module is not pipeline_parallel
+        for name, value in list(getattr(module, "__dict__", {}).items())
         if value is stock
     )
     if early:
