@@ -30,7 +30,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "megatron": MEGATRON,
         "launch": LAUNCH,
-        "dev": [*LAUNCH, "pytest", "pytest-timeout", "ruff"],
+        # six: imported by the tokenizers of Megatron-LM core_v0.16.1, which does not declare it.
+        "dev": [*LAUNCH, "pytest", "pytest-timeout", "ruff", "six"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

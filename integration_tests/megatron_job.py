@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ class GptJob:
     count_zeros: bool = False
     accumulations: tuple[int, ...] = ()
     """Micro-batches of each call, where they change."""
+    schedules: tuple[str, ...] = ()
+    """Of each call, where it changes."""
+    of_each_call: int = 0
+    """Micro-batches of the iterator that each call gets of its own; 0 for one iterator of all calls."""
     missing: int = 0
     """Micro-batches that the data has fewer than the calls need."""
     evaluate_after: tuple[int, ...] = ()
@@ -231,11 +236,13 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
     shape = {"seq_length": SEQUENCE, "micro_batch_size": 2}
     for call, accumulation in enumerate(accumulations):
         begins(call)
+        if job.schedules:
+            model.config.pipeline_schedule = job.schedules[call]
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reduced = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=data, model=[model], num_microbatches=accumulation,
-            forward_only=False, **shape,
+            forward_step_func=forward_step, model=[model], num_microbatches=accumulation, forward_only=False,
+            data_iterator=itertools.islice(data, job.of_each_call) if job.of_each_call else data, **shape,
         )
         seen.losses.append([entry["lm loss"].item() for entry in reduced])
         seen.gradients.append({name: p.main_grad.clone().cpu() for name, p in model.named_parameters()})

@@ -102,6 +102,49 @@ def test_flags_that_a_script_has_itself_stay_its_own(tmp_path):
     assert launch("paci_schedule.launch", str(script), "--pipeline-schedule", "1f1b", "--x").stdout.strip() == "['--x']"
 
 
+FRAMEWORKS = {
+    "deepspeed": {"deepspeed/__init__.py": "__version__ = '0.1'\n"},
+    "megatron": {"megatron/__init__.py": "", "megatron/core/__init__.py": "__version__ = '0.1'\n"},
+}
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("old", FRAMEWORKS)
+def test_a_job_is_not_stopped_by_another_framework_s_version(old, tmp_path):
+    """What is too old is left out with a word, unless it is asked for by name, or nothing else is there."""
+    write(tmp_path, {**FRAMEWORKS[old], "train.py": f"""
+import paci_schedule
+paci_schedule.register()
+try:
+    paci_schedule.register({old!r})
+except paci_schedule.UnsupportedError as error:
+    print("refused", error)
+"""})
+    done = launch("paci_schedule.launch", str(tmp_path / "train.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"refused paci_schedule cannot register with this {old}" in done.stdout.lower()
+    assert f"a {old} job would run its own schedule" in done.stderr
+    for files in FRAMEWORKS.values():
+        write(tmp_path, files)
+    done = launch("paci_schedule.launch", str(tmp_path / "train.py"))
+    assert done.returncode != 0
+    assert "UnsupportedError: paci_schedule cannot register with" in done.stderr
+
+
+def test_a_megatron_job_never_imports_deepspeed(tmp_path):
+    """Unless it is a DeepSpeed job that lies beside Megatron-LM."""
+    write(tmp_path, {"deepspeed/__init__.py": "raise SystemExit('imported')", "megatron/training/__init__.py": "",
+                     "train.py": "print('ran')"})
+    done = launch("paci_schedule.launch", str(tmp_path / "train.py"), "--pipeline-schedule", "1f1b")
+    assert (done.stdout, done.returncode) == ("ran\n", 0), done.stderr[-3000:]
+    assert "imported" in launch("paci_schedule.launch", str(tmp_path / "train.py"), "--deepspeed_config", "x").stderr
+
+
 def test_an_error_of_the_script_is_the_script_s(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(7)\n")

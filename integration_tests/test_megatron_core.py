@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import sys
 import types
 
@@ -143,8 +144,9 @@ def test_so_they_are_with_data_parallel_replicas():
         GptJob(stages=3, accumulation=2, calls=3, lr=0.0),
         GptJob(stages=2, accumulation=3, calls=3, lr=0.0, tensor_parallel=2),
         GptJob(stages=3, calls=4, accumulations=(2, 2, 3, 3), lr=0.0, paci={"drain_interval": 2}),
+        GptJob(stages=3, calls=3, of_each_call=2, lr=0.0, paci={"drain_interval": 1}),
     ],
-    ids=["pipeline", "tensor parallel", "another number of micro-batches"],
+    ids=["pipeline", "tensor parallel", "another number of micro-batches", "an iterator for each call"],
 )
 def test_with_a_learning_rate_of_0_losses_and_gradients_are_the_stock_schedules(job):
     stock = dataclasses.replace(job, schedule="1f1b")
@@ -201,6 +203,58 @@ def test_another_number_of_micro_batches_is_taken_where_the_pipe_is_empty_alone(
     assert "drain_interval" in said
 
 
+SWITCHED = ("paci", "paci", "1f1b", "1f1b", "paci", "paci")
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"data_parallel": 2, "distributed_optimizer": True}], ids=["pipeline", "sharded optimizer"]
+)
+def test_a_call_of_the_stock_schedule_in_between_is_stock_where_the_pipe_is_empty(change):
+    """Gradients, norms and zeros, with a learning rate of 0; and PACI goes on with the norms of the stock calls."""
+    job = GptJob(calls=6, lr=0.0, clip_grad=0.2, schedules=SWITCHED, count_zeros=True, paci={"drain_interval": 2},
+                 **change)
+    by_stage = dataclasses.replace(job, paci={**job.paci, "clip": "stage"})
+    stock = dataclasses.replace(job, schedules=(), schedule="1f1b")
+    ranks = run_ranks(train_all, world(job), ([job, by_stage, stock],))
+    for *switched, stock in ranks:
+        for trained in switched:
+            assert trained.losses == stock.losses
+            for call, schedule in enumerate(SWITCHED):
+                if schedule == "1f1b":
+                    assert trained.norms[call] == stock.norms[call]
+                    assert trained.zeros[call] == stock.zeros[call]
+                if not job.distributed_optimizer:  # whose buffers hold a rank's own part alone
+                    assert_equal(trained.gradients[call], stock.gradients[call], f"call {call}, gradient of")
+    if not job.distributed_optimizer:
+        squares = [
+            [sum(float(gradient.square().sum()) for gradient in call.values()) for call in trained.gradients]
+            for trained, *_ in ranks
+        ]
+        for stage, (trained, *_) in enumerate(ranks):
+            assert trained.norms[4] == pytest.approx((squares[stage][4] + squares[1 - stage][3]) ** 0.5, rel=1e-5)
+
+
+def test_tied_gradients_that_wait_are_applied_by_the_first_stock_call():
+    job = GptJob(stages=3, accumulation=1, calls=6, lr=0.0, tied=True, schedules=SWITCHED, paci={"drain_interval": 2})
+    first, _, last = run_ranks(train_all, 3, ([job, dataclasses.replace(job, schedules=(), schedule="1f1b")],))
+    for (trained, stock), name in ((first, "embedding.word_embeddings.weight"), (last, "output_layer.weight")):
+        got, should = ([call[f"module.{name}"] for call in each.gradients] for each in (trained, stock))
+        assert [bool(gradient.any()) for gradient in got] == [False, False, True, True, False, False]
+        assert torch.equal(got[3], should[3])
+        torch.testing.assert_close(sum(got[:3]), sum(should[:3]))
+
+
+def test_what_would_mix_up_parked_micro_batches_is_refused():
+    """Another schedule, on every rank, also where the stage itself has none parked; and another data iterator."""
+    switched = GptJob(stages=3, calls=2, schedules=("paci", "1f1b"))
+    fed = GptJob(stages=3, calls=2, of_each_call=4)
+    first, middle, last = run_ranks(refusals, 3, ([switched, fed],))
+    assert first == middle == last
+    assert "'1f1b' after 'paci', with 2 micro-batches in flight" in first[0]
+    assert "another data_iterator than in the call before, with 2 micro-batches in flight" in first[1]
+    assert all("{'drain_interval': n}" in said for said in first)
+
+
 def models_left(jobs):
     """How many models are still there after each of several jobs in one process."""
     from megatron.core.models.gpt import GPTModel
@@ -232,7 +286,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(change):
 def test_a_state_that_would_lose_micro_batches_is_refused():
     first, last = run_ranks(refusals, 2, ([GptJob(calls=3, resume_after=2)],))
     assert first == last
-    assert "1 micro-batches are in flight" in first[0]
+    assert "1 micro-batches in flight" in first[0]
     assert "drain_interval" in first[0]
 
 
@@ -302,6 +356,9 @@ REFUSED = {
     "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
     "did you mean 'timeout'?": {"paci": {"timeot": 3}},
+    "'timeout': inf": {"paci": {"timeout": math.inf}},
+    "'timeout': 1e+20": {"paci": {"timeout": 1e20}},
+    "'timeout': True": {"paci": {"timeout": True}},
     "'drain_interval': 1.5": {"paci": {"drain_interval": 1.5}},
     "config.paci = {'train_iters': n}": {"calls": 4, "missing": 5, "paci": {"timeout": 8}},
 }
@@ -327,7 +384,7 @@ def test_a_pipeline_of_one_stage_is_the_stock_schedule():
     assert paci.losses == stock.losses
 
 
-def register_late():
+def register_late(alias):
     """What registration says when a training loop has imported the selector by name."""
     shim.install()
     import megatron.core.pipeline_parallel
@@ -335,7 +392,7 @@ def register_late():
     import paci_schedule
 
     loop = types.ModuleType("a_training_loop")
-    loop.get_forward_backward_func = megatron.core.pipeline_parallel.get_forward_backward_func
+    setattr(loop, alias, megatron.core.pipeline_parallel.get_forward_backward_func)
     sys.modules[loop.__name__] = loop
     try:
         paci_schedule.register()
@@ -343,6 +400,37 @@ def register_late():
         return str(error)
 
 
-def test_a_selector_that_was_imported_before_registration_is_said_so():
-    [said] = run_ranks(register_late, 1)
-    assert "a_training_loop imported get_forward_backward_func before paci_schedule was registered" in said
+@pytest.mark.parametrize("alias", ["get_forward_backward_func", "gfb"])
+def test_a_selector_that_was_imported_before_registration_is_said_so(alias):
+    [said] = run_ranks(register_late, 1, (alias,))
+    assert f"a_training_loop (as {alias}) imported get_forward_backward_func before paci_schedule was reg" in said
+
+
+def train_initialized(jobs):
+    """As `train_all`, where Megatron-LM's initialize_megatron has run, but not its training loop."""
+    args = types.SimpleNamespace(train_iters=2, save="somewhere", save_interval=1, exit_interval=None)
+    sys.modules["megatron.training.global_vars"] = types.SimpleNamespace(_GLOBAL_ARGS=args)
+    return train_all(jobs)
+
+
+def test_a_loop_of_ones_own_on_megatron_lms_arguments_counts_its_own_calls():
+    job = GptJob(calls=4, paci={"drain_interval": 3})
+    for [plain], [initialized] in zip(*(run_ranks(each, 2, ([job],)) for each in (train_all, train_initialized)),
+                                      strict=True):
+        assert_equal(initialized.weights, plain.weights, "weight")
+        assert initialized.parked == plain.parked
+
+
+def call_stock(schedule):
+    """What a call of the selector's function gives where Megatron-core has no process groups yet."""
+    shim.install()
+    from paci_schedule.adapters.megatron.dispatch import Selector
+
+    model = torch.nn.Module()
+    model.config = types.SimpleNamespace(pipeline_schedule=schedule)
+    return Selector(lambda: lambda **call: sorted(call))()(model=model, num_microbatches=2)
+
+
+def test_the_stock_schedule_is_handed_the_call_and_nothing_else_is_looked_at():
+    for schedule in (None, "1f1b"):
+        assert run_ranks(call_stock, 1, (schedule,)) == [["forward_only", "model", "num_microbatches"]]

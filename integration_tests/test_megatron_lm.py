@@ -34,7 +34,7 @@ MODEL = shlex.split("""
 """)
 
 
-def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0):
+def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None):
     """Run the script; returns what it wrote.  `arguments` may hold spaces between flags and values."""
     flags = [word for argument in arguments for word in argument.split()]
     module = ["paci_schedule.launch"]
@@ -48,7 +48,8 @@ def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0):
     run = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(stages),
-            "-m", *module, f"{checkout}/pretrain_gpt.py", *(["--pipeline-schedule", schedule] if schedule else []),
+            "-m", *module, str(script or f"{checkout}/pretrain_gpt.py"),
+            *(["--pipeline-schedule", schedule] if schedule else []),
             "--pipeline-model-parallel-size", str(stages), *MODEL, *flags,
         ],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
@@ -124,11 +125,28 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(check
     said = pretrain(checkout, "paci", 2, common, "--train-iters 6 --load", whole)
     assert "for 1 of the 2 ranks" in said
     assert logged(said)[4][2:] != straight[4][2:]
+    # Where the stock schedule has written the checkpoint anew, what PACI left beside the old one is not of its weights.
+    (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
+    pretrain(checkout, "1f1b", 2, common, "--train-iters 6 --load", whole, "--save", whole)
+    said = pretrain(checkout, "paci", 2, common, "--train-iters 7 --override-opt-param-scheduler --load", whole)
+    assert "for 2 of the 2 ranks of this topology, for 0 of them with the weights" in said
     # Both ways: the stock schedule goes on from ours, and ours from the stock's.
     longer = "--override-opt-param-scheduler"
     third = logged(pretrain(checkout, "1f1b", 2, common, longer, "--train-iters 9 --load", resumed, "--save", stock))
     fourth = logged(pretrain(checkout, "paci", 2, common, longer, "--train-iters 11 --load", stock))
     assert [line[0] for line in (*third.values(), *fourth.values())] == [str(3 * n) for n in range(7, 12)]
+
+
+def test_weights_are_taken_without_the_optimizers_state(checkout, tmp_path):
+    """With a learning rate of 0 they are those that the run began with."""
+    still = "--lr 0 --min-lr 0 --clip-grad 0 --eval-iters 0 --eval-interval 100 --ckpt-format torch"
+    whole = logged(pretrain(checkout, "paci", 2, still, "--train-iters 3 --save-interval 2 --save", str(tmp_path)))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    for flags, first, last in (("--finetune", 1, 2), ("--no-load-optim --no-load-rng", 3, 3)):
+        some = logged(pretrain(checkout, "paci", 2, still, flags, f"--train-iters {last} --load {tmp_path}"))
+        assert {key: value[:3] for key, value in some.items()} == {
+            key: whole[key][:3] for key in range(first, last + 1)
+        }
 
 
 @pytest.mark.parametrize("stages", [2, 4])
@@ -165,9 +183,61 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
     assert set(flags) <= set(listed)
 
 
+OWN_LOOP = """
+from functools import partial
+import torch
+from gpt_builders import gpt_builder
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from megatron.training import arguments
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import setup_model_and_optimizer
+from model_provider import model_provider
+
+if hasattr(arguments, "parse_and_validate_args"):  # later versions read the arguments before
+    arguments.parse_and_validate_args()
+initialize_megatron()
+provider = partial(model_provider, gpt_builder)
+[model], optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
+config = get_model_config(model)
+config.grad_scale_func, config.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
+
+def mean(output):
+    return output.mean(), {"loss": output.mean().item()}
+
+def step(data, model):
+    tokens = torch.randint(127, (1, 33), generator=torch.Generator().manual_seed(next(data)))
+    mask = torch.ones(1, 1, 32, 32).triu(1).bool()
+    return model(tokens[:, :-1], torch.arange(32)[None], mask, labels=tokens[:, 1:]), mean
+
+data = iter(range(6 + 1))  # the first stage reads one ahead
+for call in range(3):
+    model.zero_grad_buffer()
+    losses = get_forward_backward_func()(forward_step_func=step, data_iterator=data, model=[model], num_microbatches=2,
+                                         seq_length=32, micro_batch_size=1, forward_only=False)
+    optimizer.step()
+    if losses:
+        print("call", call, [each["loss"] for each in losses], flush=True)
+"""
+
+
+def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
+    """Its calls are its own: the iterations that the arguments name are not counted in them."""
+    script = tmp_path / "own.py"
+    script.write_text(OWN_LOOP)
+    still = "--lr 0 --min-lr 0 --train-iters 1 --eval-iters 0 --eval-interval 100 --save x --save-interval 1"
+    said = [pretrain(checkout, schedule, 2, still, script=script) for schedule in ("paci", "1f1b")]
+    paci, stock = (re.findall(r"call \d .*", each) for each in said)
+    assert len(paci) == 3
+    assert paci == stock
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--paci-clip=none", "argument --paci-clip"), ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds")],
+    [("--paci-clip=none", "argument --paci-clip"), ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
+     ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds")],
 )
 def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
     assert said in pretrain(checkout, "paci", 1, flag, expect=1)

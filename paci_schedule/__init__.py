@@ -31,11 +31,12 @@ def register(*frameworks: str) -> None:
     """Make the schedule available in the frameworks.  Idempotent; call it before building an engine.
 
     Args:
-        frameworks: "deepspeed", "megatron"; those that are installed, if none is named.
+        frameworks: "deepspeed", "megatron"; those that are installed and supported, if none is named.
 
     Raises:
         ConfigError: a framework that we do not know.
-        UnsupportedError: a framework is not installed, is in a version that is not supported, or lost a hook.
+        UnsupportedError: a framework that is named, or every one, is not installed, is in a version that is not
+            supported, or lost a hook.
     """
     from paci_schedule.registration import register_with
 

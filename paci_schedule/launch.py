@@ -5,7 +5,8 @@ deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.js
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
 DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it: where it is found, beside the script or
-on PYTHONPATH, these are ours and are taken out of the script's arguments.
+on PYTHONPATH, and the script is given no --deepspeed..., it alone is registered with, and these are ours and are taken
+out of the script's arguments.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -21,6 +22,7 @@ import runpy
 import sys
 
 from paci_schedule import ConfigError, register
+from paci_schedule.patience import is_timeout
 from paci_schedule.registration import exists
 
 __all__ = ["main"]
@@ -42,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
-    is_megatron = exists("megatron.training")
+    is_megatron = exists("megatron.training") and not any(word.startswith("--deepspeed") for word in rest)
     ours, rest = _our_flags().parse_known_args(rest) if is_megatron else (argparse.Namespace(), rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.staged import share_gpus
 
     share_gpus()
-    register()
+    register(*["megatron"] if is_megatron else [])
     if vars(ours):
         from paci_schedule.adapters import megatron
 
@@ -71,7 +73,7 @@ def _our_flags() -> argparse.ArgumentParser:
 
 def seconds(text: str) -> float:
     """The value of --paci-timeout; argparse names this function where it is wrong."""
-    if not float(text) > 0:
+    if not is_timeout(float(text)):
         raise ValueError
     return float(text)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Collection
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,6 +11,8 @@ from importlib.util import find_spec
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 
 __all__ = ["exists", "installed", "register_with"]
+
+logger = logging.getLogger(__name__)
 
 _ADAPTERS = {"deepspeed": "deepspeed", "megatron": "megatron.core"}  # adapter -> the package that it is for
 
@@ -19,11 +23,11 @@ def installed() -> list[str]:
 
 
 def register_with(frameworks: Collection[str]) -> None:
-    """Register with these frameworks; with all that are installed, if none is named.
+    """Register with these frameworks; with all that are installed and supported, if none is named.
 
     Raises:
         ConfigError: a framework that we do not know.
-        UnsupportedError: none is installed, or one is in a version that is not supported.
+        UnsupportedError: none is installed, or one that is named, or all, in a version that is not supported.
     """
     for name in frameworks:
         if name not in _ADAPTERS:
@@ -33,13 +37,28 @@ def register_with(frameworks: Collection[str]) -> None:
         raise UnsupportedError(
             "no supported framework is installed: pip install 'paci-schedule[deepspeed]' or 'paci-schedule[megatron]'"
         )
-    for adapter in adapters:
+    refused = {adapter: error for adapter in adapters if (error := _unsupported(adapter))}
+    supported = [adapter for adapter in adapters if adapter not in refused]
+    if refused and (frameworks or not supported):
+        raise UnsupportedError("  ".join(map(str, refused.values())))
+    for adapter, error in refused.items():
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("a %s job would run its own schedule, as it is not registered: %s", adapter, error)
+    for adapter in supported:
         try:
             import_module(f"paci_schedule.adapters.{adapter}").register()
         except UnsupportedError as error:
-            others = [other for other in adapters if other != adapter]
+            others = [other for other in supported if other != adapter]
             way_out = f"  A job that does not use it can say paci_schedule.register({others[0]!r})." if others else ""
             raise UnsupportedError(f"{error}{way_out}") from error
+
+
+def _unsupported(adapter: str) -> UnsupportedError | None:
+    """What is wrong with the adapter's framework, said before the adapter imports what it may lack."""
+    try:
+        import_module(f"paci_schedule.adapters.{adapter}.hooks").check_installed()
+    except UnsupportedError as error:
+        return error
 
 
 def exists(package: str) -> bool:

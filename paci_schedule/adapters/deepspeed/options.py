@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
+from paci_schedule.patience import LONGEST
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -21,7 +22,7 @@ class PaciOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    timeout: float = Field(600.0, gt=0, le=30 * 86_400, allow_inf_nan=False, strict=True)
+    timeout: float = Field(600.0, gt=0, le=LONGEST, allow_inf_nan=False, strict=True)
     """Seconds that a neighbouring stage or a replica may take to answer before this rank gives up with a LinkError."""
 
     clip: Literal["global", "stage"] = "global"

@@ -50,7 +50,12 @@ _CONFIG = (
         "the number of tokens of a batch is known when the last stage has finished it, and every stage would wait for "
         "that; leave it off",
     ),
-    _Refusal("fp16", "--fp16", "loss scaling skips updates for all stages at once; use --bf16"),
+    _Refusal(
+        "fp16",
+        "--fp16",
+        "where a stage's gradients overflow, under a static --loss-scale too, it alone would skip the update, and "
+        "stages and tied copies part; use --bf16",
+    ),
     _Refusal(
         "virtual_pipeline_model_parallel_size",
         "--num-layers-per-virtual-pipeline-stage",

@@ -73,7 +73,7 @@ class ModelCompute:
             raise DataEndedError(
                 "the data iterator ended while the first stage read ahead: PACI takes in up to one micro-batch for "
                 "each stage behind it; say how many calls there will be, config.paci = {'train_iters': n}, and the "
-                "last ones read nothing ahead"
+                "last ones read nothing ahead; an iterator for each call needs {'drain_interval': 1}"
             ) from error
         self._forwards += 1
         self._live[micro_batch] = inputs, output

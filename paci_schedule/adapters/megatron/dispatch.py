@@ -42,6 +42,7 @@ class Selector:
     """
 
     def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
+        functools.update_wrapper(self, stock)  # it still takes what the hook is probed for
         self.stock = stock
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
@@ -58,13 +59,20 @@ class Selector:
 
         Evaluation, a pipeline of one stage and every schedule but ``"paci"`` are Megatron-core's own; micro-batches
         that are parked between two training calls stay untouched.
+
+        Raises:
+            ConfigError: on every rank, if the schedule was changed while micro-batches are parked.
         """
         first = _chunks(model)[0]
-        name = read_schedule(get_model_config(first), self.default)
+        name, stream = read_schedule(get_model_config(first), self.default), _stream(first)
+        untouched = functools.partial(stock, model=model, forward_only=forward_only, **call)
+        if forward_only or (name == "1f1b" and stream is None):
+            return untouched()
+        if name == "1f1b":
+            return stream.flush_batch(untouched)
         group = getattr(call.get("pg_collection"), "pp", None) or parallel_state.get_pipeline_model_parallel_group()
-        if name == "1f1b" or forward_only or group.size() == 1:
-            return stock(model=model, forward_only=forward_only, **call)
-        stream = _stream(first)
+        if group.size() == 1:
+            return untouched()
         if stream is None:
             options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
             stream = ModelStream(_chunks(model), group, options, call)
@@ -90,10 +98,11 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
 def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
     check_installed()
     early = sorted(
-        name
-        for name, module in list(sys.modules.items())
-        if module not in (schedules, pipeline_parallel)
-        and getattr(module, "__dict__", {}).get("get_forward_backward_func") is stock
+        f"{importer} (as {name})"
+        for importer, module in list(sys.modules.items())
+        if module is not schedules and module is not pipeline_parallel
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if value is stock
     )
     if early:
         raise UnsupportedError(

@@ -1,6 +1,7 @@
 """A Megatron-LM job: what its arguments say, and what its training loop does across stages in every iteration.
 
-Nothing here imports Megatron-LM: with megatron-core alone there is no such job.
+Nothing here imports Megatron-LM: with megatron-core alone there is no such job, nor is a training loop of one's own on
+its initialize_megatron one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from paci_schedule.adapters.megatron.late import Late
+from paci_schedule.adapters.megatron.late import Late, fingerprint
 
 __all__ = ["REBOUND", "current_args", "iteration", "keep_late", "make_local"]
 
@@ -30,7 +31,8 @@ REBOUND = (
 
 def current_args() -> Namespace | None:
     """Megatron-LM's arguments; None outside a Megatron-LM job."""
-    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    return args if hasattr(args, "curr_iteration") else None  # which its own train() alone sets
 
 
 def iteration() -> int | None:
@@ -48,16 +50,19 @@ def make_local(config: Any) -> None:
     training = sys.modules["megatron.training.training"]
     training.reduce_max_stat_across_model_parallel_group = _as_it_is
     training.logical_and_across_model_parallel_group = _as_it_is
-    config.timers("interval-time").set_barrier_group(parallel_state.get_tensor_model_parallel_group())
+    if config.timers is not None:
+        config.timers("interval-time").set_barrier_group(parallel_state.get_tensor_model_parallel_group())
 
 
-def keep_late(late: Late, settle: Callable[[], bool], sharded: bool) -> None:
+def keep_late(model: torch.nn.Module, late: Late, settle: Callable[[], bool], sharded: bool) -> None:
     """Save what is late by design beside every checkpoint, before it, and begin with what the loaded one has.
 
-    Every rank of the job calls it at the same time: where one of them finds nothing, all begin with nothing late, for
-    the copies of a tied weight must apply the same sums.
+    Every rank of the job calls it at the same time: where one of them finds nothing, or what was saved with other
+    weights (a checkpoint that a run of the stock schedule has written anew), all begin with nothing late, for the
+    copies of a tied weight must apply the same sums.
 
     Args:
+        model: this stage's, loaded.
         late: of this stage.
         settle: called before a save; whether the pipe is empty.
         sharded: whether data-parallel ranks hold different parts of the gradients.
@@ -73,22 +78,25 @@ def keep_late(late: Late, settle: Callable[[], bool], sharded: bool) -> None:
         if sharded or parallel_state.get_data_parallel_rank() == 0:
             file = path(args.save, iteration)
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(late.state() if empty else {**late.state(), "norms": []}, file)
+            state = late.state() if empty else {**late.state(), "norms": []}
+            torch.save({**state, "weights": fingerprint(model)}, file)
         return stock_save(iteration, *rest, **options)
 
     save_checkpoint.stock = stock_save
     training.save_checkpoint = save_checkpoint
     if args.load and args.iteration:
         file = path(args.load, args.iteration)
-        found = [False] * dist.get_world_size()
-        dist.all_gather_object(found, file.is_file())
-        if all(found):
-            late.load_state(torch.load(file, weights_only=True, map_location="cpu"))
+        state = torch.load(file, weights_only=True, map_location="cpu") if file.is_file() else {}
+        found: list[tuple[bool, bool]] = [(False, False)] * dist.get_world_size()
+        dist.all_gather_object(found, (bool(state), state.get("weights") == fingerprint(model)))
+        there, fits = map(sum, zip(*found, strict=True))
+        if fits == len(found):
+            late.load_state(state)
         elif dist.get_rank() == 0:
             logger.warning(
-                "%s holds what a run under 'paci' learns late for %d of the %d ranks of this topology: this run begins "
-                "with nothing late",
-                file.parent, sum(found), len(found),
+                "%s holds what a run under 'paci' learns late for %d of the %d ranks of this topology, for %d of them "
+                "with the weights of this checkpoint: this run begins with nothing late",
+                file.parent, there, len(found), fits,
             )
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from paci_schedule.runtime.norms import CarriedNorms
 from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["Late", "tied_embedding", "unwrapped"]
+__all__ = ["Late", "fingerprint", "tied_embedding", "unwrapped"]
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -31,6 +32,11 @@ def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | N
     if not getattr(model, "share_embeddings_and_output_weights", False):
         return False, None
     return True, model.shared_embedding_or_output_weight()
+
+
+def fingerprint(model: torch.nn.Module) -> list[int]:
+    """A number for each weight: the sum of its bytes, taken where it lies.  Another version of a model has another."""
+    return [int(p.detach().flatten().view(torch.uint8).sum(dtype=torch.int64)) for p in model.parameters()]
 
 
 class Late:
@@ -75,19 +81,24 @@ class Late:
         self._updating = False
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Within it, Megatron-core's own sum of the tied embedding's gradients is the deferred one."""
+    def exchanging(self, now: bool = False) -> Iterator[None]:
+        """Within it, Megatron-core's own sum of the tied embedding's gradients is the deferred one.
+
+        Args:
+            now: the sum is applied at once, and with it those that wait.
+        """
         module = sys.modules["megatron.core.distributed.finalize_model_grads"]
         stock = module._allreduce_word_embedding_grads
-        module._allreduce_word_embedding_grads = self._exchange
+        module._allreduce_word_embedding_grads = partial(self._exchange, now)
         try:
             yield
         finally:
             module._allreduce_word_embedding_grads = stock
 
-    def _exchange(self, *_: Any, **__: Any) -> None:
+    def _exchange(self, now: bool, *_: Any, **__: Any) -> None:
         if self._tied is not None:
-            self._tied.exchange(self._weight.main_grad)
+            exchange = self._tied.exchange_now if now else self._tied.exchange
+            exchange(self._weight.main_grad)
 
     def state(self) -> dict[str, list[Any]]:
         """Of an empty pipe, for a checkpoint; see `load_state`."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
+from paci_schedule.patience import LONGEST, is_timeout
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -25,7 +26,7 @@ class PaciOptions:
     """The dictionary ``config.paci``."""
 
     timeout: float = _option(
-        600.0, "a number of seconds greater than 0", lambda value: type(value) in (int, float) and value > 0
+        600.0, f"a number of seconds greater than 0 and at most {LONGEST} (30 days)", is_timeout
     )
     """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
 

@@ -24,7 +24,7 @@ class Plan:
 
     @classmethod
     def of_options(cls, options: PaciOptions) -> Plan:
-        """Of a training loop that counts its calls from 0."""
+        """Of a training loop of one's own, which counts its calls from the first under PACI."""
         return cls(_known(options.train_iters), _known(options.drain_interval))
 
     @classmethod

@@ -18,7 +18,7 @@ from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.late import Late, tied_embedding
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.plan import Plan
-from paci_schedule.adapters.megatron.stage_local import is_sharded, make_optimizer_local
+from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.norms import CarriedNorms
@@ -67,17 +67,19 @@ class ModelStream:
             norms = CarriedNorms(spec, stage, group, device, agrees=ties, timeout=timeout)
         ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
         self.late = Late(norms, weight, ends, spec, timeout)
-        make_optimizer_local(self._config, norms, warn=stage == 0)
+        self._sums = StageSums(self._config, norms, warn=stage == 0)
         links = Links(spec, pipelines, device, timeout)
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)
         self._stopwatch = Stopwatch(device, records=options.record is not None)
         self._runner = StageRunner(spec, stage, self._compute, links, self._stopwatch, norms)
         self._record = options.record
         self._loss: torch.Tensor | None = None
+        self._data: Any = None
+        self._calls = 0
         self._between_calls = ExitStack()
         if args is not None:
             job.make_local(self._config)
-            job.keep_late(self.late, self.settle, sharded=is_sharded(self._config))
+            job.keep_late(self._model, self.late, self.settle, sharded=is_sharded(self._config))
 
     def train_batch(
         self,
@@ -95,33 +97,31 @@ class ModelStream:
             at the last stage, what the loss function returned for each micro-batch; else an empty list.
 
         Raises:
-            ConfigError: the number of micro-batches changed while some are parked.
+            ConfigError: the number of micro-batches, or the data iterator, changed while some are parked.
             DataEndedError: the data ended while the first stage read ahead.
             LinkError: a neighbouring stage did not answer in time.
         """
         runner, config = self._runner, self._config
         self.settle()
+        data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+        if data is not self._data:
+            self._require_empty("another data_iterator than in the call before")
         if num_microbatches != runner.spec.accumulation:
-            if runner.admitted:
-                raise ConfigError(
-                    f"num_microbatches={num_microbatches} after {runner.spec.accumulation}, with "
-                    f"{runner.admitted - runner.finished} micro-batches in flight: change it where the pipe is empty "
-                    "(config.paci = {'drain_interval': n})"
-                )
+            self._require_empty(f"num_microbatches={num_microbatches} after {runner.spec.accumulation}")
             runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
             self.late.respec(runner.spec)
         self._stopwatch.start()
-        data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-        self._between_calls.close()
+        self._data = data
+        self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
         self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
-            with self.late.deferring():
+            with self.late.exchanging():
                 config.finalize_model_grads_func(
                     [self._model], None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
                 )
-        self.late.begin_update()
+        self._end_call()
         if self._record is not None and not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
             replica = parallel_state.get_data_parallel_rank()
             write_recording(self._record, runner.spec, runner.stage, replica, self._stopwatch)
@@ -131,19 +131,31 @@ class ModelStream:
         self._between_calls.enter_context(torch.autograd._unsafe_preserve_version_counter(parameters))
         return reduced
 
+    def flush_batch(self, stock: Callable[[], list[Any]]) -> list[Any]:
+        """One call of Megatron-core's own schedule, `stock`, in between.
+
+        Raises:
+            ConfigError: on every rank, if micro-batches are parked.
+        """
+        self._require_empty("config.pipeline_schedule = '1f1b' after 'paci'")
+        self.settle()
+        self._sums.flush(True)
+        with self.late.exchanging(now=True):
+            reduced = stock()
+        self._end_call()
+        return reduced
+
     def settle(self) -> bool:
         """The update after the last call is done.  Returns whether nothing is parked."""
+        self._between_calls.close()
         empty = not self._runner.admitted
         self.late.end_update(empty)
         return empty
 
     def state(self) -> dict[str, list[Any]]:
         """See `paci_schedule.adapters.megatron.state_dict`."""
-        if not self.settle():
-            raise ConfigError(
-                f"{self._runner.admitted - self._runner.finished} micro-batches are in flight, and the state of this "
-                "moment would lose them: save where the pipe is empty (config.paci = {'drain_interval': n})"
-            )
+        self._require_empty("state_dict(model)")
+        self.settle()
         return self.late.state()
 
     def stats(self) -> dict[str, Any]:
@@ -151,11 +163,26 @@ class ModelStream:
         stats = self._runner.stats()
         return {**stats, "loss": float("nan") if self._loss is None else self._loss.item()}
 
+    def _end_call(self) -> None:
+        """What the training loop does next is the update."""
+        self._calls += 1
+        self.late.begin_update()
+
+    def _require_empty(self, what: str) -> None:
+        """Raises ConfigError if micro-batches are parked; every rank of a pipeline knows how many."""
+        runner = self._runner
+        if runner.admitted:
+            raise ConfigError(
+                f"{what}, with {runner.admitted - runner.finished} micro-batches in flight, would lose or mix them: "
+                "do it where the pipe is empty, after the calls that config.paci = {'drain_interval': n} or "
+                "{'train_iters': n} plans"
+            )
+
     def _last(self) -> int | None:
         """Micro-batches, counted since the pipe was last empty, after which it shall be empty again."""
         runner = self._runner
         done = job.iteration()
         if done is None:
-            done = runner.meter.version
+            done = self._calls
         end = self._plan.next_end(done)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation
