@@ -11,6 +11,7 @@ from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime import staged
 from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.waiting import limit
 from paci_schedule.spec import PipelineSpec
 
 pytestmark = pytest.mark.skipif(on_gpus(2), reason="ranks do not share a GPU here")
@@ -39,8 +40,9 @@ def exchange():
             got.append(links.recv_activation(forward))
             links.send_gradient(forward, payload, (rider,))
     links.finish()
-    total = torch.tensor([stage + 1.0])
-    dist.all_reduce(total, group=plain([0, 1], backend=staged.BACKEND))
+    total, group = torch.tensor([stage + 1.0]), plain([0, 1], backend=staged.BACKEND)
+    limit(group, timedelta(seconds=5))  # which such a group cannot be told
+    dist.all_reduce(total, group=group)
     return [(payload.clone(), rider.clone()) for payload, (rider,) in got], total.item(), len(seen)
 
 
