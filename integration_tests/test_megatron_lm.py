@@ -200,7 +200,8 @@ if hasattr(arguments, "parse_and_validate_args"):  # later versions read the arg
     arguments.parse_and_validate_args()
 initialize_megatron()
 provider = partial(model_provider, gpt_builder)
-[model], optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
+kind = ModelType.encoder_or_decoder
+[model], optimizer, _ = setup_model_and_optimizer(model_type=kind, model_provider_func=provider)
 config = get_model_config(model)
 config.grad_scale_func, config.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
 
