@@ -281,6 +281,17 @@ def test_an_iterator_that_raises_something_else_is_not_swallowed():
 TIMEOUT = 5.0
 
 
+def train_until_it_fails(engine, job):
+    """Print how long that took."""
+    feed = jobs.data(job.model)
+    started = time.monotonic()
+    try:
+        for _ in range(50):
+            engine.train_batch(feed)
+    finally:
+        print(f"waited {time.monotonic() - started:.3f}")
+
+
 def lose_stage_one(job, how, at):
     """Train; stage 1 stops in its forward number `at`; 0: before it has passed on that there is a batch."""
     engine = deepspeed_job.build(job)
@@ -299,13 +310,7 @@ def lose_stage_one(job, how, at):
                 time.sleep(600)
 
         engine.module.forward_funcs[0].register_forward_pre_hook(stop)
-    feed = jobs.data(job.model)
-    started = time.monotonic()
-    try:
-        for _ in range(50):
-            engine.train_batch(feed)
-    finally:
-        print(f"waited {time.monotonic() - started:.3f}")
+    train_until_it_fails(engine, job)
 
 
 @pytest.mark.parametrize(("how", "at"), [("dies", 0), ("dies", 1), ("dies", 6), ("raises", 6), ("hangs", 7)])
@@ -341,13 +346,7 @@ def lose_before_an_update(job, how, lost, schedule):
             take_update(*args)
 
         engine.take_update = stop
-    feed = jobs.data(job.model)
-    started = time.monotonic()
-    try:
-        for _ in range(50):
-            engine.train_batch(feed)
-    finally:
-        print(f"waited {time.monotonic() - started:.3f}")
+    train_until_it_fails(engine, job)
 
 
 def outcomes_of_the_others(world_size, how, lost, schedule="paci", **options):
