@@ -12,10 +12,9 @@ from paci_schedule.drift import DriftMeter, drift_histogram
 from paci_schedule.errors import ConfigError
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.paci import Paci
-from paci_schedule.simulate import simulate
 from paci_schedule.spec import PipelineSpec
 from paci_schedule.steady import run, steady_state, warm_up
-from paci_schedule.timeline import busy, peak_in_flight
+from paci_schedule.timeline import peak_in_flight
 
 __all__ = ["Report", "report", "time_per_micro_batch"]
 
@@ -93,20 +92,21 @@ def report(
         raise ConfigError(f"batches={batches}: must be at least 1")
     check_amount("activation_bytes", activation_bytes)
     check_amount("weight_bytes", weight_bytes)
-    count = (batches or 1) * spec.accumulation
+    batch = spec.accumulation
+    count = (batches or 1) * batch
     steady = steady_state(schedule, spec, costs, batches or 0)
-    makespan = steady.makespan if steady.micro_batches == count else run(schedule, spec, costs, count, count).makespan
+    whole = steady if steady.micro_batches == count else run(schedule, spec, costs, count, count)
     counted = batches or warm_up(schedule, spec) + 2  # by then every drift has been seen
     drift = [_drift(schedule, spec, stage, counted) for stage in range(spec.stages)]
     peak = [_peak(schedule, spec, stage, counted) for stage in range(spec.stages)]
     versions = [schedule.weight_versions(spec, stage) for stage in range(spec.stages)]
-    bubbles, spent = (steady.period - steady.busy) * spec.accumulation, steady.period * spec.accumulation
+    bubbles, spent = (steady.period - steady.busy) * batch, steady.period * batch
     if schedule.flushes:
-        batch = simulate(schedule, spec, costs)
-        spent = np.array([row[-1].end - row[0].start for row in batch.rows])
-        bubbles = spent - [busy(row) for row in batch.rows]
+        one = whole if count == batch else run(schedule, spec, costs, batch, batch)
+        spent = one.end - one.start
+        bubbles = spent - one.busy
     return Report(
-        makespan=makespan,
+        makespan=whole.makespan,
         time_per_micro_batch=float(steady.period.max()),
         bubble=_rounded(bubbles.max(), spent.max()),
         bubble_share=_rounded((bubbles / np.maximum(spent, np.finfo(float).tiny)).max(), 1.0),

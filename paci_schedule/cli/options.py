@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class Numbers(click.ParamType):
+class _Numbers(click.ParamType):
     """A number, or numbers separated by commas: one for each stage (or link)."""
 
     name = "NUMBER[,NUMBER...]"
@@ -41,7 +41,7 @@ class Numbers(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
-class Pair(click.ParamType):
+class _Pair(click.ParamType):
     """INDEX:NUMBER."""
 
     name = "INDEX:NUMBER"
@@ -54,7 +54,7 @@ class Pair(click.ParamType):
             self.fail(f"{value!r} is not an index and a number with a colon between, such as 3:1.5", param, ctx)
 
 
-def several(*options: Callable) -> Callable:
+def _several(*options: Callable) -> Callable:
     """One decorator out of several."""
 
     def decorate(command: Callable) -> Callable:
@@ -78,7 +78,7 @@ width_option = click.option(
     "--width", type=click.IntRange(1), metavar="CHARACTERS", help="Cut the text off there (the terminal's)."
 )
 
-variant_options = several(
+variant_options = _several(
     click.option("--chunks", type=int, metavar="V", help="Model chunks a stage (interleaved-1f1b; 2)."),
     click.option("--cut", type=click.Choice(["lagging", "leading"]), help="Where a call of PACI returns (lagging)."),
     click.option(
@@ -86,27 +86,27 @@ variant_options = several(
     ),
 )
 
-pipeline_options = several(
+pipeline_options = _several(
     click.option("--schedule", "name", required=True, metavar="NAME[,NAME...]", help=", ".join(SCHEDULES) + "."),
     click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages."),
     click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch."),
     variant_options,
 )
 
-costs_options = several(
+costs_options = _several(
     click.option(
-        "--forward", type=Numbers(), default=1.0, metavar="F", help="Time of a forward; commas: of each stage."
+        "--forward", type=_Numbers(), default=1.0, metavar="F", help="Time of a forward; commas: of each stage."
     ),
     click.option(
         "--backward",
-        type=Numbers(),
+        type=_Numbers(),
         default=2.0,
         metavar="B",
         help="Time of the whole backward, or of its input half where --weight is given.",
     ),
-    click.option("--weight", type=Numbers(), metavar="W", help="Time of the weight half of the backward."),
-    click.option("--step", type=Numbers(), default=0.0, metavar="S", help="Time of an optimizer update."),
-    click.option("--latency", type=Numbers(), default=0.0, metavar="L", help="Of a message; commas: of each link."),
+    click.option("--weight", type=_Numbers(), metavar="W", help="Time of the weight half of the backward."),
+    click.option("--step", type=_Numbers(), default=0.0, metavar="S", help="Time of an optimizer update."),
+    click.option("--latency", type=_Numbers(), default=0.0, metavar="L", help="Of a message; commas: of each link."),
     click.option(
         "--bandwidth", type=float, default=float("inf"), metavar="BYTES", help="Of a link, in a unit of time."
     ),
@@ -116,9 +116,9 @@ costs_options = several(
     click.option(
         "--sync", type=float, metavar="C", help="Time of a collective over all stages after every call (none)."
     ),
-    click.option("--straggler", type=Pair(), multiple=True, metavar="STAGE:FACTOR", help="A stage that is slower."),
+    click.option("--straggler", type=_Pair(), multiple=True, metavar="STAGE:FACTOR", help="A stage that is slower."),
     click.option(
-        "--slow-link", type=Pair(), multiple=True, metavar="LINK:LATENCY", help="Another latency behind a stage."
+        "--slow-link", type=_Pair(), multiple=True, metavar="LINK:LATENCY", help="Another latency behind a stage."
     ),
 )
 
@@ -129,7 +129,7 @@ def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs
     Of several schedules each gets those of --chunks, --cut and --extra-in-flight that it has.
     """
     shape = {key: options.pop(key) for key in ("stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
-    names, jobs = options.pop("name").split(","), []
+    names, found = options.pop("name").split(","), []
     for name in names:
         own = dict(shape)
         if len(names) > 1:
@@ -137,8 +137,8 @@ def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs
             own["cut"] = shape["cut"] if name == "paci" else None
             own["extra_in_flight"] = shape["extra_in_flight"] if name == "paci" else 0
         chosen, spec = shape_of(name, **own)
-        jobs.append((chosen, spec, _costs_for(spec, dict(options))))
-    return jobs
+        found.append((chosen, spec, _costs_for(spec, dict(options))))
+    return found
 
 
 def _costs_for(spec: PipelineSpec, options: dict[str, object]) -> Costs:

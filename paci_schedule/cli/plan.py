@@ -86,7 +86,7 @@ def plan_(
     job = Job(
         model=shape,
         memory=memory * 2**30,
-        flops=tflops * 1e12 if layers is None else 1.0,
+        flops=1.0 if shape.measured else tflops * 1e12,
         bandwidth=bandwidth * 1e9,
         schedules=schedules or tuple(SCHEDULES),
         micro_batch_sizes=sizes,

@@ -109,6 +109,7 @@ class PaciPipelineEngine(PipelineEngine):
             grid.get_pipe_parallel_group(),
         ):
             limit(group, timeout)
+        self._stage_ranks = grid.topology().filter_match(pipe=self.stage_id)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timeout)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
@@ -480,7 +481,7 @@ class PaciPipelineEngine(PipelineEngine):
 
     def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
         whom = "the replicas of this stage" if self.is_data_parallel else "the slices of this stage"
-        ranks = self.grid.topology().filter_match(pipe=self.stage_id)
+        ranks = self._stage_ranks
         if self._norm_group is not None and self._runner.flushing:
             whom, ranks = f"the other stages and {whom}", {*ranks, *self.grid.pp_group}
         return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", whom, ranks, self._timeout)

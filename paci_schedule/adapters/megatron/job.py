@@ -88,7 +88,7 @@ def keep_late(model: torch.nn.Module, late: Late, settle: Callable[[], bool], sh
         file = path(args.load, args.iteration)
         state = torch.load(file, weights_only=True, map_location="cpu") if file.is_file() else {}
         found: list[tuple[bool, bool]] = [(False, False)] * dist.get_world_size()
-        dist.all_gather_object(found, (bool(state), state.get("weights") == fingerprint(model)))
+        dist.all_gather_object(found, (bool(state), bool(state) and state.get("weights") == fingerprint(model)))
         there, fits = map(sum, zip(*found, strict=True))
         if fits == len(found):
             late.load_state(state)
