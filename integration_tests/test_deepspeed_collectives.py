@@ -3,16 +3,12 @@
 Every collective is recorded where all of them pass, stock or not, by whatever name it was called: at the process group.
 """
 
-import dataclasses
-import sys
 import traceback
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from integration_tests import deepspeed_job, jobs, late_job, ranks
+from integration_tests import deepspeed_job, jobs, ranks
 from integration_tests.collectives import MESSAGES, recorded
 from integration_tests.jobs import Job
 
@@ -117,55 +113,3 @@ def test_the_recorder_hears_every_collective_and_no_message():
         assert len(seen) == 13 + 2
         assert len({name for name, _ in seen}) == 11
         assert not {name for name, _ in seen} & MESSAGES
-
-
-# ---- where the host waits for the device ---------------------------------------------------------------------------
-
-
-class _Reads(TorchDispatchMode):
-    """Who made a Python number of a tensor's element: where the tensor is on a GPU, the host waits for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.callers = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            frame = sys._getframe(1)
-            while "/torch/" in frame.f_code.co_filename:
-                frame = frame.f_back
-            self.callers.add((frame.f_code.co_filename.rpartition("/")[2], frame.f_code.co_name))
-        return function(*args, **(kwargs or {}))
-
-
-def read_on_the_host(job):
-    """Who reads elements in steady state: under stock, and under PACI."""
-    readers = []
-    for schedule in ("stock", "paci"):
-        engine = late_job.build(job, schedule)
-        feed = jobs.data(job.model)
-        for _ in range(4):
-            engine.train_batch(feed)
-        with _Reads() as reads:
-            for _ in range(3):
-                engine.train_batch(feed)
-        readers.append(reads.callers)
-    return readers
-
-
-@pytest.mark.parametrize(
-    ("name", "model", "readers"),
-    [
-        ("fp32, clipping", "words", {("engine.py", "_take_model_step")}),
-        ("bf16, clipping", "tied", {("bf16_optimizer.py", "step"), ("utils.py", "is_invalid_grad_norm"),
-                                    ("utils.py", "clip_tensors_by_global_norm")}),
-        ("ZeRO-1, clipping", "tied", {("stage_1_and_2.py", "_optimizer_step"), ("utils.py", "is_invalid_grad_norm"),
-                                      ("stage_1_and_2.py", "has_overflow")}),
-    ],
-)
-def test_the_host_reads_no_tensor_that_stock_does_not(name, model, readers):
-    """The first of each is AdamW, whose count of steps is on the host; so is the word that there is a batch."""
-    job = dataclasses.replace(JOBS[name], model=model)
-    for stock, paci in ranks.run_ranks(read_on_the_host, job.stages, (job,)):
-        assert stock == readers
-        assert paci == readers | {("links.py", "announce")}

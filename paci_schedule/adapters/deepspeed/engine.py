@@ -44,6 +44,7 @@ from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.runtime.tied import TiedGradient, delay_between, drop_overflow
+from paci_schedule.runtime.upload import upload
 from paci_schedule.runtime.waiting import limit, waiting
 from paci_schedule.spec import PipelineSpec
 
@@ -347,7 +348,15 @@ class PaciPipelineEngine(PipelineEngine):
         self._runner = None  # a stage that is merely forgotten does not wait for its neighbours
         super().__del__()
 
-    # DeepSpeed's own steps, made local to the stage.
+    # DeepSpeed's own steps, made local to the stage, and its reading of data, which kept the host waiting.
+
+    def _next_batch(self) -> list[Any]:
+        """The next micro-batch; what this stage takes of it, inputs or labels, is on its way to the device."""
+        taken = {0} if self.is_first_stage() else set()
+        if self.is_last_stage():
+            taken.add(1)
+        parts = enumerate(super()._next_batch())
+        return [upload(part, self.device) if number in taken else part for number, part in parts]
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):

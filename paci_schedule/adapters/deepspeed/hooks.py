@@ -22,6 +22,7 @@ _HOOKS = {
     **{f"deepspeed:{name}": () for name in ENGINES},
     _ENGINE: (),
     f"{_ENGINE}._exec_load_micro_batch": ("buffer_id",),
+    f"{_ENGINE}._next_batch": (),
     f"{_ENGINE}._exec_forward_pass": ("buffer_id",),
     f"{_ENGINE}._exec_backward_pass": ("buffer_id",),
     f"{_ENGINE}._exec_reduce_grads": (),
