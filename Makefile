@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export DS_BUILD_OPS := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: venv train test test-slow lint docs clean
+.PHONY: venv train test test-slow lint docs gpu gpu-dry-run clean
 
 venv: $(STAMP)
 
@@ -41,6 +41,14 @@ lint: $(STAMP)
 # Every picture and every command's output in the documents, made anew by the commands that they name.
 docs: $(STAMP)
 	$(BIN)/python docs/rebuild.py
+
+# On a machine with a GPU, in whatever Python has a PyTorch for it: 25 minutes, one table, one JSON file.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+gpu-dry-run: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --dry-run
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache
