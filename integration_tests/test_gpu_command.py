@@ -41,8 +41,8 @@ def test_every_step_runs_on_the_cpu_as_far_as_it_can(step, tmp_path):
     assert step in done.stdout
 
 
-def test_a_step_that_fails_is_told_and_stops_no_other(tmp_path):
-    """Twelve seconds are too few for any step: all are skipped, and the file says so."""
+def test_steps_for_which_no_time_is_left_are_skipped_and_the_file_says_so(tmp_path):
+    """Twelve seconds are too few for any step."""
     file = tmp_path / "gpu.json"
     done = gpu_command("--dry-run", "--minutes", "0.2", "--json", str(file), seconds=60)
     assert done.returncode == 0

@@ -21,10 +21,8 @@ __all__ = ["run"]
 
 _ROOT = Path(__file__).parents[2]
 _CHARACTERS = 20_000_000
-_SIZES = {
-    True: "--stages 2 --accumulation 2 --layers 2 --width 24 --context 16 --micro-batch 2 --updates 4".split(),
-    False: "--stages 8 --accumulation 8 --layers 16 --width 768 --context 256 --micro-batch 8 --updates 600".split(),
-}
+_DRY = {"stages": 2, "accumulation": 2, "layers": 2, "width": 24, "context": 16, "micro-batch": 2, "updates": 4}
+_REAL = {"stages": 8, "accumulation": 8, "layers": 16, "width": 768, "context": 256, "micro-batch": 8, "updates": 600}
 
 
 def run(place: Place) -> dict[str, Any]:
@@ -32,8 +30,9 @@ def run(place: Place) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")
         text.write_text(_sources(20_000 if place.dry else _CHARACTERS))
+        sizes = [word for name, size in (_DRY if place.dry else _REAL).items() for word in (f"--{name}", str(size))]
         command = [
-            sys.executable, "-m", "paci_schedule.cli", "rehearse", "--text", str(text), *_SIZES[place.dry],
+            sys.executable, "-m", "paci_schedule.cli", "rehearse", "--text", str(text), *sizes,
             "--lr", "6e-4", "--schedules", "flush,paci", "--prediction", "off,every",
             "--device", place.device.type, "--json",
         ]
