@@ -2,8 +2,13 @@
 
 Two groups for each pair of neighbours, so that neither direction queues behind the other (operations of one
 communicator run in order).  Receives are posted when the schedule says so, sends are asynchronous and hold their
-buffers until they are done; what a stage may have on the wire is bounded.  All communicators are set up in one fixed
-order, from the first pair of stages to the last.
+buffers until they are done; what a stage may have on the wire is bounded.  A rank sets up its communicators with its
+even pair of stages first, then with its odd one, so no stage waits for more than one other before its turn.
+
+A message's buffer is held until the wait for it: on NCCL that wait comes before whatever the stream does next with the
+memory, so no transfer reads or writes what another tensor has got.  torch records NCCL's stream on it besides, so freed
+buffers return only as the device gets to them, and memory holds the messages by which the host has run ahead: a launch
+queue's worth.  A ring of buffers would not change that, and would copy what is now a view.
 
 A third, host-side link for each pair carries one word a batch from the first stage downwards, so that a stage learns
 that the data has ended before it waits for activations that will never come.
@@ -23,6 +28,7 @@ import torch.distributed as dist
 
 from paci_schedule.errors import ConfigError
 from paci_schedule.ops import Op
+from paci_schedule.runtime.communicators import connect
 from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
 from paci_schedule.runtime.waiting import waiting
 from paci_schedule.spec import PipelineSpec
@@ -184,34 +190,28 @@ class Links:
         self._gradient_out: _Outbox | None = None
         self._word_in: _Inbox | None = None
         self._word_out: _Outbox | None = None
-        for ranks in pipelines:
-            stage = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else None
-            words = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc="paci batch announcements")
-            for below in range(spec.stages - 1):
-                pair = ranks[below : below + 2]
-                name = f"of stages {below} and {below + 1}"
-                # Created by every rank of the job in this one order, members or not, as new_group demands.
-                down = dist.new_group(pair, timeout=timeout, group_desc=f"paci activation link {name}")
-                up = dist.new_group(pair, timeout=timeout, group_desc=f"paci gradient link {name}")
-                if stage == below:
-                    end = partial(_End, peer=pair[1], stage=stage, peer_stage=stage + 1, timeout=timeout)
-                    self._activation_out = _Outbox(end(group=down, content="activation", device=device), 1)
-                    self._gradient_in = _Inbox(end(group=up, content="gradient", device=device))
-                    self._word_out = _Outbox(end(group=words, content="announcement", device=_HOST), 1)
-                elif stage == below + 1:
-                    end = partial(_End, peer=pair[0], stage=stage, peer_stage=below, timeout=timeout)
-                    self._activation_in = _Inbox(end(group=down, content="activation", device=device))
-                    self._gradient_out = _Outbox(
-                        end(group=up, content="gradient", device=device), spec.gradients_on_wire(stage)
-                    )
-                    self._word_in = _Inbox(end(group=words, content="announcement", device=_HOST))
+        rank = dist.get_rank()
+        stage = next((ranks.index(rank) for ranks in pipelines if rank in ranks), None)
+        order: list[_Inbox | _Outbox] = []
+        for pair in connect(pipelines, device, timeout):
+            if rank == pair.ranks[0]:
+                end = partial(_End, peer=pair.ranks[1], stage=stage, peer_stage=stage + 1, timeout=timeout)
+                self._activation_out = _Outbox(end(group=pair.down, content="activation", device=device), 1)
+                self._gradient_in = _Inbox(end(group=pair.up, content="gradient", device=device))
+                self._word_out = _Outbox(end(group=pair.words, content="announcement", device=_HOST), 1)
+                order += [self._activation_out, self._gradient_in, self._word_out]
+            else:
+                end = partial(_End, peer=pair.ranks[0], stage=stage, peer_stage=stage - 1, timeout=timeout)
+                self._activation_in = _Inbox(end(group=pair.down, content="activation", device=device))
+                self._gradient_out = _Outbox(
+                    end(group=pair.up, content="gradient", device=device), spec.gradients_on_wire(stage)
+                )
+                self._word_in = _Inbox(end(group=pair.words, content="announcement", device=_HOST))
+                order += [self._activation_in, self._gradient_out, self._word_in]
         self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._word_in) if box]
         self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._word_out) if box]
-        # From the first pair of stages to the last, each pair in the same order: nobody waits in a circle.
-        order = (self._activation_in, self._gradient_out, self._word_in)
-        for box in (*order, self._activation_out, self._gradient_in, self._word_out):
-            if box is not None:
-                box.warm_up()
+        for box in order:
+            box.warm_up()
 
     def expect_activation(self, op: Op) -> None:
         self._activation_in.expect(op)
