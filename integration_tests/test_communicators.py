@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from integration_tests.ranks import run_ranks
+from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime import communicators
 from paci_schedule.runtime.links import Links
@@ -129,6 +129,7 @@ def relay(jobs, uneven):
     return seen, groups
 
 
+@pytest.mark.skipif(on_gpus(4), reason="the messages are on the host")
 @pytest.mark.parametrize("uneven", [False, True], ids=["", "ranks hold different groups"])
 @pytest.mark.parametrize("jobs", [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[3, 1, 0, 2]]], ids=str)
 def test_messages_travel_over_the_groups(jobs, uneven):
