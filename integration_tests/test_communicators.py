@@ -133,7 +133,7 @@ def relay(jobs, uneven):
 @pytest.mark.parametrize("uneven", [False, True], ids=["", "ranks hold different groups"])
 @pytest.mark.parametrize("jobs", [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[3, 1, 0, 2]]], ids=str)
 def test_messages_travel_over_the_groups(jobs, uneven):
-    outcomes = run_ranks(relay, 4, (jobs, uneven), timeout=60)
+    outcomes = run_ranks(relay, 4, (jobs, uneven), timeout=180)
     for ranks in jobs:
         for stage, rank in enumerate(ranks):
             seen, groups = outcomes[rank]

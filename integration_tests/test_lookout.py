@@ -56,7 +56,7 @@ def lose_the_gradient(folder):
 
 @pytest.mark.skipif(on_gpus(2), reason="the messages are on the host")
 def test_a_process_that_is_aborted_has_said_what_it_waited_for(tmp_path):
-    lost, peer = gather_outcomes(lose_the_gradient, 2, (str(tmp_path),), timeout=60, grace=3)
+    lost, peer = gather_outcomes(lose_the_gradient, 2, (str(tmp_path),), timeout=180, grace=5)
     assert lost.ended == "died", lost
     told = [line for line in lost.output.splitlines() if "got no answer" in line]
     assert len(told) == 1, lost.output
@@ -133,4 +133,4 @@ def default_links():
 
 @pytest.mark.skipif(on_gpus(2), reason="the default group is NCCL's")
 def test_there_is_no_lookout_on_gloo():
-    assert [outcome.value for outcome in gather_outcomes(default_links, 2, timeout=60)] == [True, True]
+    assert [outcome.value for outcome in gather_outcomes(default_links, 2, timeout=180)] == [True, True]
