@@ -222,7 +222,7 @@ class Links:
         stage = next((ranks.index(rank) for ranks in pipelines if rank in ranks), None)
         pairs = connect(pipelines, device, timeout)
         if looks_out is None:
-            looks_out = backend_for(device) == "nccl"
+            looks_out = bool(pairs) and backend_for(device) == "nccl"
         self._lookout = Lookout(stage, timeout, record) if pairs and looks_out else None
         order: list[_Inbox | _Outbox] = []
         for pair in pairs:
