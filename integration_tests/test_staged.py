@@ -24,9 +24,11 @@ def exchange():
     dist.Backend.register_backend(staged.BACKEND, staged.StagedGroup, devices=["cpu", "cuda"])
     seen = []
     staged._is_on_host = lambda tensor: seen.append(tensor.numel())
-    stage = dist.get_rank()
-    plain, got = dist.new_group, []
-    dist.new_group = lambda *args, **kwargs: plain(*args, **{"backend": staged.BACKEND, **kwargs})
+    stage, store, got = dist.get_rank(), dist.distributed_c10d._get_default_store(), []
+    dist.destroy_process_group()
+    dist.init_process_group(
+        staged.BACKEND, store=dist.PrefixStore("staged", store), rank=stage, world_size=2, timeout=timedelta(seconds=60)
+    )
     links = Links(PipelineSpec(stages=2, accumulation=1), [[0, 1]], torch.device("cpu"), timedelta(seconds=20))
     for index in range(COUNT):
         payload, rider = torch.full((3, 7), float(index + 10 * stage)), torch.tensor([float(index)])
@@ -40,7 +42,7 @@ def exchange():
             got.append(links.recv_activation(forward))
             links.send_gradient(forward, payload, (rider,))
     links.finish()
-    total, group = torch.tensor([stage + 1.0]), plain([0, 1], backend=staged.BACKEND)
+    total, group = torch.tensor([stage + 1.0]), dist.new_group([0, 1])
     limit(group, timedelta(seconds=5))  # which such a group cannot be told
     dist.all_reduce(total, group=group)
     return [(payload.clone(), rider.clone()) for payload, (rider,) in got], total.item(), len(seen)

@@ -2,8 +2,13 @@
 
 Two groups for each pair of neighbours, so that neither direction queues behind the other (operations of one
 communicator run in order).  Receives are posted when the schedule says so, sends are asynchronous and hold their
-buffers until they are done; what a stage may have on the wire is bounded.  All communicators are set up in one fixed
-order, from the first pair of stages to the last.
+buffers until they are done; what a stage may have on the wire is bounded.  A rank sets up its communicators with its
+even pair of stages first, then with its odd one, so no stage waits for more than one other before its turn.
+
+A message's buffer is held until the wait for it: on NCCL that wait comes before whatever the stream does next with the
+memory, so no transfer reads or writes what another tensor has got.  torch records NCCL's stream on it besides, so freed
+buffers return only as the device gets to them, and memory holds the messages by which the host has run ahead: a launch
+queue's worth.  A ring of buffers would not change that, and would copy what is now a view.
 
 A third, host-side link for each pair carries one word a batch from the first stage downwards, so that a stage learns
 that the data has ended before it waits for activations that will never come.
@@ -23,6 +28,8 @@ import torch.distributed as dist
 
 from paci_schedule.errors import ConfigError
 from paci_schedule.ops import Op
+from paci_schedule.runtime.communicators import backend_for, connect
+from paci_schedule.runtime.lookout import Lookout
 from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
 from paci_schedule.runtime.waiting import waiting
 from paci_schedule.spec import PipelineSpec
@@ -44,6 +51,7 @@ class _End:
         content: what travels: "activation", "gradient" or "batch announcement".
         device: where the messages live.
         timeout: how long the other end may take.
+        lookout: who is to say that a message does not come, where waiting for it does not; None for nobody.
     """
 
     group: dist.ProcessGroup
@@ -53,10 +61,22 @@ class _End:
     content: str
     device: torch.device
     timeout: timedelta
+    lookout: Lookout | None
 
     def during(self, doing: str) -> AbstractContextManager[None]:
         """Name who waited for what."""
         return waiting(self.stage, doing, f"stage {self.peer_stage}", [self.peer], self.timeout)
+
+    def note(self, op: Op) -> None:
+        if self.lookout is not None:
+            self.lookout.note(op)
+
+    def wait(self, work: dist.Work, doing: str) -> None:
+        """Wait for a message; on NCCL it is the current stream that does."""
+        if self.lookout is not None:
+            self.lookout.expect(doing, self.peer_stage, self.peer, work)
+        with self.during(doing):
+            work.wait()
 
 
 class _Inbox:
@@ -75,6 +95,7 @@ class _Inbox:
 
     def expect(self, op: Op) -> None:
         """Post the receive for the next message; before the layout is known, for the header that brings it."""
+        self._end.note(op)
         self._expected += 1
         if self._layout is not None:
             self._post(op)
@@ -89,15 +110,16 @@ class _Inbox:
         Waiting for the header is left until here: what the first message is made of may need an op of this stage that
         comes after `expect`.
         """
+        self._end.note(op)
         if self._layout is None:
-            with self._end.during(f"waited ({op}) for the shapes of the {self._end.content}s from"):
-                work, header = self._header
-                work.wait()
+            work, header = self._header
+            doing = f"waited ({op}) for the shapes of the {self._end.content}s from"
+            self._end.wait(work, doing)
+            with self._end.during(doing):
                 self._layout, self._header = Layout.from_header(header), None
             self._post(op)
         work, buffer = self._posted.popleft()
-        with self._end.during(f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from"):
-            work.wait()
+        self._end.wait(work, f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from")
         return self._layout.unpack(buffer)
 
     def _post(self, op: Op) -> None:
@@ -119,7 +141,7 @@ class _Outbox:
         self._on_wire = on_wire
         self._layout: Layout | None = None
         self._header: tuple[dist.Work, torch.Tensor] | None = None
-        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._sending: deque[tuple[dist.Work, torch.Tensor, str]] = deque()
 
     def warm_up(self) -> None:
         with self._end.during(f"set up the {self._end.content} link to"):
@@ -127,8 +149,10 @@ class _Outbox:
 
     def send(self, op: Op, payload: Payload, riders: Riders = ()) -> None:
         """Start sending; first make sure that no more than `on_wire` messages are under way."""
+        self._end.note(op)
         layout = Layout.of(payload, riders)
-        with self._end.during(f"sent ({op}) the {self._end.content} of micro-batch {op.index} to"):
+        doing = f"sent ({op}) the {self._end.content} of micro-batch {op.index} to"
+        with self._end.during(doing):
             if self._layout is None:
                 header = layout.header(self._end.device)
                 self._header = dist.isend(header, self._end.peer, group=self._end.group), header
@@ -142,22 +166,22 @@ class _Outbox:
                 )
             self._settle(self._on_wire - 1)
             buffer = layout.pack(payload, riders)
-            self._sending.append((dist.isend(buffer, self._end.peer, group=self._end.group), buffer))
+            self._sending.append((dist.isend(buffer, self._end.peer, group=self._end.group), buffer, doing))
 
     def finish(self) -> None:
         """Wait until every message has left."""
-        with self._end.during(f"finished sending the {self._end.content}s to"):
-            self._settle(0)
+        self._settle(0)
 
     def forget_layout(self) -> None:
         self._layout = None
 
     def _settle(self, remaining: int) -> None:
         while len(self._sending) > remaining:
+            work, _, doing = self._sending.popleft()
             if self._header is not None:  # it left before them
-                self._header[0].wait()
+                self._end.wait(self._header[0], doing)
                 self._header = None
-            self._sending.popleft()[0].wait()
+            self._end.wait(work, doing)
 
 
 class Links:
@@ -170,13 +194,23 @@ class Links:
         pipelines: for every pipeline of the job, the global rank of each stage, in stage order; the same on every rank.
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
+        record: folder in which the lookout writes, too, whom this stage has waited for in vain; None for the log only.
+        looks_out: whether waiting for a message returns at once, so that a lookout has to say when none comes; None
+            where the transport is NCCL.
 
     Raises:
         LinkError: a neighbour did not answer; also from every method.
     """
 
     def __init__(
-        self, spec: PipelineSpec, pipelines: list[list[int]], device: torch.device, timeout: timedelta
+        self,
+        spec: PipelineSpec,
+        pipelines: list[list[int]],
+        device: torch.device,
+        timeout: timedelta,
+        *,
+        record: str | None = None,
+        looks_out: bool | None = None,
     ) -> None:
         self._activation_in: _Inbox | None = None
         self._activation_out: _Outbox | None = None
@@ -184,34 +218,37 @@ class Links:
         self._gradient_out: _Outbox | None = None
         self._word_in: _Inbox | None = None
         self._word_out: _Outbox | None = None
-        for ranks in pipelines:
-            stage = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else None
-            words = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc="paci batch announcements")
-            for below in range(spec.stages - 1):
-                pair = ranks[below : below + 2]
-                name = f"of stages {below} and {below + 1}"
-                # Created by every rank of the job in this one order, members or not, as new_group demands.
-                down = dist.new_group(pair, timeout=timeout, group_desc=f"paci activation link {name}")
-                up = dist.new_group(pair, timeout=timeout, group_desc=f"paci gradient link {name}")
-                if stage == below:
-                    end = partial(_End, peer=pair[1], stage=stage, peer_stage=stage + 1, timeout=timeout)
-                    self._activation_out = _Outbox(end(group=down, content="activation", device=device), 1)
-                    self._gradient_in = _Inbox(end(group=up, content="gradient", device=device))
-                    self._word_out = _Outbox(end(group=words, content="announcement", device=_HOST), 1)
-                elif stage == below + 1:
-                    end = partial(_End, peer=pair[0], stage=stage, peer_stage=below, timeout=timeout)
-                    self._activation_in = _Inbox(end(group=down, content="activation", device=device))
-                    self._gradient_out = _Outbox(
-                        end(group=up, content="gradient", device=device), spec.gradients_on_wire(stage)
-                    )
-                    self._word_in = _Inbox(end(group=words, content="announcement", device=_HOST))
+        rank = dist.get_rank()
+        stage = next((ranks.index(rank) for ranks in pipelines if rank in ranks), None)
+        pairs = connect(pipelines, device, timeout)
+        if looks_out is None:
+            looks_out = bool(pairs) and backend_for(device) == "nccl"
+        self._lookout = Lookout(stage, timeout, record) if pairs and looks_out else None
+        order: list[_Inbox | _Outbox] = []
+        for pair in pairs:
+            above = rank == pair.ranks[0]
+            end = partial(
+                _End,
+                peer=pair.ranks[above],
+                stage=stage,
+                peer_stage=stage + 1 if above else stage - 1,
+                timeout=timeout,
+            )
+            down = end(group=pair.down, content="activation", device=device, lookout=self._lookout)
+            up = end(group=pair.up, content="gradient", device=device, lookout=self._lookout)
+            words = end(group=pair.words, content="announcement", device=_HOST, lookout=None)
+            if above:
+                self._activation_out, self._word_out = _Outbox(down, 1), _Outbox(words, 1)
+                self._gradient_in = _Inbox(up)
+                order += [self._activation_out, self._gradient_in, self._word_out]
+            else:
+                self._activation_in, self._word_in = _Inbox(down), _Inbox(words)
+                self._gradient_out = _Outbox(up, spec.gradients_on_wire(stage))
+                order += [self._activation_in, self._gradient_out, self._word_in]
         self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._word_in) if box]
         self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._word_out) if box]
-        # From the first pair of stages to the last, each pair in the same order: nobody waits in a circle.
-        order = (self._activation_in, self._gradient_out, self._word_in)
-        for box in (*order, self._activation_out, self._gradient_in, self._word_out):
-            if box is not None:
-                box.warm_up()
+        for box in order:
+            box.warm_up()
 
     def expect_activation(self, op: Op) -> None:
         self._activation_in.expect(op)

@@ -16,12 +16,16 @@ could: the update of r < s is E + floor(max(0, n - 1 - d_r) / a) - 1 from then o
 Stages that share a tied weight must scale its gradient alike, to the bit.  They *agree*: all stages, their own
 included, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
 
+What a message tells is kept as the message brought it, and put together when an update asks: the kernels for a message
+are as many in a pipeline of any length.
+
 A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.  One with a tied
 weight does not skip, and its norm is finite (`runtime.tied`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -60,7 +64,8 @@ class CarriedNorms:
         self._timeout = timeout
         self._update = self._since_empty = 0
         self._newest = [-1] * spec.stages
-        self._squares: dict[int, torch.Tensor] = {}  # update -> float32[P]
+        self._unknown = self._zeros()
+        self._told: dict[int, list[torch.Tensor]] = {}  # update -> for each stage the float32[P] that tells of it
         self._own: torch.Tensor | None = None
         self._down, self._up = self._zeros(), self._zeros()
 
@@ -88,8 +93,8 @@ class CarriedNorms:
         if self._agrees:
             square.copy_(self._row(self._update - self.delay).sum()) if first else square.zero_()
         elif first:
-            stages = (stage for stage in range(self._spec.stages) if stage != self._stage)
-            square.add_(torch.stack([self._row(self._newest[stage])[stage] for stage in stages]).sum())
+            others = [stage for stage in range(self._spec.stages) if stage != self._stage]
+            square.add_(self._squares(others, [self._newest[stage] for stage in others]).sum())
 
     def add_own(self, square: torch.Tensor) -> None:
         """Count `square` as part of this stage's squared norm."""
@@ -99,11 +104,11 @@ class CarriedNorms:
     def close_update(self) -> None:
         """The update is done: what was asked for makes this stage's norm of it."""
         if self._own is not None:
-            self._put(self._update, self._stage, self._own)
+            self._put(self._update, self._stage, self._own.expand(self._spec.stages))
             self._down[self._stage] = self._up[self._stage] = self._own
         self._own = None
         self._update += 1
-        self._squares.pop(self._update - self.memory - 1, None)
+        self._told.pop(self._update - self.memory - 1, None)
 
     def exchange(self) -> None:
         """Learn every stage's norms; a collective of the pipeline, for an empty pipe.
@@ -112,13 +117,12 @@ class CarriedNorms:
             LinkError: a stage did not come to it in time.
         """
         updates = range(self._update - self.memory, self._update)
-        own = torch.stack([self._row(update)[self._stage] for update in updates])
+        own = torch.cat([self._squares([self._stage], [update]) for update in updates])
         gathered = [torch.empty_like(own) for _ in range(self._spec.stages)]
         doing, ranks = "has drained and waited for the gradient norms of", dist.get_process_group_ranks(self._pipeline)
         with waiting(self._stage, doing, "the other stages", ranks, self._timeout):
             dist.all_gather(gathered, own, group=self._pipeline, async_op=True).wait(self._timeout)
-        self._squares = dict(zip(updates, torch.stack(gathered, dim=1), strict=True))
-        self._begin_at(self._update)
+        self._begin_at(self._update, torch.stack(gathered, dim=1))
 
     def going_down(self) -> torch.Tensor:
         """float32[P]: what the next activation tells of this stage and of those before it."""
@@ -130,16 +134,16 @@ class CarriedNorms:
 
     def came_down(self, micro_batch: int, squares: torch.Tensor) -> None:
         """Take in what an activation told of the stages before this one."""
+        self._down[: self._stage] = squares[: self._stage]
         for stage in range(self._stage):
-            self._down[stage] = squares[stage]
             behind = max(0, micro_batch - self._spec.look_ahead(stage))
-            self._hear(stage, behind // self._spec.accumulation, squares[stage])
+            self._hear(stage, behind // self._spec.accumulation, squares)
 
     def came_up(self, micro_batch: int, squares: torch.Tensor) -> None:
         """Take in what a gradient told of the stages after this one."""
+        self._up[self._stage + 1 :] = squares[self._stage + 1 :]
         for stage in range(self._stage + 1, self._spec.stages):
-            self._up[stage] = squares[stage]
-            self._hear(stage, micro_batch // self._spec.accumulation, squares[stage])
+            self._hear(stage, micro_batch // self._spec.accumulation, squares)
 
     def state(self) -> list[list[float]]:
         """Of an empty pipe: the squared norms of the last `memory` updates, oldest first, a row of P each."""
@@ -147,25 +151,36 @@ class CarriedNorms:
 
     def load_state(self, state: list[list[float]]) -> None:
         """Go on as the pipeline that gave `state`; zeros for what it does not hold."""
-        self._squares = {update: torch.tensor(row, device=self._device) for update, row in enumerate(state)}
-        self._begin_at(len(state))
+        self._begin_at(len(state), [torch.tensor(row, device=self._device) for row in state])
 
-    def _begin_at(self, update: int) -> None:
+    def _begin_at(self, update: int, rows: Sequence[torch.Tensor]) -> None:
+        """The pipe is empty after so many updates; `rows` are the newest of them, float32[P] each."""
         self._update = self._since_empty = update
         self._newest = [update - 1] * self._spec.stages
+        self._told = {update - len(rows) + at: [row] * self._spec.stages for at, row in enumerate(rows)}
 
-    def _hear(self, stage: int, updates: int, square: torch.Tensor) -> None:
+    def _hear(self, stage: int, updates: int, squares: torch.Tensor) -> None:
         if updates:  # else it speaks of what the last exchange has told
             self._newest[stage] = self._since_empty + updates - 1
-            self._put(self._newest[stage], stage, square)
+            self._put(self._newest[stage], stage, squares)
 
-    def _put(self, update: int, stage: int, square: torch.Tensor) -> None:
-        row = self._squares.setdefault(update, self._zeros())
-        row[stage] = torch.nan_to_num(square, nan=0.0, posinf=0.0)
+    def _put(self, update: int, stage: int, squares: torch.Tensor) -> None:
+        self._told.setdefault(update, [self._unknown] * self._spec.stages)[stage] = squares
 
     def _row(self, update: int) -> torch.Tensor:
-        row = self._squares.get(update)
-        return self._zeros() if row is None else row
+        return self._squares(range(self._spec.stages), [update] * self._spec.stages)
+
+    def _squares(self, stages: Sequence[int], updates: list[int]) -> torch.Tensor:
+        """float32[n]: the squared norm of each of the stages at its update, as far as it is known and finite."""
+        parts: list[tuple[torch.Tensor, int, int]] = []  # of which tensor, from where to where
+        for stage, update in zip(stages, updates, strict=True):
+            told = self._told[update][stage] if update in self._told else self._unknown
+            if parts and parts[-1][0] is told and parts[-1][2] == stage:
+                parts[-1] = told, parts[-1][1], stage + 1
+            else:
+                parts.append((told, stage, stage + 1))
+        joined = torch.cat([told[begin:end] for told, begin, end in parts])
+        return torch.nan_to_num(joined, nan=0.0, posinf=0.0)
 
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(self._spec.stages, device=self._device)

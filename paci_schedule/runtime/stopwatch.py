@@ -2,6 +2,10 @@
 
 On CUDA a mark is an event on the current stream: between the marks around a wait for a message lies the time that the
 compute stream stood still, however far the host has run ahead.  On CPU a mark is the host's clock.
+
+The time between two events is a float32, so a chain of them strays from the host's clock over hours.  Where the caller
+comes back to a device that has done all it was given, as after a drain, an event is recorded the moment it is asked
+for: there the chain begins anew at the host's clock.
 """
 
 from __future__ import annotations
@@ -36,13 +40,17 @@ class Stopwatch:
         if self._on_cuda:
             self._last.synchronize()
         self._now = time.perf_counter()  # of the last mark that was folded
-        self._open: deque[tuple[Op | str | None, float | torch.cuda.Event, float | torch.cuda.Event]] = deque()
+        # What, from where to where, and the host's clock at the end where the device was idle.
+        self._open: deque[tuple[Op | str | None, float | torch.cuda.Event, float | torch.cuda.Event, float | None]]
+        self._open = deque()
         self._seconds: Counter[str | None] = Counter()
         self._spans: deque[tuple[Op | str, float, float]] | None = deque(maxlen=_KEPT) if records else None
 
     def start(self) -> None:
         """What came since the last lap was not the stage's own work (the caller had control)."""
-        self._lap(None)
+        self._fold()
+        idle = self._on_cuda and not self._open and torch.cuda.current_stream().query()
+        self._lap(None, idle)
 
     def lap(self, what: Op | str) -> None:
         """`what` ends here."""
@@ -61,19 +69,21 @@ class Stopwatch:
         self._fold()
         yield from self._spans or ()
 
-    def _lap(self, what: Op | str | None) -> None:
+    def _lap(self, what: Op | str | None, idle: bool = False) -> None:
         mark = self._mark()
-        self._open.append((what, self._last, mark))
+        self._open.append((what, self._last, mark, time.perf_counter() if idle else None))
         self._last = mark
         self._fold()
 
     def _fold(self) -> None:
         while self._open and (not self._on_cuda or self._open[0][2].query()):
-            what, begin, end = self._open.popleft()
-            if self._on_cuda:
-                start, self._now = self._now, self._now + begin.elapsed_time(end) / 1e3
-            else:
+            what, begin, end, at = self._open.popleft()
+            if not self._on_cuda:
                 start, self._now = begin, end
+            elif at is not None:
+                start, self._now = self._now, at
+            else:
+                start, self._now = self._now, self._now + begin.elapsed_time(end) / 1e3
             self._seconds[what.kind.value if isinstance(what, Op) else what] += self._now - start
             if self._spans is not None and what is not None:
                 self._spans.append((what, start, self._now))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from paci_schedule.errors import LinkError
 
-__all__ = ["limit", "waiting"]
+__all__ = ["limit", "no_answer", "waiting"]
 
 # What gloo and NCCL write.  Whatever else fails while a collective may be under way is an error of its own.
 _TRANSPORT = re.compile(r"gloo|nccl|timed? ?out|clos(ed|ure)|connection|abort", re.IGNORECASE)
@@ -39,13 +39,17 @@ def waiting(stage: int, doing: str, whom: str, ranks: Iterable[int], timeout: ti
         told = error.__context__ if isinstance(error, ValueError) else error
         if not others or not _is_of_transport(told):
             raise
-        named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-        raise LinkError(
-            f"stage {stage} (rank {dist.get_rank()}) {doing} {whom} ({named}) and got no answer within the timeout of "
-            f"{timeout.total_seconds():g} s, or a process is gone: look at the log of {named} first; if nothing is "
-            'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout '
-            f"seconds).  The transport says: {told}"
-        ) from told
+        raise LinkError(f"{no_answer(stage, doing, whom, others, timeout)}  The transport says: {told}") from told
+
+
+def no_answer(stage: int, doing: str, whom: str, others: list[int], timeout: timedelta) -> str:
+    """What to say of other ranks that this one has waited for in vain; arguments as in `waiting`."""
+    named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+    return (
+        f"stage {stage} (rank {dist.get_rank()}) {doing} {whom} ({named}) and got no answer within the timeout of "
+        f"{timeout.total_seconds():g} s, or a process is gone: look at the log of {named} first; if nothing is "
+        'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout seconds).'
+    )
 
 
 def _is_of_transport(error: BaseException | None) -> bool:

@@ -112,7 +112,7 @@ class PaciPipelineEngine(PipelineEngine):
             limit(group, timeout)
         self._stage_ranks = grid.topology().filter_match(pipe=self.stage_id)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        self._links = Links(spec, pipelines, self.device, timeout)
+        self._links = Links(spec, pipelines, self.device, timeout, record=options.record)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
         self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
 

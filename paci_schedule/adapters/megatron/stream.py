@@ -68,7 +68,7 @@ class ModelStream:
         ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
         self.late = Late(norms, weight, ends, spec, timeout)
         self._sums = StageSums(self._config, norms, warn=stage == 0)
-        links = Links(spec, pipelines, device, timeout)
+        links = Links(spec, pipelines, device, timeout, record=options.record)
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)
         self._stopwatch = Stopwatch(device, records=options.record is not None)
         self._runner = StageRunner(spec, stage, self._compute, links, self._stopwatch, norms)

@@ -1,0 +1,119 @@
+"""Who waits for whom, where a transport's wait returns at once and its watchdog ends the process without saying so.
+
+On NCCL `wait` makes the device's stream wait, not the host, so no LinkError can be raised there.  The lookout keeps the
+messages that the stage waits for, in the stream's order: the oldest one that has not come is what the stage stands at.
+Its age counts from when it became the oldest, so a host that runs far ahead of its device raises no alarm.  While the
+host goes on, nothing but two appends to a deque and the question whether the oldest message has come happens, on the
+host's own thread; the lookout's thread asks the device only when the host has stood still for a while, so that it does
+not disturb the capture of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from paci_schedule.runtime.waiting import no_answer
+
+__all__ = ["Lookout"]
+
+logger = logging.getLogger(__name__)
+
+_NEWEST = 12
+_QUIET = 10.0  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class _Wait:
+    doing: str
+    peer_stage: int
+    peer: int
+    work: dist.Work
+
+
+class Lookout:
+    """Says once in the log, and in a file, which message a stage has waited for longer than `timeout`.
+
+    Args:
+        stage: this rank's.
+        timeout: how long a message may take.
+        folder: where the file goes, ``lost-stage2-rank5.txt``; None for none.
+        interval: seconds between two looks.
+    """
+
+    def __init__(self, stage: int, timeout: timedelta, folder: str | None = None, interval: float = 1.0) -> None:
+        self._stage, self._timeout, self._folder = stage, timeout, folder
+        self._waits: deque[_Wait] = deque()
+        self._newest: deque[str] = deque(maxlen=_NEWEST)
+        self._lock = threading.Lock()
+        self._quiet = min(_QUIET, timeout.total_seconds() / 10)
+        self._moved = self._since = time.monotonic()
+        self._oldest: _Wait | None = None
+        self._told = False
+        threading.Thread(target=_look, args=(weakref.ref(self), interval), name="paci lookout", daemon=True).start()
+
+    def note(self, op: object) -> None:
+        """The host has come to this op."""
+        self._newest.append(str(op))
+
+    def expect(self, doing: str, peer_stage: int, peer: int, work: dist.Work) -> None:
+        """The device's stream is about to wait for a message.
+
+        Messages that have come are let go of here, by the host's own thread, for each one holds its buffer.
+
+        Args:
+            doing: as in `waiting`.
+            peer_stage, peer: stage and global rank at the other end.
+            work: of the message.
+        """
+        self._moved = time.monotonic()
+        with self._lock:
+            self._waits.append(_Wait(doing, peer_stage, peer, work))
+            self._let_go()
+
+    def _let_go(self) -> _Wait | None:
+        """Forget the messages that have come.  Returns the oldest one that has not."""
+        while self._waits and self._waits[0].work.is_completed():
+            self._waits.popleft()
+        return self._waits[0] if self._waits else None
+
+    def _glance(self) -> None:
+        """Look at the oldest message, unless the host goes on."""
+        now = time.monotonic()
+        if now - self._moved < self._quiet:
+            return
+        with self._lock:
+            oldest = self._let_go()
+        if oldest is not self._oldest:
+            self._oldest, self._since, self._told = oldest, now, False
+        elif oldest is not None and not self._told and now - self._since > self._timeout.total_seconds():
+            self._told = True
+            self._tell(oldest)
+
+    def _tell(self, wait: _Wait) -> None:
+        said = no_answer(self._stage, wait.doing, f"stage {wait.peer_stage}", [wait.peer], self._timeout)
+        line = f"{said}  The newest ops of this stage that send or receive: {', '.join(self._newest)}"
+        logger.error(line)
+        if self._folder is not None:
+            path = Path(self._folder, f"lost-stage{self._stage}-rank{dist.get_rank()}.txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def _look(lookout: weakref.ref[Lookout], interval: float) -> None:
+    """The life of a lookout's thread: as long as the lookout's, or until the device fails."""
+    while (one := lookout()) is not None:
+        try:
+            one._glance()
+        except RuntimeError:  # the device's error; the stage's own thread meets it too
+            return
+        del one
+        time.sleep(interval)
