@@ -33,23 +33,21 @@ def waiting(stage: int, doing: str, whom: str, ranks: Iterable[int], timeout: ti
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         others = [rank for rank in ranks if rank != dist.get_rank()]
-        # torch writes a collective's error to its log, and fails at that for a group it does not know (NormGroup).
-        told = error.__context__ if isinstance(error, ValueError) else error
-        if not others or not _is_of_transport(told):
+        if not others or not _is_of_transport(error):
             raise
         named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
         raise LinkError(
             f"stage {stage} (rank {dist.get_rank()}) {doing} {whom} ({named}) and got no answer within the timeout of "
             f"{timeout.total_seconds():g} s, or a process is gone: look at the log of {named} first; if nothing is "
             'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout '
-            f"seconds).  The transport says: {told}"
-        ) from told
+            f"seconds).  The transport says: {error}"
+        ) from error
 
 
-def _is_of_transport(error: BaseException | None) -> bool:
-    if not isinstance(error, RuntimeError) or isinstance(error, LinkError):  # a LinkError names who waited already
+def _is_of_transport(error: RuntimeError) -> bool:
+    if isinstance(error, LinkError):  # it names who waited already
         return False
     return isinstance(error, dist.DistError) or _TRANSPORT.search(str(error)) is not None
 
