@@ -188,7 +188,7 @@ class NormGroup(dist.ProcessGroup):
     def __init__(
         self, norms: CarriedNorms, tensor_parallel: dist.ProcessGroup, model_parallel: dist.ProcessGroup
     ) -> None:
-        # The large group's size, as ZeRO asks no group of one for a sum.  Else torch knows it as the group of those that
+        # The large group's size, as ZeRO asks no group of one for a sum.  Else torch knows it as the group of those who
         # take part: for whoever records collectives, and for torch's log when one of them fails.
         super().__init__(model_parallel.rank(), model_parallel.size())
         for table in (_world.pg_map, _world.pg_names, _world.pg_group_ranks, _world.pg_backend_config):
