@@ -34,7 +34,7 @@ from torch.distributed import TCPStore
 from integration_tests import nccl_like
 from launch.kernels import build_kernels
 
-__all__ = ["Outcome", "RankError", "gather_outcomes", "on_gpus", "run_ranks"]
+__all__ = ["Outcome", "RankError", "backend", "gather_outcomes", "on_gpus", "run_ranks"]
 
 _ROOT = Path(__file__).parents[1]
 _PRELOAD = "integration_tests.preload"
@@ -74,7 +74,8 @@ def on_gpus(world_size: int) -> bool:
     return os.environ.get(_SWITCH) == "nccl" and torch.cuda.device_count() >= world_size
 
 
-def _backend(world_size: int) -> str:
+def backend(world_size: int) -> str:
+    """What the ranks of a job this large speak: "gloo", "nccl_like" or "nccl"."""
     asked = os.environ.get(_SWITCH, "gloo")
     if asked not in ("gloo", nccl_like.BACKEND, "nccl"):
         raise ValueError(f"{_SWITCH}={asked}: must be gloo, {nccl_like.BACKEND} or nccl")
@@ -150,8 +151,8 @@ _BASE_ENVIRONMENT = {
 
 
 def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
-    backend = _backend(world_size)
-    gpus = backend == "nccl"
+    speak = backend(world_size)
+    gpus = speak == "nccl"
     context = multiprocessing.get_context("spawn") if gpus else _fork_context()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +168,7 @@ def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
                 **(env or {}),
             }
             process = context.Process(
-                target=_rank, args=(target, args, settings, backend, timeout, writer, folder), daemon=True
+                target=_rank, args=(target, args, settings, speak, timeout, writer, folder), daemon=True
             )
             process.start()
             writer.close()
