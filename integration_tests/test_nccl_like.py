@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from integration_tests import nccl_like
-from integration_tests.nccl_like import RaceError, StuckError
+from integration_tests.played_stream import RaceError, StuckError
 from integration_tests.ranks import run_ranks
 
 
