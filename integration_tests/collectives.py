@@ -3,7 +3,7 @@
 import contextlib
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import ProcessGroup
+from torch.distributed.distributed_c10d import ProcessGroup, _world
 
 __all__ = ["MESSAGES", "recorded"]
 
@@ -25,18 +25,20 @@ COLLECTIVES = sorted(  # whatever else a group can do, whichever PyTorch it is
 @contextlib.contextmanager
 def recorded(keep):
     """Within it, `keep(name, ranks of the group)` hears of every collective that this rank starts in any group."""
-    original = {name: vars(ProcessGroup)[name] for name in COLLECTIVES}
+    classes = {ProcessGroup, type(dist.group.WORLD)}  # a backend in Python has methods of its own
+    original = [(owner, name, vars(owner)[name]) for owner in classes for name in COLLECTIVES if name in vars(owner)]
 
-    def listening(name):
-        def method(group, *args, **kwargs):
-            keep(name, sorted(dist.get_process_group_ranks(group)))
-            return original[name](group, *args, **kwargs)
-        return method
+    def listening(name, method):
+        def heard(group, *args, **kwargs):
+            if group in _world.pg_group_ranks:  # else it is what such a backend is made of
+                keep(name, sorted(dist.get_process_group_ranks(group)))
+            return method(group, *args, **kwargs)
+        return heard
 
-    for name in COLLECTIVES:
-        setattr(ProcessGroup, name, listening(name))
+    for owner, name, method in original:
+        setattr(owner, name, listening(name, method))
     try:
         yield
     finally:
-        for name in COLLECTIVES:
-            setattr(ProcessGroup, name, original[name])
+        for owner, name, method in original:
+            setattr(owner, name, method)

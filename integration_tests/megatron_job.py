@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from integration_tests.collectives import recorded
 from integration_tests.megatron_cpu import shim
-from integration_tests.ranks import on_gpus
 
 __all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all",
            "train_recorded"]
@@ -92,7 +91,9 @@ class Trained:
 
 def prepare() -> None:
     """Make Megatron importable in this process, and register the schedule."""
-    if not on_gpus(dist.get_world_size()):
+    if dist.get_backend() == "nccl":
+        torch.cuda.set_device(dist.get_rank())  # as Megatron-LM's initialize_megatron does
+    else:
         shim.install()
     import paci_schedule
 

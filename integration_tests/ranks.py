@@ -1,7 +1,9 @@
 """Run a function on several ranks: real processes, a rendezvous without free-port races, a deadline, no survivors.
 
 Ranks fork from a server process that has imported torch and DeepSpeed once, so they start in milliseconds and in a
-clean state.  With a GPU for every rank they are spawned instead and speak NCCL; otherwise gloo on the CPU.
+clean state, and compute on the CPU.  The environment's PACI_TEST_BACKEND says what they speak: gloo, by default;
+nccl_like, which is gloo with NCCL's habits (`integration_tests.nccl_like`); or nccl, with a GPU for every rank, each of
+which is spawned instead and has to set its device itself, as a training script does.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from integration_tests import nccl_like
 from launch.kernels import build_kernels
 
-__all__ = ["Outcome", "RankError", "gather_outcomes", "on_gpus", "run_ranks"]
+__all__ = ["Outcome", "RankError", "backend", "gather_outcomes", "on_gpus", "run_ranks"]
 
 _ROOT = Path(__file__).parents[1]
 _PRELOAD = "integration_tests.preload"
+_SWITCH = "PACI_TEST_BACKEND"
 _GRACE = 2.0  # seconds that the others get to end by themselves after a rank has failed that should not have
 
 
@@ -66,8 +70,16 @@ class Outcome:
 
 
 def on_gpus(world_size: int) -> bool:
-    """True where every rank of a job this large gets a GPU of its own."""
-    return torch.cuda.device_count() >= world_size
+    """True where NCCL is asked for, and every rank of a job this large gets a GPU of its own."""
+    return os.environ.get(_SWITCH) == "nccl" and torch.cuda.device_count() >= world_size
+
+
+def backend(world_size: int) -> str:
+    """What the ranks of a job this large speak: "gloo", "nccl_like" or "nccl"."""
+    asked = os.environ.get(_SWITCH, "gloo")
+    if asked not in ("gloo", nccl_like.BACKEND, "nccl"):
+        raise ValueError(f"{_SWITCH}={asked}: must be gloo, {nccl_like.BACKEND} or nccl")
+    return "gloo" if asked == "nccl" and not on_gpus(world_size) else asked
 
 
 def run_ranks(
@@ -139,13 +151,13 @@ _BASE_ENVIRONMENT = {
 
 
 def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
-    gpus = on_gpus(world_size)
+    speak = backend(world_size)
+    gpus = speak == "nccl"
     context = multiprocessing.get_context("spawn") if gpus else _fork_context()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         started, ends, pipes = time.monotonic(), {}, {}
         processes = []
-        backend = "nccl" if gpus else "gloo"
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             settings = {
@@ -156,7 +168,7 @@ def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
                 **(env or {}),
             }
             process = context.Process(
-                target=_rank, args=(target, args, settings, backend, timeout, writer, folder), daemon=True
+                target=_rank, args=(target, args, settings, speak, timeout, writer, folder), daemon=True
             )
             process.start()
             writer.close()
@@ -225,8 +237,8 @@ def _rank(target, args, settings, backend, timeout, writer, folder) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # DeepSpeed collects garbage all the time: spare it what was imported
     try:
-        if backend == "nccl":
-            torch.cuda.set_device(rank)
+        if backend == nccl_like.BACKEND:
+            nccl_like.install(rank)
         patience = datetime.timedelta(seconds=timeout + 60)  # the parent ends this rank before
         store = TCPStore("127.0.0.1", int(settings["MASTER_PORT"]), world_size, is_master=False, timeout=patience)
         torch.distributed.init_process_group(

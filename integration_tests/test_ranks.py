@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests.ranks import RankError, gather_outcomes, on_gpus, run_ranks
+from integration_tests.ranks import RankError, backend, gather_outcomes, on_gpus, run_ranks
 
 
 def all_ranks_meet(offset):
-    number = torch.tensor([dist.get_rank() + offset], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    device = "cpu" if dist.get_backend() != "nccl" else f"cuda:{dist.get_rank()}"
+    number = torch.tensor([dist.get_rank() + offset], device=device)
     dist.all_reduce(number)
     print("rank", dist.get_rank(), "has met the others")
     return dist.get_rank(), number.item(), os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), os.environ.get("HUE")
@@ -83,5 +84,21 @@ def test_no_process_survives():
         os.kill(pid, 0)
 
 
-def test_gpus_are_used_only_where_every_rank_has_its_own():
-    assert not on_gpus(torch.cuda.device_count() + 1)
+@pytest.mark.parametrize(
+    ("asked", "gpus", "used"),
+    [(None, 0, "gloo"), (None, 8, "gloo"), ("gloo", 8, "gloo"), ("nccl", 1, "gloo"), ("nccl", 2, "nccl"),
+     ("nccl_like", 8, "nccl_like")],
+)  # fmt: skip
+def test_gpus_are_used_only_where_they_are_asked_for_and_every_rank_has_its_own(monkeypatch, asked, gpus, used):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("PACI_TEST_BACKEND", raising=False)
+    if asked:
+        monkeypatch.setenv("PACI_TEST_BACKEND", asked)
+    assert backend(2) == used
+    assert on_gpus(2) == (used == "nccl")
+
+
+def test_a_backend_that_there_is_not_is_named(monkeypatch):
+    monkeypatch.setenv("PACI_TEST_BACKEND", "ncll")
+    with pytest.raises(ValueError, match="PACI_TEST_BACKEND=ncll: must be gloo, nccl_like or nccl"):
+        run_ranks(os.getpid, 1)

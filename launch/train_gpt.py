@@ -38,6 +38,7 @@ from launch.tokens import tokenise
 from launch.training import LoopOptions, Training
 from paci_schedule import PaciError
 from paci_schedule.adapters.deepspeed import balanced_cut
+from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.balance import Cut
 
 _DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "gpt_tiny.json"
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _train(args: argparse.Namespace) -> None:
     if "RANK" not in os.environ:
         raise LaunchError("no RANK in the environment: start with torchrun --nproc-per-node STAGES launch/train_gpt.py")
+    take_device()
     world = int(os.environ["WORLD_SIZE"])
     stages = args.stages or world
     if world % stages:

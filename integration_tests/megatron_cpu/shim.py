@@ -186,7 +186,7 @@ def _patch_distributed() -> None:
         kwargs.pop("pg_options", None)
         kwargs.pop("device_id", None)
         if kwargs.get("backend") == "nccl":
-            kwargs["backend"] = "gloo"
+            kwargs["backend"] = None  # the default group's
         return new_group(*args, **kwargs)
 
     dist.barrier, dist.init_process_group, dist.new_group = gloo_barrier, gloo_init, gloo_group

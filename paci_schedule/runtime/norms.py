@@ -203,10 +203,11 @@ class NormGroup(dist.ProcessGroup):
     def __init__(
         self, norms: CarriedNorms, tensor_parallel: dist.ProcessGroup, model_parallel: dist.ProcessGroup
     ) -> None:
-        # The large group's size, as ZeRO asks no group of one for a sum; the ranks of those that take part, for whoever
-        # records collectives.
+        # The large group's size, as ZeRO asks no group of one for a sum.  Else torch knows it as the group of those who
+        # take part: for whoever records collectives, and for torch's log when one of them fails.
         super().__init__(model_parallel.rank(), model_parallel.size())
-        _world.pg_group_ranks[self] = _world.pg_group_ranks[tensor_parallel]
+        for table in (_world.pg_map, _world.pg_names, _world.pg_group_ranks, _world.pg_backend_config):
+            table[self] = table[tensor_parallel]
         self.flushing = False
         self._norms = norms
         self._tensor_parallel, self._model_parallel = tensor_parallel, model_parallel
@@ -214,16 +215,22 @@ class NormGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "carried-norms"
 
-    def allreduce(self, tensors: list[torch.Tensor], options: dist.AllreduceOptions) -> dist.Work:
+    def allreduce(self, tensors: list[torch.Tensor], options: dist.AllreduceOptions) -> dist.Work | None:
         is_sum = options.reduceOp == dist.ReduceOp.SUM
         if self.flushing:
             if is_sum:
                 own = tensors[0].clone()
-                self._tensor_parallel.allreduce([own], options).wait()
+                _order(self._tensor_parallel.allreduce([own], options))
                 self._norms.add_own(own)
             return self._model_parallel.allreduce(tensors, options)
         work = self._tensor_parallel.allreduce(tensors, options)
         if is_sum:
-            work.wait()
+            _order(work)
             self._norms.complete(tensors[0])
         return work
+
+
+def _order(work: dist.Work | None) -> None:
+    """Let what comes next see the result.  NCCL returns None for what the current stream does itself."""
+    if work is not None:
+        work.wait()

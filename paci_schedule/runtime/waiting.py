@@ -33,13 +33,11 @@ def waiting(stage: int, doing: str, whom: str, ranks: Iterable[int], timeout: ti
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         others = [rank for rank in ranks if rank != dist.get_rank()]
-        # torch writes a collective's error to its log, and fails at that for a group it does not know (NormGroup).
-        told = error.__context__ if isinstance(error, ValueError) else error
-        if not others or not _is_of_transport(told):
+        if not others or not _is_of_transport(error):
             raise
-        raise LinkError(f"{no_answer(stage, doing, whom, others, timeout)}  The transport says: {told}") from told
+        raise LinkError(f"{no_answer(stage, doing, whom, others, timeout)}  The transport says: {error}") from error
 
 
 def no_answer(stage: int, doing: str, whom: str, others: list[int], timeout: timedelta) -> str:
@@ -52,8 +50,8 @@ def no_answer(stage: int, doing: str, whom: str, others: list[int], timeout: tim
     )
 
 
-def _is_of_transport(error: BaseException | None) -> bool:
-    if not isinstance(error, RuntimeError) or isinstance(error, LinkError):  # a LinkError names who waited already
+def _is_of_transport(error: RuntimeError) -> bool:
+    if isinstance(error, LinkError):  # it names who waited already
         return False
     return isinstance(error, dist.DistError) or _TRANSPORT.search(str(error)) is not None
 

@@ -23,7 +23,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -32,6 +31,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
+from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
@@ -77,6 +77,7 @@ class PaciPipelineEngine(PipelineEngine):
         self._options = options = PaciOptions.read(config_class._param_dict)
         self._schedule = "paci"
         module: PipelineModule = kwargs["model"]
+        device = take_device(kwargs.get("args"))
         check_supported(config_class, options, module)
         grid = module.mpu()
         self._timeout = timeout = timedelta(seconds=options.timeout)
@@ -87,7 +88,6 @@ class PaciPipelineEngine(PipelineEngine):
         )
         self._norms = self._norm_group = None
         if config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1:
-            device = torch.device(get_accelerator().current_device_name())
             pipeline = grid.get_pipe_parallel_group()
             self._norms = CarriedNorms(
                 spec, grid.get_stage_id(), pipeline, device, agrees=bool(module.tied_comms), timeout=timeout

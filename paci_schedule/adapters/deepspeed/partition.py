@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
+from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.balance import Cut, LayerCost, balance, check_bounds
 from paci_schedule.errors import ConfigError, PaciError
 from paci_schedule.runtime.profile import Layer, profile_layers
@@ -90,7 +90,7 @@ def balanced_cut(
     """
     stages = num_stages if topology is None else topology.get_dim("pipe")
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as DeepSpeed does when it builds the engine
+    take_device()
 
     def measure() -> Cut:
         costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)

@@ -1,0 +1,29 @@
+"""This rank's device, chosen as DeepSpeed's engine chooses it, before anything of ours allocates or communicates."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+__all__ = ["take_device"]
+
+
+def take_device(args: Any = None) -> torch.device:
+    """Make this rank's device the current one, on which NCCL runs a collective of Python objects.
+
+    DeepSpeed 0.19.8 does the same at the end of its engine's set-up (`DeepSpeedEngine._set_distributed_vars`).
+
+    Args:
+        args: what `deepspeed.initialize` was given; its `device_rank`, where it has one, comes before LOCAL_RANK.
+    """
+    accelerator = get_accelerator()
+    index = getattr(args, "device_rank", None)
+    if index is None:
+        index = int(os.environ["LOCAL_RANK"])
+    if index < 0:
+        return torch.device(accelerator.current_device_name())
+    accelerator.set_device(index)
+    return torch.device(accelerator.device_name(index))
