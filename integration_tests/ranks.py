@@ -2,8 +2,10 @@
 
 Ranks fork from a server process that has imported torch and DeepSpeed once, so they start in milliseconds and in a
 clean state, and compute on the CPU.  The environment's PACI_TEST_BACKEND says what they speak: gloo, by default;
-nccl_like, which is gloo with NCCL's habits (`integration_tests.nccl_like`); or nccl, with a GPU for every rank, each of
-which is spawned instead and has to set its device itself, as a training script does.
+nccl_like, which is gloo with NCCL's habits (`integration_tests.nccl_like`); nccl, with a GPU for every rank, each of
+which is spawned instead and has to set its device itself, as a training script does; or nccl_shared, the same with
+fewer GPUs than ranks.  NCCL refuses two ranks on one GPU of one host, so there every rank claims a host of its own, and
+they speak through the loopback network: it works, and is not supported.
 """
 
 from __future__ import annotations
@@ -70,16 +72,28 @@ class Outcome:
 
 
 def on_gpus(world_size: int) -> bool:
-    """True where NCCL is asked for, and every rank of a job this large gets a GPU of its own."""
-    return os.environ.get(_SWITCH) == "nccl" and torch.cuda.device_count() >= world_size
+    """True where NCCL is asked for, and there are GPUs enough for a job this large."""
+    needed = {"nccl": world_size, "nccl_shared": 1}.get(os.environ.get(_SWITCH))
+    return needed is not None and torch.cuda.device_count() >= needed
 
 
 def backend(world_size: int) -> str:
     """What the ranks of a job this large speak: "gloo", "nccl_like" or "nccl"."""
     asked = os.environ.get(_SWITCH, "gloo")
-    if asked not in ("gloo", nccl_like.BACKEND, "nccl"):
-        raise ValueError(f"{_SWITCH}={asked}: must be gloo, {nccl_like.BACKEND} or nccl")
-    return "gloo" if asked == "nccl" and not on_gpus(world_size) else asked
+    if asked not in ("gloo", nccl_like.BACKEND, "nccl", "nccl_shared"):
+        raise ValueError(f"{_SWITCH}={asked}: must be gloo, {nccl_like.BACKEND}, nccl or nccl_shared")
+    if asked.startswith("nccl") and asked != nccl_like.BACKEND:
+        return "nccl" if on_gpus(world_size) else "gloo"
+    return asked
+
+
+def _shared_gpu(rank: int) -> dict[str, str]:
+    """What lets NCCL take a rank on a GPU that has another rank."""
+    return {
+        "LOCAL_RANK": str(rank % torch.cuda.device_count()),
+        "NCCL_HOSTID": f"rank{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1",
+        "NCCL_MNNVL_ENABLE": "0",
+    }
 
 
 def run_ranks(
@@ -159,12 +173,14 @@ def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
         started, ends, pipes = time.monotonic(), {}, {}
         processes = []
         for rank in range(world_size):
+            Path(folder, str(rank)).touch()  # a rank may be killed before it has begun to write
             reader, writer = context.Pipe(duplex=False)
             settings = {
                 **_BASE_ENVIRONMENT,
                 "DS_ACCELERATOR": "cuda" if gpus else "cpu",
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                **(_shared_gpu(rank) if gpus and torch.cuda.device_count() < world_size else {}),
                 **(env or {}),
             }
             process = context.Process(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests.ranks import RankError, backend, gather_outcomes, on_gpus, run_ranks
+from integration_tests.ranks import RankError, _shared_gpu, backend, gather_outcomes, on_gpus, run_ranks
 
 
 def all_ranks_meet(offset):
@@ -87,9 +87,9 @@ def test_no_process_survives():
 @pytest.mark.parametrize(
     ("asked", "gpus", "used"),
     [(None, 0, "gloo"), (None, 8, "gloo"), ("gloo", 8, "gloo"), ("nccl", 1, "gloo"), ("nccl", 2, "nccl"),
-     ("nccl_like", 8, "nccl_like")],
+     ("nccl_shared", 0, "gloo"), ("nccl_shared", 1, "nccl"), ("nccl_like", 8, "nccl_like")],
 )  # fmt: skip
-def test_gpus_are_used_only_where_they_are_asked_for_and_every_rank_has_its_own(monkeypatch, asked, gpus, used):
+def test_gpus_are_used_only_where_they_are_asked_for_and_there_are_enough_of_them(monkeypatch, asked, gpus, used):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.delenv("PACI_TEST_BACKEND", raising=False)
     if asked:
@@ -98,7 +98,14 @@ def test_gpus_are_used_only_where_they_are_asked_for_and_every_rank_has_its_own(
     assert on_gpus(2) == (used == "nccl")
 
 
+def test_ranks_that_share_a_gpu_claim_hosts_of_their_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings = [_shared_gpu(rank) for rank in range(4)]
+    assert len({each["NCCL_HOSTID"] for each in settings}) == 4
+    assert [each["LOCAL_RANK"] for each in settings] == ["0", "1", "0", "1"]
+
+
 def test_a_backend_that_there_is_not_is_named(monkeypatch):
     monkeypatch.setenv("PACI_TEST_BACKEND", "ncll")
-    with pytest.raises(ValueError, match="PACI_TEST_BACKEND=ncll: must be gloo, nccl_like or nccl"):
+    with pytest.raises(ValueError, match="PACI_TEST_BACKEND=ncll: must be gloo, nccl_like, nccl or nccl_shared"):
         run_ranks(os.getpid, 1)

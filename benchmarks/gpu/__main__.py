@@ -98,7 +98,7 @@ def _run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _run_one(name: str, limit: float, dry: bool) -> dict[str, Any]:
     """Run a step in a process group of its own, which is killed at the deadline."""
-    environment = {**os.environ, "DS_BUILD_OPS": "0", "PACI_TEST_BACKEND": "gloo" if dry else "nccl"}
+    environment = {**os.environ, "DS_BUILD_OPS": "0", "PACI_TEST_BACKEND": "gloo" if dry else "nccl_shared"}
     if dry:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
