@@ -6,7 +6,7 @@ stages that share no rank can be made at the same time.  So a rank makes at most
 its whole pipeline, for the announcements; then for either direction with the even pairs of stages (0 and 1, 2 and 3,
 ...), and with the odd ones.  A rank without a pair takes part in the split without a colour.
 
-The function that torch's public calls share is called directly, because none of these will do in torch 2.7 to 2.13:
+The function that torch's public calls share is called directly, because none of these will do, as of torch 2.13:
 `split_group` and `new_group(use_local_synchronization=True)` name a group by how many of them a rank holds, which
 differs between the two ends, so that gloo never meets and `destroy_process_group` hangs (pytorch issue 190396), and
 `new_group(backend="gloo")` makes the ranks outside the group split a communicator that those inside it do not split.

@@ -39,6 +39,7 @@ _HOOKS = {
     "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
     "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
     "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
+    "torch.distributed.distributed_c10d:_new_process_group_helper": ("backend_options", "device_id", "group_desc"),
     "torch.distributed.distributed_c10d:_world.pg_group_ranks": (),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }

@@ -26,6 +26,7 @@ _HOOKS = {
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_grad_stats_parallel_group": (),
     "megatron.core.parallel_state:get_tensor_and_data_parallel_group": ("with_context_parallel",),
     "megatron.core.parallel_state:get_embedding_group": ("check_initialized",),
+    "torch.distributed.distributed_c10d:_new_process_group_helper": ("backend_options", "device_id", "group_desc"),
     "torch.autograd:_unsafe_preserve_version_counter": (),
 }
 
