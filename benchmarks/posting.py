@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="turns of each engine")
     parser.add_argument("--json", help="file to write the rows to")
     arguments = parser.parse_args()
-    rows = []
+    rows, console = [], Console(width=100)
     for latency, slow_stage in itertools.product(arguments.latency, (None, 1)):
         job = Job(
             stages=arguments.stages,
@@ -142,7 +142,8 @@ def main() -> None:
             turns=arguments.turns,
         )
         rows += measure(job)
-    Console(width=100).print(table(rows))
+        console.print(table(rows[-4:]))
+    console.print(table(rows))
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)
