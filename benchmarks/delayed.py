@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
@@ -28,23 +29,40 @@ class _Late(dist.Work):
         return self._done.done()
 
 
-def use_delayed_links(latency: float) -> None:
-    """Make every process group from here on one whose messages take `latency` seconds longer, in order."""
+_POSTED = 1 << 10  # added to a message's tag: of the word that its receive is posted
+
+
+def use_delayed_links(latency: float, rendezvous: bool = False) -> None:
+    """Make every process group from here on one whose messages take `latency` seconds longer, in order.
+
+    Args:
+        latency: seconds.
+        rendezvous: they count from where the message is sent and its receive posted, as on NCCL, not from the send.
+    """
 
     class DelayedGroup(StagedGroup):
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
             super().__init__(store, rank, size, timeout)
             self._wires: dict[int, ThreadPoolExecutor] = {}
+            self._words: deque[dist.Work] = deque(maxlen=64)  # a buffer lives as long as its handle
 
         def send(self, tensors: list[torch.Tensor], destination: int, tag: int) -> dist.Work:
             due, message = time.monotonic() + latency, [tensors[0].clone()]
 
             def arrive() -> None:
+                if rendezvous:
+                    self._gloo.recv([torch.empty(1)], destination, tag + _POSTED).wait()
+                    time.sleep(latency)
                 time.sleep(max(0.0, due - time.monotonic()))
                 super(DelayedGroup, self).send(message, destination, tag).wait()
 
             wire = self._wires.setdefault(destination, ThreadPoolExecutor(max_workers=1))
             return _Late(wire.submit(arrive))
+
+        def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> dist.Work:
+            if rendezvous:
+                self._words.append(self._gloo.send([torch.zeros(1)], source, tag + _POSTED))
+            return super().recv(tensors, source, tag)
 
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()

@@ -40,6 +40,7 @@ def assert_refused(error, config=None, *, target=deepspeed_job.build, args=(), s
         ({"paci": {"timeout": True}}, ["timeout", "True"]),
         ({"paci": {"flush_warmup_steps": True}}, ["flush_warmup_steps", "True"]),
         ({"paci": {"extra_in_flight": [1, -1]}}, ["extra_in_flight", "[1, -1]"]),
+        ({"paci": {"early_receives": 1}}, ["early_receives", "1"]),
         ({"paci": {"clip": "globl"}}, ["clip", "'globl'", "did you mean 'global'?"]),
         ({"paci": 7}, ["paci", "7"]),
         ({"pipeline_schedule": "PACI"}, ["'PACI'", "did you mean 'paci'?"]),
@@ -80,6 +81,25 @@ def test_options_without_a_schedule_are_refused():
 )
 def test_what_cannot_run_is_refused(config, says):
     assert_refused("UnsupportedError", config, says=says)
+
+
+def build_blocking(job):
+    with mock.patch.dict(os.environ, CUDA_LAUNCH_BLOCKING="1"):
+        deepspeed_job.build(job)
+
+
+BOUNDARY = {"activation_checkpointing": {"synchronize_checkpoint_boundary": True}}
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "says"),
+    [(build_blocking, {}, ["CUDA_LAUNCH_BLOCKING=1", "unset"]),
+     (deepspeed_job.build, BOUNDARY, ["synchronize_checkpoint_boundary", "switch one of the two off"])],
+    ids=["launch blocking", "checkpoint boundary"],
+)
+def test_early_receives_are_refused_where_the_device_is_synchronised(target, config, says):
+    says = ['"early_receives": true', "in a circle", *says]
+    assert_refused("UnsupportedError", {"paci": {"early_receives": True}, **config}, target=target, says=says)
 
 
 def test_legacy_curriculum_is_refused_by_deepspeed_already():

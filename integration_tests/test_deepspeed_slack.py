@@ -29,6 +29,8 @@ JOBS = {
     "P=4 a=3 k=[0, 1, 0]": Job(stages=4, accumulation=3, script=MIXED, config=slack([0, 1, 0])),
     "P=4 a=2 k=[1, 0, 2], tuples": Job(stages=4, accumulation=2, script=("train x6", "drain"), config=slack([1, 0, 2]),
                                        model="pairs"),
+    "P=3 k=[0, 2], early receives": Job(stages=3, accumulation=2, script=MIXED, config={
+        "paci": {"extra_in_flight": [0, 2], "early_receives": True}}),
     "P=2 k=[2], switching": Job(stages=2, accumulation=2, config=slack([2]), clip=0.6, script=(
         "train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x4", "drain")),
 }

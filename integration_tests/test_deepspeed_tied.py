@@ -267,32 +267,40 @@ def test_what_overflows_is_dropped_element_by_element():
 
 
 class _Watched:
-    """The handle of an asynchronous all-reduce; says at which update of the stage it is waited for."""
+    """The handle of an asynchronous all-reduce; tells when it is waited for."""
 
-    def __init__(self, work, started, waited):
-        self._work, self._started, self._waited = work, started, waited
+    def __init__(self, work, waited):
+        self._work, self._waited = work, waited
 
     def wait(self):
-        self._waited(self._started)
+        self._waited()
         return self._work.wait()
 
 
 def watch_steady_calls(job, warm_up, count):
-    """(collectives that span stages and who started them, (started, waited for) at which updates), in steady state."""
+    """What a stage does in steady state about the sums of its tied weights.
+
+    Returns:
+        collectives: those that span stages, with who started them;
+        waits: (number of the sum, of its weight, update at which it is waited for);
+        posted: (call, number of the sum, shape) in the order of posting;
+        updates: that were done.
+    """
     import torch.distributed as dist
 
     engine = late_job.build(job)
     feed = jobs.data(job.model)
-    started, waits, callers = [], [], []
+    posted, waits, callers, call = [], [], [], 0
     all_reduce = dist.all_reduce
 
     def watched(tensor, *args, async_op=False, **kwargs):
         work = all_reduce(tensor, *args, async_op=async_op, **kwargs)
         if not async_op:
             return work
-        begun = engine.global_steps
-        started.append(begun)
-        return _Watched(work, begun, lambda at: waits.append((at, engine.global_steps)))
+        shape = tuple(tensor.shape)
+        number = sum(other == shape for _, _, other in posted)
+        posted.append((call, number, shape))
+        return _Watched(work, lambda: waits.append((number, engine.global_steps)))
 
     def keep(name, members):
         if len(members) > 1:
@@ -301,12 +309,14 @@ def watch_steady_calls(job, warm_up, count):
     with mock.patch.object(dist, "all_reduce", watched):
         for _ in range(warm_up):
             engine.train_batch(feed)
+            call += 1
         waits.clear()
         first = engine.global_steps
         with recorded(keep):
             for _ in range(count):
                 engine.train_batch(feed)
-    return {"collectives": callers, "waits": waits, "updates": engine.global_steps - first}
+                call += 1
+    return {"collectives": callers, "waits": waits, "posted": posted, "updates": engine.global_steps - first}
 
 
 @pytest.mark.parametrize(
@@ -315,17 +325,19 @@ def watch_steady_calls(job, warm_up, count):
     ids=["fp32, clipping", "bf16"],
 )
 def test_only_the_tied_sums_span_stages_and_nobody_waits_for_them_early(job):
-    """One all-reduce for each tied weight and update, waited for j updates after it was started."""
+    """One all-reduce for each tied weight and update, waited for j updates after it; all copies post it in one call."""
     delays = LateReference(job).waits
-    for stage, result in enumerate(ranks.run_ranks(watch_steady_calls, 3, (job, 4, 4))):
+    results = ranks.run_ranks(watch_steady_calls, 3, (job, 4, 4))
+    for stage, result in enumerate(results):
         here = [key for key in late_job.TIED if stage in LateReference(job).holders(key)]
         assert len(result["collectives"]) == len(here) * result["updates"] > (0 if here else -1)
         for name, members, callers in result["collectives"]:
             assert name == "allreduce"
             assert members == [0, 2]
-            assert "exchange" in callers
+            assert "post_sum" in callers
         assert len(result["waits"]) == len(here) * result["updates"]
-        assert {waited - started for started, waited in result["waits"]} == {delays[key] for key in here}
+        assert {waited - number for number, waited in result["waits"]} == {delays[key] for key in here}
+    assert sorted(results[0]["posted"]) == sorted(results[2]["posted"])
 
 
 def test_a_gradient_of_a_tied_weight_is_the_sum_over_the_copies():

@@ -89,6 +89,7 @@ def test_so_they_are_however_the_stage_computes():
             {"tied": True},
             {"optimizer": "sgd"},
             {"evaluate_after": (1, 3)},
+            {"paci": {"early_receives": True}, "tied": True},
             {"paci": {"drain_interval": 2}},
         )
     ])
@@ -353,6 +354,7 @@ REFUSED = {
     "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
+    "must be True or False": {"paci": {"early_receives": 1}},
     "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
     "did you mean 'timeout'?": {"paci": {"timeot": 3}},

@@ -11,6 +11,7 @@ out of the script's arguments.
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
     --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
+    --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
     --paci-record FOLDER               write what every rank did there, op by op, for `paci trace`
 """
 
@@ -67,6 +68,7 @@ def _our_flags() -> argparse.ArgumentParser:
     flags.add_argument("--pipeline-schedule")
     flags.add_argument("--paci-clip", choices=["global", "stage"])
     flags.add_argument("--paci-timeout", type=seconds)
+    flags.add_argument("--paci-early-receives", action="store_true", default=argparse.SUPPRESS)
     flags.add_argument("--paci-record")
     return flags
 

@@ -1,4 +1,4 @@
-"""One thing that one pipeline stage does: forward, backward, weight gradient, optimizer step, or a message.
+"""One thing that one pipeline stage does: forward, backward, weight gradient, optimizer step, message, or sum.
 
 An op prints and parses (``F3``, ``B0``, ``STEP1``, ``RA3``; ``F3.1`` for model chunk 1), so that a schedule
 round-trips as text.
@@ -30,9 +30,11 @@ class OpKind(str, Enum):
     RECV_GRADIENT = "RG"
     SEND_GRADIENT = "SG"
 
+    SUM = "SUM"  # post the sum, over all copies of a tied weight, of their gradients of one update; the index is its
+
     @property
     def is_compute(self) -> bool:
-        """True for F, B, W and STEP; False for messages."""
+        """True for F, B, W and STEP; False for messages and sums."""
         return self in _COMPUTE
 
 
@@ -45,8 +47,9 @@ class Op(NamedTuple):
 
     Attributes:
         kind: what is done.
-        index: the micro-batch, counted from 0 since the pipe was last empty; for STEP, the update.
-        chunk: the model chunk of the stage, for schedules with several (interleaved, V).
+        index: the micro-batch, counted from 0 since the pipe was last empty; for STEP and SUM, the update.
+        chunk: the model chunk of the stage, for schedules with several (interleaved, V); for SUM, the number of the
+            tied weight, where there are several.
     """
 
     kind: OpKind

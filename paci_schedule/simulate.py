@@ -5,6 +5,8 @@ The simulator executes any schedule.  `wavefront.py` runs PACI's stream many tim
 * A stage does one op at a time, in the order of its program.
 * A message starts when its op ends and its link is free, occupies the link for bytes / bandwidth, and arrives one
   latency later.  Sends and receives cost the stage nothing.  The two directions of a link do not disturb each other.
+
+Nobody posts receives here; where a transport begins only then, `transfers.py` says what that costs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from paci_schedule.schedules.base import Schedule
 from paci_schedule.spec import PipelineSpec
 from paci_schedule.timeline import Span, Timeline
 
-__all__ = ["check_size", "execute", "simulate"]
+__all__ = ["check_size", "durations", "execute", "simulate"]
 
 _MOST_OPS = 10_000_000
 _KINDS = OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT, OpKind.STEP
@@ -84,7 +86,7 @@ def execute(schedule: Schedule, programs: Sequence[Sequence[Iterable[Op]]], cost
 def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs: Costs) -> list[list[Span]]:
     """Run the stages as far as they get."""
     stages, (forward, backward, weight, step) = len(ops), _KINDS
-    takes = _durations(schedule, ops, costs)
+    takes = durations(schedule, ops, costs)
     latencies, transfer, last = costs.latencies(stages), costs.transfer, stages * schedule.chunks - 1
     position = [
         [schedule.position(stages, stage, chunk) for chunk in range(schedule.chunks)] for stage in range(stages)
@@ -149,7 +151,7 @@ def _all_at_sync(rows: list[list[Span]], calls: list[list[int]], synced: list[in
     )
 
 
-def _durations(schedule: Schedule, ops: list[list[Op]], costs: Costs):
+def durations(schedule: Schedule, ops: list[list[Op]], costs: Costs):
     """A function of stage and op that says how long the op takes."""
     base = {kind: times.tolist() for kind, times in costs.durations(schedule, len(ops)).items()}
     if not costs.jitter:

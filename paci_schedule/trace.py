@@ -207,7 +207,7 @@ def _numbered_on(spans: Sequence[Span]) -> list[Span]:
     for span in spans:
         if span.op.kind in (OpKind.FORWARD, OpKind.RECV_ACTIVATION) and span.op.index <= newest - offset:
             offset = newest + 1
-        if span.op.kind is not OpKind.STEP:
+        if span.op.kind not in (OpKind.STEP, OpKind.SUM):
             span = span._replace(op=span.op._replace(index=span.op.index + offset))
         if span.op.kind is OpKind.FORWARD:
             newest = max(newest, span.op.index)

@@ -6,7 +6,6 @@ Errors show the grid with the offending op marked, so that a schedule can be deb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from paci_schedule import grid
 from paci_schedule.costs import Costs
@@ -14,24 +13,15 @@ from paci_schedule.drift import DriftMeter, drift_bound, drift_of
 from paci_schedule.errors import ScheduleError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
+from paci_schedule.rendezvous import NEVER, Synchronising, check_rendezvous
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.paci import Segment
 from paci_schedule.simulate import check_size, execute
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["check_grid", "check_rendezvous", "check_schedule", "check_segments", "check_stream"]
+__all__ = ["check_grid", "check_messages", "check_rendezvous", "check_schedule", "check_segments", "check_stream"]
 
 Program = Sequence[Op]
-
-_LINKS = {  # kind -> (direction of the link, stage offset of its sender, role)
-    OpKind.EXPECT_ACTIVATION: ("activation", -1, "expect"),
-    OpKind.RECV_ACTIVATION: ("activation", -1, "receive"),
-    OpKind.SEND_ACTIVATION: ("activation", 0, "send"),
-    OpKind.EXPECT_GRADIENT: ("gradient", +1, "expect"),
-    OpKind.RECV_GRADIENT: ("gradient", +1, "receive"),
-    OpKind.SEND_GRADIENT: ("gradient", 0, "send"),
-}
-
 
 def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> None:
     """Check `batches` batches of any schedule, from an empty pipe to an empty pipe: see `check_grid`.
@@ -118,10 +108,38 @@ def check_segments(spec: PipelineSpec, segments: Sequence[Segment]) -> None:
                 ops = []
             ops.extend(segment.ops(stage))
         check_stream(spec, stage, ops)
-    check_rendezvous(
-        [[op for segment in segments for op in lower(segment, stage)] for stage in range(spec.stages)],
-        [spec.gradients_on_wire(stage) for stage in range(spec.stages)],
-    )
+    check_messages(spec, segments)
+
+
+def check_messages(
+    spec: PipelineSpec,
+    segments: Sequence[Segment],
+    *,
+    ties: Sequence[Sequence[int]] = (),
+    early_receives: bool = False,
+    synchronising: Synchronising = NEVER,
+) -> None:
+    """Check that the programs to which the segments are lowered never wait for one another in a circle.
+
+    Args:
+        spec: the pipeline.
+        segments: from an empty pipe to an empty pipe; each is a call of the training loop.
+        ties: as in `lower`.
+        early_receives: as in `lower`.
+        synchronising: what waits for its stage's whole device.
+
+    Raises:
+        ScheduleError: see `check_rendezvous`.
+    """
+    programs, ends = [], []
+    for stage in range(spec.stages):
+        program: list[Op] = []
+        ends.append([])
+        for segment in segments:
+            program.extend(lower(segment, stage, ties=ties, early_receives=early_receives))
+            ends[-1].append(len(program))
+        programs.append(program)
+    check_rendezvous(programs, [spec.gradients_on_wire(stage) for stage in range(spec.stages)], synchronising, ends)
 
 
 def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
@@ -169,71 +187,3 @@ def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
         raise fail(len(ops) - 1, f"{forwards} forwards but {backwards} backwards")
     if meter.version != backwards // spec.accumulation:
         raise fail(len(ops) - 1, f"STEP{meter.version} is missing after {backwards} backwards")
-
-
-def check_rendezvous(programs: Sequence[Program], gradients_on_wire: Sequence[int]) -> None:
-    """Run the stages' programs against each other with the least that a transport must do.
-
-    A send blocks until its receive is posted, or, on a link that may have g gradients on the wire, the receive g - 1
-    before it; a wait blocks until the send has started.  Programs that finish under this rule finish under every weaker
-    one (asynchronous sends, buffered links).
-
-    Args:
-        programs: what each stage does, in order.
-        gradients_on_wire: for each stage, how many gradients it may have on the wire (`PipelineSpec`).
-
-    Raises:
-        ScheduleError: a deadlock, a message that nobody takes, or messages taken in another order than sent.
-    """
-    done: dict[tuple[str, int], dict[str, list[_At]]] = {}  # link -> role -> where, in order
-    position = [0] * len(programs)
-
-    def fail(rule: str) -> ScheduleError:
-        return ScheduleError(f"{rule}\n{grid.marked(dict(enumerate(programs)), dict(enumerate(position)))}")
-
-    def can_run(stage: int, op: Op) -> bool:
-        if op.kind.is_compute:
-            return True
-        direction, offset, role = _LINKS[op.kind]
-        link = done.setdefault((direction, stage + offset), {"send": [], "expect": [], "receive": []})
-        number = len(link[role])
-        if role == "send":
-            slack = gradients_on_wire[stage] - 1 if direction == "gradient" else 0
-            if number - slack >= len(link["expect"]):
-                return False
-        elif role == "receive":
-            if number >= len(link["expect"]):
-                raise fail(f"stage {stage} waits at {op} for a receive that it has not posted")
-            if number >= len(link["send"]):
-                return False
-            if link["send"][number].index != op.index:
-                raise fail(f"stage {stage} takes {op} where {link['send'][number].index} was sent")
-        link[role].append(_At(op.index, stage, position[stage]))
-        return True
-
-    moving = True
-    while moving:
-        moving = False
-        for stage, program in enumerate(programs):
-            while position[stage] < len(program) and can_run(stage, program[position[stage]]):
-                position[stage] += 1
-                moving = True
-    if any(at < len(program) for at, program in zip(position, programs, strict=True)):
-        raise fail("deadlock: every stage waits for another one at the marked op")
-    for (direction, sender), link in done.items():
-        counts = {role: len(where) for role, where in link.items()}
-        if len(set(counts.values())) > 1:
-            left_over = max(link.values(), key=len)[min(counts.values())]
-            position[left_over.stage] = left_over.position
-            raise fail(
-                f"the {direction} link of stage {sender} ends with {counts['send']} sends, {counts['expect']} posted "
-                f"receives and {counts['receive']} taken ones"
-            )
-
-
-class _At(NamedTuple):
-    """Where an op of a link stands."""
-
-    index: int
-    stage: int
-    position: int

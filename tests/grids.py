@@ -22,9 +22,9 @@ def compute_grid(segments):
     return [[text(segment.ops(stage)) for stage in range(segment.spec.stages)] for segment in segments]
 
 
-def program_grid(segments):
-    """For every segment the whole program of every stage, messages and all, as text."""
-    return [[text(lower(segment, stage)) for stage in range(segment.spec.stages)] for segment in segments]
+def program_grid(segments, **options):
+    """For every segment the whole program of every stage, messages and all, as text; `options` are those of `lower`."""
+    return [[text(lower(segment, stage, **options)) for stage in range(segment.spec.stages)] for segment in segments]
 
 
 def calls(spec, script):
@@ -38,6 +38,11 @@ def calls(spec, script):
             segments.append(paci.drain(spec, admitted))
             admitted = 0
     return segments
+
+
+def leading_calls(spec, count, end=None):
+    """The first `count` calls of the leading cut; the pipe is empty after `end` micro-batches."""
+    return [paci.lead_batch(spec, number * spec.accumulation, end) for number in range(count)]
 
 
 def random_script(seed, length):

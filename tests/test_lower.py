@@ -7,13 +7,91 @@ import pytest
 from paci_schedule import PipelineSpec
 from paci_schedule.lower import lower
 from paci_schedule.ops import OpKind
-from paci_schedule.schedules import one_f_one_b, paci
+from paci_schedule.schedules import one_f_one_b
 from paci_schedule.validate import check_segments
-from tests.grids import calls, program_grid, random_script
+from tests.grids import calls, leading_calls, program_grid, random_script
 
-# Two calls and the drain.  A gradient whose receiver takes it only in the next segment is deferred to its start: SG1 of
-# stage 1 of two, made in call 0, is the first message of call 1, behind the receive that call 1 posts.
+# Two calls and the drain.  The gradient of a stage's last round goes at the start of the next segment: SG1 of stage 1
+# of two, made in call 0, is sent in call 1, whose first gap at stage 0 posts its receive.
 GOLDEN = {
+    (1, 2): [
+        ["F0 B0 F1 B1 STEP0"],
+        ["F2 B2 F3 B3 STEP1"],
+        [""],
+    ],
+    (2, 2): [
+        ["F0 SA0 F1 SA1 EG0 RG0 B0",
+         "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+        ["F2 SA2 EG1 RG1 B1 STEP0 F3 SA3 EG2 RG2 B2",
+         "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
+        ["EG3 RG3 B3 STEP1",
+         "SG3"],
+    ],
+    (3, 2): [
+        ["F0 SA0 F1 SA1",
+         "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 RG0 B0",
+         "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+        ["F2 SA2 EG0 RG0 B0 F3 SA3 EG1 RG1 B1 STEP0",
+         "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 RG2 B2",
+         "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
+        ["EG2 RG2 B2 EG3 RG3 B3 STEP1",
+         "SG2 EG3 RG3 B3 SG3 STEP1",
+         "SG3"],
+    ],
+}
+
+FLUSH = [
+    "F0 SA0 F1 SA1 F2 SA2 EG0 RG0 B0 EG1 RG1 B1 EG2 RG2 B2 STEP0",
+    "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 EA2 RG0 B0 SG0 RA2 F2 SA2 EG1 RG1 B1 SG1 EG2 RG2 B2 SG2 STEP0",
+    "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 EA2 B1 SG1 RA2 F2 B2 SG2 STEP0",
+]
+
+LEADING = [
+    ["F0 SA0 F1 SA1 EG0 RG0 B0 STEP0",
+     "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
+    ["F2 SA2 EG1 RG1 B1 STEP1",
+     "F1 EA2 B1 SG1 STEP1 RA2"],
+    ["EG2 RG2 B2 STEP2",
+     "F2 B2 SG2 STEP2"],
+]
+
+# A round of slack on the first link: stage 0 posts EG1 with F3, where stage 1 sends it, and takes it with F4.
+SLACK = [
+    ["F0 SA0 F1 SA1",
+     "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 RG0 B0",
+     "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+    ["F2 SA2 EG0 F3 SA3 EG1 RG0 B0",
+     "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 RG2 B2",
+     "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
+    ["F4 SA4 EG2 RG1 B1 STEP0 F5 SA5 EG3 RG2 B2",
+     "EA4 SG2 RA4 F4 SA4 EG3 EA5 RG3 B3 SG3 STEP1 RA5 F5 SA5 EG4 RG4 B4",
+     "EA4 SG3 RA4 F4 EA5 B4 SG4 RA5 F5 B5 STEP2"],
+    ["EG4 RG3 B3 STEP1 EG5 RG4 B4 RG5 B5 STEP2",
+     "SG4 EG5 RG5 B5 SG5 STEP2",
+     "SG5"],
+]
+
+# Stage 0 shares one weight with stage 2, another one with stage 1.
+TIED = [
+    ["F2 SA2 EG0 RG0 B0 F3 SA3 EG1 RG1 B1 STEP0 SUM0 SUM0.1",
+     "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 SUM0.1 RG2 B2",
+     "EA2 SG1 RA2 F2 EA3 B2 SG2 SUM0 RA3 F3 B3 STEP1"],
+    ["EG2 RG2 B2 EG3 RG3 B3 STEP1 SUM1 SUM1.1",
+     "SG2 EG3 RG3 B3 SG3 STEP1 SUM1.1",
+     "SG3 SUM1"],
+]
+
+TIED_LEADING = [
+    ["F0 SA0 F1 SA1 EG0 RG0 B0 STEP0",
+     "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
+    ["SUM0 F2 SA2 EG1 RG1 B1 STEP1",
+     "F1 SUM0 EA2 B1 SG1 STEP1 RA2"],
+    ["SUM1 EG2 RG2 B2 STEP2 SUM2",
+     "F2 SUM1 B2 SG2 STEP2 SUM2"],
+]
+
+# With the receives of gradients posted early as well.
+EARLY = {
     (1, 2): [
         ["F0 B0 F1 B1 STEP0"],
         ["F2 B2 F3 B3 STEP1"],
@@ -40,13 +118,13 @@ GOLDEN = {
     ],
 }
 
-FLUSH = [
+EARLY_FLUSH = [
     "F0 SA0 F1 SA1 EG0 F2 SA2 EG1 RG0 B0 EG2 RG1 B1 RG2 B2 STEP0",
     "EA0 EA1 RA0 F0 SA0 EG0 RA1 F1 SA1 EA2 RG0 B0 SG0 EG1 RA2 F2 SA2 EG2 RG1 B1 SG1 RG2 B2 SG2 STEP0",
     "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 EA2 B1 SG1 RA2 F2 B2 SG2 STEP0",
 ]
 
-LEADING = [
+EARLY_LEADING = [
     ["F0 SA0 EG0 F1 SA1 RG0 B0 STEP0",
      "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
     ["EG1 F2 SA2 RG1 B1 STEP1",
@@ -57,43 +135,73 @@ LEADING = [
 
 
 @pytest.mark.parametrize(("stages", "accumulation"), GOLDEN)
-def test_calls_and_drain_are_golden(stages, accumulation):
+@pytest.mark.parametrize(("early", "golden"), [(False, GOLDEN), (True, EARLY)], ids=["default", "early"])
+def test_calls_and_drain_are_golden(stages, accumulation, early, golden):
     spec = PipelineSpec(stages=stages, accumulation=accumulation)
-    assert program_grid(calls(spec, "tt")) == GOLDEN[stages, accumulation]
+    assert program_grid(calls(spec, "tt"), early_receives=early) == golden[stages, accumulation]
 
 
-def test_a_flushed_batch_is_golden():
-    assert program_grid([one_f_one_b.batch(PipelineSpec(stages=3, accumulation=3))]) == [FLUSH]
+@pytest.mark.parametrize(("early", "golden"), [(False, FLUSH), (True, EARLY_FLUSH)], ids=["default", "early"])
+def test_a_flushed_batch_is_golden(early, golden):
+    segments = [one_f_one_b.batch(PipelineSpec(stages=3, accumulation=3))]
+    assert program_grid(segments, early_receives=early) == [golden]
 
 
-def leading_calls(spec, count, end=None):
-    return [paci.lead_batch(spec, number * spec.accumulation, end) for number in range(count)]
-
-
-def test_leading_calls_are_golden():
+@pytest.mark.parametrize(("early", "golden"), [(False, LEADING), (True, EARLY_LEADING)], ids=["default", "early"])
+def test_leading_calls_are_golden(early, golden):
     """Stage 1 takes the activation that stage 0 made ahead at the end of the call, and runs it in the next one."""
-    assert program_grid(leading_calls(PipelineSpec(stages=2, accumulation=1), 3, end=3)) == LEADING
+    segments = leading_calls(PipelineSpec(stages=2, accumulation=1), 3, end=3)
+    assert program_grid(segments, early_receives=early) == golden
+
+
+def test_calls_with_slack_are_golden():
+    assert program_grid(calls(PipelineSpec(stages=3, accumulation=2, extra_in_flight=(1, 0)), "ttt")) == SLACK
+
+
+def test_sums_of_tied_weights_are_golden():
+    assert program_grid(calls(PipelineSpec(stages=3, accumulation=2), "tt"), ties=[(0, 2), (0, 1)])[1:] == TIED
+
+
+def test_sums_of_tied_weights_are_golden_in_leading_calls():
+    """The update of a call follows it, so its sum is posted in the next one; that of the last call at its end."""
+    segments = leading_calls(PipelineSpec(stages=2, accumulation=1), 3, end=3)
+    assert program_grid(segments, ties=[(0, 1)]) == TIED_LEADING
 
 
 def indices(ops, kind):
     return [op.index for op in ops if op.kind is kind]
 
 
-def assert_quiet_between(segments):
-    """Within every segment: each posted receive is taken, each message sent is taken by its receiver, in order."""
+def assert_quiet_between(segments, ties=(), early=False):
+    """Within every segment: for each message sent its receive is posted, in order; each sum is posted by all holders.
+
+    All are taken by the time that the pipe is empty; gradients within the segment, but for slack.
+    """
+    held = [[] for _ in range(segments[0].spec.stages)]
     for segment in segments:
-        programs = [list(lower(segment, stage)) for stage in range(segment.spec.stages)]
-        for program in programs:
-            for kinds in ((OpKind.EXPECT_ACTIVATION, OpKind.RECV_ACTIVATION),
-                          (OpKind.EXPECT_GRADIENT, OpKind.RECV_GRADIENT)):
-                assert indices(program, kinds[0]) == indices(program, kinds[1])
+        programs = [list(lower(segment, stage, ties=ties, early_receives=early))
+                    for stage in range(segment.spec.stages)]
+        for stage, program in enumerate(programs):
+            assert indices(program, OpKind.EXPECT_ACTIVATION) == indices(program, OpKind.RECV_ACTIVATION)
+            held[stage] += indices(program, OpKind.EXPECT_GRADIENT)
+            taken = indices(program, OpKind.RECV_GRADIENT)
+            assert held[stage][:len(taken)] == taken
+            del held[stage][:len(taken)]
+            if stage < segment.spec.stages - 1:
+                assert len(held[stage]) <= segment.spec.gradients_on_wire(stage + 1) - 1
         for upper, lower_one in itertools.pairwise(programs):
-            assert indices(upper, OpKind.SEND_ACTIVATION) == indices(lower_one, OpKind.RECV_ACTIVATION)
-            assert indices(lower_one, OpKind.SEND_GRADIENT) == indices(upper, OpKind.RECV_GRADIENT)
+            assert indices(upper, OpKind.SEND_ACTIVATION) == indices(lower_one, OpKind.EXPECT_ACTIVATION)
+            assert indices(lower_one, OpKind.SEND_GRADIENT) == indices(upper, OpKind.EXPECT_GRADIENT)
+        for number, holders in enumerate(ties):
+            sums = [[op for op in programs[stage] if op.kind is OpKind.SUM and op.chunk == number]
+                    for stage in holders]
+            assert all(posted == sums[0] for posted in sums)
         assert not indices(programs[0], OpKind.RECV_ACTIVATION)
         assert not indices(programs[0], OpKind.SEND_GRADIENT)
         assert not indices(programs[-1], OpKind.SEND_ACTIVATION)
         assert not indices(programs[-1], OpKind.RECV_GRADIENT)
+    if segments[-1].admitted <= segments[-1].stop:
+        assert not any(held)
 
 
 def assert_complete(segments):
@@ -147,14 +255,36 @@ def test_leading_calls_are_a_valid_schedule(stages, accumulation, extra):
     check_segments(spec, leading_calls(spec, 3, end=3 * accumulation) + leading_calls(spec, 5, end=5 * accumulation))
 
 
+@pytest.mark.parametrize("stages", range(2, 9))
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
+@pytest.mark.parametrize("extra", [0, 1, 4])
+def test_every_update_s_sum_is_posted_once_after_it_and_before_the_step_that_applies_it(stages, accumulation, extra):
+    spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
+    ties = [(0, stages - 1), tuple(range(stages)), (stages // 2, stages - 1)]
+    count = 3 + spec.look_ahead(0) // accumulation
+    for segments in (calls(spec, "t" * count), leading_calls(spec, count, end=count * accumulation)):
+        assert_quiet_between(segments, ties)
+        for number, holders in enumerate(ties):
+            delay = -(-(spec.look_ahead(holders[0]) - spec.look_ahead(holders[-1])) // accumulation)
+            for stage in holders:
+                ops = [op for segment in segments for op in lower(segment, stage, ties=ties)]
+                posted = [at for at, op in enumerate(ops) if op.kind is OpKind.SUM and op.chunk == number]
+                steps = [at for at, op in enumerate(ops) if op.kind is OpKind.STEP]
+                assert [ops[at].index for at in posted] == list(range(count))
+                for update, at in enumerate(posted):
+                    assert steps[update] < at
+                    assert update + delay >= count or not delay or at < steps[update + delay]
+
+
 @pytest.mark.parametrize("stages", [2, 5])
-@pytest.mark.parametrize("extra", [0, 2])
-def test_a_receive_is_posted_one_compute_op_early(stages, extra):
-    """One F or B stands between the posting of a receive and the wait for it; none for the first op of a call."""
-    spec = PipelineSpec(stages=stages, accumulation=3, extra_in_flight=extra)
+@pytest.mark.parametrize("early", [False, True])
+def test_receives_are_posted_as_early_as_stated(stages, early):
+    """One F or B stands between the posting of a receive and the wait for it, none for the first op of a call; none
+    at all for gradients unless they are early, too."""
+    spec = PipelineSpec(stages=stages, accumulation=3)
     for segment in calls(spec, "ttt"):
         for stage in range(stages):
-            program = list(lower(segment, stage))
+            program = list(lower(segment, stage, early_receives=early))
             done, posted = 0, {}
             for op in program:
                 if op.kind in (OpKind.FORWARD, OpKind.BACKWARD):
@@ -162,5 +292,19 @@ def test_a_receive_is_posted_one_compute_op_early(stages, extra):
                 elif op.kind in (OpKind.EXPECT_ACTIVATION, OpKind.EXPECT_GRADIENT):
                     posted[op.kind.value[1], op.index] = done
                 elif op.kind in (OpKind.RECV_ACTIVATION, OpKind.RECV_GRADIENT):
-                    early = done - posted[op.kind.value[1], op.index]
-                    assert early == (1 if done else 0)
+                    ahead = done - posted[op.kind.value[1], op.index]
+                    assert ahead == (1 if done and (early or op.kind is OpKind.RECV_ACTIVATION) else 0)
+
+
+@pytest.mark.parametrize("slack", [0, 1, 3])
+def test_the_receive_of_a_gradient_is_posted_where_it_is_sent(slack):
+    """In the round after the one whose B makes it, in the same gap: right after the activation of that round."""
+    spec = PipelineSpec(stages=3, accumulation=4, extra_in_flight=(slack, slack))
+    for stage in range(2):
+        for segment in calls(spec, "tttt")[:-1]:
+            program = list(lower(segment, stage))
+            for op, following in itertools.pairwise(program):
+                if op.kind is OpKind.SEND_ACTIVATION and following.kind is OpKind.EXPECT_GRADIENT:
+                    assert op.index - following.index == spec.look_ahead(stage + 1) + 1
+                else:
+                    assert following.kind is not OpKind.EXPECT_GRADIENT

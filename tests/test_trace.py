@@ -77,6 +77,12 @@ def test_micro_batches_are_numbered_on_over_drains(tmp_path):
     assert len(trace.simulated(recordings).rows[0]) == 3 * 15
 
 
+def test_updates_and_their_sums_keep_their_numbers_over_drains(tmp_path):
+    ops = ["F0", "B0", "F1", "B1", "STEP0", "SUM0"] * 2
+    read = trace.read(record(tmp_path, 2, [(op, at, at + 1) for at, op in enumerate(ops)]))
+    assert " ".join(str(span.op) for span in read.spans) == "F0 B0 F1 B1 STEP0 SUM0 F2 B2 F3 B3 STEP0 SUM0"
+
+
 @pytest.mark.parametrize("skew", [(0.0, 30.0, -20.0), (0.0, -3600.0, 5.0)])
 def test_wrong_wall_clocks_are_set_right_by_the_messages(tmp_path, skew):
     paths, timeline = recorded(tmp_path, skew=skew)

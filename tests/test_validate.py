@@ -1,6 +1,7 @@
 """The validator: accepts every sequence of calls and drains, and names the op that breaks a mutilated schedule."""
 
 import itertools
+import random
 import re
 
 import pytest
@@ -8,9 +9,10 @@ import pytest
 from paci_schedule import PipelineSpec, ScheduleError
 from paci_schedule.lower import lower
 from paci_schedule.ops import OpKind
+from paci_schedule.rendezvous import ALWAYS, Synchronising
 from paci_schedule.schedules import one_f_one_b, paci
-from paci_schedule.validate import check_rendezvous, check_segments, check_stream
-from tests.grids import calls, parsed, random_script, text
+from paci_schedule.validate import check_messages, check_rendezvous, check_segments, check_stream
+from tests.grids import calls, leading_calls, parsed, random_script, text
 
 # ---- valid ----------------------------------------------------------------------------------------------------------
 
@@ -233,3 +235,123 @@ def test_every_message_sent_out_of_order_is_caught(spec):
                 receive = text([ops[first]]).replace("S", "R", 1)
                 assert f"takes {receive} where {ops[second].index} was sent" in message
                 assert receive in marked(message).values()
+
+
+# ---- stages that wait for their device ------------------------------------------------------------------------------
+
+COMPUTE = frozenset(kind for kind in OpKind if kind.is_compute)
+WAITS = {
+    "F": Synchronising(kinds=frozenset({OpKind.FORWARD})),
+    "B": Synchronising(kinds=frozenset({OpKind.BACKWARD})),
+    "STEP": Synchronising(kinds=frozenset({OpKind.STEP})),
+    "compute": Synchronising(kinds=COMPUTE),
+    "between calls": Synchronising(between_calls=True),
+    "compute, between calls": Synchronising(kinds=COMPUTE, between_calls=True),
+    "launch blocking": ALWAYS,
+}
+
+
+def ties_of(stages):
+    """No tied weight; one of the first and the last stage; several, one of them of three stages."""
+    yield ()
+    if stages > 1:
+        yield ((0, stages - 1),)
+    if stages > 3:
+        yield ((stages // 2, stages - 1), (0, stages // 2, stages - 1), (1, 2), (0, 1))
+
+
+def slacks_of(stages, seed):
+    """None; some for all links together; some for each."""
+    return 0, 1, stages, tuple(random.Random(seed).choices((0, 0, 1, 2), k=stages - 1))
+
+
+def runs(spec, seed):
+    """Calls that fill the pipe, then any; under either cut."""
+    fill = 2 + -(-spec.look_ahead(0) // spec.accumulation)
+    yield calls(spec, "t" * fill + random_script(seed, 5))
+    yield leading_calls(spec, 2, end=2 * spec.accumulation) + leading_calls(spec, fill, end=fill * spec.accumulation)
+
+
+@pytest.mark.parametrize("waits", WAITS)
+@pytest.mark.parametrize("stages", [2, 3, 4, 7])
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+def test_stages_that_wait_for_their_device_do_not_deadlock(stages, accumulation, waits):
+    for extra in slacks_of(stages, accumulation):
+        spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
+        for segments, ties in itertools.product(runs(spec, stages), ties_of(stages)):
+            check_messages(spec, segments, ties=ties, synchronising=WAITS[waits])
+
+
+@pytest.mark.parametrize("waits", ["compute", "between calls", "launch blocking"])
+@pytest.mark.parametrize("stages", [2, 5])
+def test_one_stage_that_waits_for_its_device_does_not_deadlock(stages, waits):
+    for accumulation, extra in itertools.product([1, 3], slacks_of(stages, 0)):
+        spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
+        for segments, ties, stage in itertools.product(runs(spec, 7), ties_of(stages), range(stages)):
+            one = Synchronising(kinds=WAITS[waits].kinds, between_calls=WAITS[waits].between_calls,
+                                stages=frozenset({stage}))
+            check_messages(spec, segments, ties=ties, synchronising=one)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 16])
+def test_many_stages_that_wait_for_their_device_do_not_deadlock(accumulation):
+    spec = PipelineSpec(stages=32, accumulation=accumulation)
+    segments = next(runs(spec, 3))
+    check_messages(spec, segments, ties=((0, 31), (5, 16, 31)), synchronising=ALWAYS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", range(1, 33))
+def test_the_full_product_does_not_deadlock(stages):
+    """Launch blocking, and between calls too: what waits for its device less often finishes whenever this does."""
+    for accumulation in range(1, 17):
+        for extra in slacks_of(stages, accumulation):
+            spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
+            for segments, ties in itertools.product(runs(spec, stages + accumulation), ties_of(stages)):
+                check_messages(spec, segments, ties=ties, synchronising=ALWAYS)
+
+
+@pytest.mark.parametrize("waits", ["compute", "launch blocking"])
+@pytest.mark.parametrize(("stages", "accumulation"), [(2, 4), (4, 8), (8, 3)])
+def test_gradients_received_early_deadlock_where_ops_wait_for_the_device(stages, accumulation, waits):
+    """F(i) waits for the gradient that the next stage makes only behind its wait for the activation of i."""
+    spec = PipelineSpec(stages=stages, accumulation=accumulation)
+    segments = next(runs(spec, 1))
+    check_messages(spec, segments, early_receives=True)
+    with pytest.raises(ScheduleError, match=r"(?s)^deadlock: .* or for its own device, at the marked op.*>\S+<"):
+        check_messages(spec, segments, early_receives=True, synchronising=WAITS[waits])
+
+
+@pytest.mark.parametrize(("stages", "accumulation"), [(2, 1), (2, 4), (4, 8), (8, 3)])
+def test_a_sum_posted_with_the_last_stage_s_own_update_deadlocks_between_calls(stages, accumulation):
+    """It needs the first stage's update, which comes a call later; so even if the last stage alone waits."""
+    spec = PipelineSpec(stages=stages, accumulation=accumulation)
+    segments, ties, last = next(runs(spec, 1)), ((0, stages - 1),), stages - 1
+    programs, ends = [[] for _ in range(stages)], [[] for _ in range(stages)]
+    for segment, stage in itertools.product(segments, range(stages)):
+        for op in lower(segment, stage, ties=ties):
+            if stage < last or op.kind is not OpKind.SUM:
+                programs[stage].append(op)
+            if stage == last and op.kind is OpKind.STEP:
+                programs[stage].append(op._replace(kind=OpKind.SUM))
+        ends[stage].append(len(programs[stage]))
+    wires = [spec.gradients_on_wire(stage) for stage in range(stages)]
+    check_rendezvous(programs, wires)
+    between = Synchronising(between_calls=True, stages=frozenset({last}))
+    with pytest.raises(ScheduleError, match=r"^deadlock"):
+        check_rendezvous(programs, wires, between, ends)
+
+
+def test_a_sum_that_not_all_post_is_caught():
+    check_rendezvous([parsed("F0 B0 STEP0 SUM0 SUM0.1"), parsed("SUM0")], [0, 1])
+    with pytest.raises(ScheduleError, match=r"tied weight 0 end with other numbers of postings: stage 0 1, stage 1 2"):
+        check_rendezvous([parsed("F0 B0 STEP0 SUM0 SUM0.1"), parsed("SUM0 SUM1")], [0, 1])
+
+
+def test_a_posted_receive_waits_for_itself_only_where_launches_block():
+    """Both ends post before they send, which nobody minds who does not wait for the posting."""
+    programs = [parsed("EG0 SA0 RG0"), parsed("EA0 SG0 RA0")]
+    check_rendezvous(programs, [0, 1])
+    check_rendezvous(programs, [0, 1], Synchronising(kinds=frozenset({OpKind.EXPECT_GRADIENT})))
+    with pytest.raises(ScheduleError, match=r"^deadlock"):
+        check_rendezvous(programs, [0, 1], ALWAYS)

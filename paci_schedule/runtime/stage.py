@@ -9,6 +9,7 @@ every stage learns the loss of what it finished without a collective.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,9 @@ class StageCompute(Protocol):
     def step(self, update: int, losses: torch.Tensor) -> None:
         """The local optimizer update, with the mean `losses` (float32[n]) over its a micro-batches."""
 
+    def post_sum(self, tie: int) -> None:
+        """Start the sum, over its copies, of the oldest gradient of tied weight number `tie` that waits for it."""
+
 
 class StageRunner:
     """Runs one stage's stream, segment by segment.
@@ -69,6 +73,8 @@ class StageRunner:
         links: the stage's links.
         stopwatch: where the time is booked; the caller of `train_batch` starts it.
         norms: gradient norms that travel with the messages; None for none.
+        ties: for each tied weight of this stage, the stages that hold a copy (`lower`).
+        early_receives: post the receives of gradients before F (`lower`).
 
     Attributes:
         flushing: run 1F1B, with a flush after every batch, instead of PACI; changed while the pipe is empty.
@@ -90,6 +96,8 @@ class StageRunner:
         links: Links,
         stopwatch: Stopwatch,
         norms: CarriedNorms | None = None,
+        ties: Sequence[Sequence[int]] = (),
+        early_receives: bool = False,
     ) -> None:
         self.spec = spec
         self.stage = stage
@@ -101,6 +109,7 @@ class StageRunner:
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
         self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
+        self._ties, self._early_receives = ties, early_receives
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -116,6 +125,7 @@ class StageRunner:
             OpKind.EXPECT_GRADIENT: links.expect_gradient,
             OpKind.RECV_GRADIENT: self._recv_gradient,
             OpKind.SEND_GRADIENT: self._send_gradient,
+            OpKind.SUM: self._post_sum,
         }
 
     @property
@@ -208,7 +218,8 @@ class StageRunner:
             )
         self.interrupted = True
         self._finished.clear()
-        for op in lower(segment, self.stage):
+        ties = () if self.flushing else self._ties  # under a flush, an update waits for its own sum
+        for op in lower(segment, self.stage, ties=ties, early_receives=self._early_receives):
             self.at = op
             self._execute[op.kind](op)
             self._stopwatch.lap(op)
@@ -262,3 +273,6 @@ class StageRunner:
 
     def _send_gradient(self, op: Op) -> None:
         self._links.send_gradient(op, *self._gradients.pop(op.index))
+
+    def _post_sum(self, op: Op) -> None:
+        self._compute.post_sum(op.chunk)

@@ -1,9 +1,12 @@
 """Tied weights without a flush: the sum of the copies' gradients is applied a fixed number of updates later.
 
-Every copy's gradient of update k is summed over the stages that hold a copy, asynchronously.  Update k applies the sum
-of update k - j, with j = ceil((d_first - d_last) / a), the newest that the last of these stages has in steady state
-without waiting: j = ceil((P - 1) / a) between the first and the last stage.  All copies apply the same sum at the same
-update, so they stay identical, version by version.  Precisely:
+Every copy's gradient of update k is summed over the stages that hold a copy, asynchronously.  All of them post that sum
+at the same moment of the stream (`paci_schedule.sums`): who has its part earlier holds it until then.  So no kernel of
+it runs for long, and who waits for its device never waits for a call that another stage has yet to begin.
+
+Update k applies the sum of update k - j, with j = ceil((d_first - d_last) / a), the newest that the last of these
+stages has in steady state without waiting: j = ceil((P - 1) / a) between the first and the last stage.  All copies
+apply the same sum at the same update, so they stay identical, version by version.  Precisely:
 
 * updates 0 to j - 1 of a run that begins without pending sums apply a gradient of zero;
 * a drain changes nothing: the j newest sums stay pending, are saved with a checkpoint, and the next updates apply them;
@@ -64,15 +67,24 @@ class TiedGradient:
         self.delay = delay
         self.ranks = dist.get_process_group_ranks(group)
         self._group, self._timeout = group, timeout
+        self._held: deque[torch.Tensor] = deque()
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
+        self._due = 0  # postings asked for, beyond those done
 
     def exchange(self, gradient: torch.Tensor) -> None:
         """Hand in this update's gradient, and replace it in place by the sum that the update is to apply."""
-        mine = gradient.clone()
-        self._pending.append((mine, dist.all_reduce(mine, group=self._group, async_op=True)))
+        if not self.delay:  # a single stage, whose program posts no sum
+            return self.exchange_now(gradient)
+        self._held.append(gradient.clone())
+        self._post_due()
         gradient.zero_()
-        while len(self._pending) > self.delay:
+        while len(self._pending) + len(self._held) > self.delay:
             gradient.add_(self._pop())
+
+    def post(self) -> None:
+        """Start the sum of the oldest gradient that is held; where none is, of the next one when it is handed in."""
+        self._due += 1
+        self._post_due()
 
     def exchange_now(self, gradient: torch.Tensor) -> None:
         """As `exchange`, under a flush: apply this update's sum and all that are pending."""
@@ -81,7 +93,12 @@ class TiedGradient:
             gradient.add_(self._pop())
 
     def pending(self) -> list[torch.Tensor]:
-        """The sums that wait to be applied, oldest first; to be read and changed in place while the pipe is empty."""
+        """The sums that wait to be applied, oldest first; to be read and changed in place.
+
+        All copies ask for them at the same point between two calls, where they hold the same parts: these are posted.
+        """
+        self._due -= len(self._held)
+        self._post(len(self._held))
         for _, work in self._pending:
             if work is not None:
                 work.wait(self._timeout)
@@ -91,6 +108,17 @@ class TiedGradient:
     def load_pending(self, sums: list[torch.Tensor]) -> None:
         """Go on with these sums pending, oldest first."""
         self._pending = deque((total, None) for total in sums)
+
+    def _post_due(self) -> None:
+        count = min(self._due, len(self._held))
+        if count > 0:
+            self._due -= count
+            self._post(count)
+
+    def _post(self, count: int) -> None:
+        for _ in range(count):
+            mine = self._held.popleft()
+            self._pending.append((mine, dist.all_reduce(mine, group=self._group, async_op=True)))
 
     def _pop(self) -> torch.Tensor:
         total, work = self._pending.popleft()

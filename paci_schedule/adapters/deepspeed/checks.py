@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from paci_schedule.adapters.deepspeed.options import PaciOptions
-from paci_schedule.runtime.refusal import refuse_together
+from paci_schedule.runtime.refusal import launch_blocking, refuse_together
 
 __all__ = ["check_supported"]
 
@@ -22,7 +22,10 @@ def check_supported(config: DeepSpeedConfig, options: PaciOptions, module: Pipel
     Call it on every rank: what one stage cannot run, all of them refuse, so that none is left waiting.
     """
     reasons = chain(
-        _config_reasons(config, module.num_stages), _module_reasons(module), _tie_reasons(config, options, module)
+        _config_reasons(config, module.num_stages),
+        _module_reasons(module),
+        _tie_reasons(config, options, module),
+        _receive_reasons(config, options),
     )
     refuse_together(reasons, '"pipeline_schedule": "paci" cannot run this job; change what follows, or use "1f1b"')
 
@@ -73,4 +76,17 @@ def _tie_reasons(config: DeepSpeedConfig, options: PaciOptions, module: Pipeline
             f'"paci": {{"clip": "stage"}} with weights tied across stages ({", ".join(across)}) and '
             f'"gradient_clipping": {config.gradient_clipping:g}: each stage would scale the common gradient by its own '
             'norm and the copies would drift apart; use "clip": "global", or "gradient_clipping": 0'
+        )
+
+
+def _receive_reasons(config: DeepSpeedConfig, options: PaciOptions) -> Iterator[str]:
+    if not options.early_receives:
+        return
+    said = '"paci": {"early_receives": true}'
+    yield from launch_blocking(said)
+    if config._param_dict.get("activation_checkpointing", {}).get("synchronize_checkpoint_boundary"):
+        yield (
+            f'{said} with "activation_checkpointing": {{"synchronize_checkpoint_boundary": true}}: every checkpointed '
+            "layer would wait for receives posted before it, and stages for each other in a circle; switch one of the "
+            "two off"
         )

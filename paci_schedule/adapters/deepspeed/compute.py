@@ -68,6 +68,9 @@ class EngineCompute:
     def step(self, update: int, losses: torch.Tensor) -> None:
         self._engine.take_update(losses)
 
+    def post_sum(self, tie: int) -> None:
+        self._engine.post_sum(tie)
+
     def _take_slot(self, micro_batch: int) -> int:
         if not self._free:
             self._free.append(len(self._slots))

@@ -114,7 +114,16 @@ class PaciPipelineEngine(PipelineEngine):
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timeout, record=options.record)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
-        self._runner = StageRunner(spec, self.stage_id, EngineCompute(self), self._links, self._stopwatch, self._norms)
+        self._runner = StageRunner(
+            spec,
+            self.stage_id,
+            EngineCompute(self),
+            self._links,
+            self._stopwatch,
+            self._norms,
+            [self._stages_of(self._tied[name].ranks) for name in self._numbered_ties()],
+            options.early_receives,
+        )
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -233,10 +242,9 @@ class PaciPipelineEngine(PipelineEngine):
         """
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
-            weights = (weight for weight, _ in self.module.get_tied_weights_and_groups())
-            for weight, (name, tied) in zip(weights, self._tied.items(), strict=True):
+            for name, weight in self._tied_weights().items():
                 if weight.requires_grad:
-                    gradient = self._tied_gradient(name, weight)
+                    gradient, tied = self._tied_gradient(name, weight), self._tied[name]
                     with self._waiting_for_copies(tied):
                         tied.exchange_now(gradient) if self._runner.flushing else tied.exchange(gradient)
             with self._waiting_for_replicas("updated"):
@@ -255,6 +263,13 @@ class PaciPipelineEngine(PipelineEngine):
                 at=time.perf_counter(),
             )
             self._reporter.add(update)
+
+    def post_sum(self, number: int) -> None:
+        """Start the next sum of this stage's tied weight with this number, unless it is frozen."""
+        name = self._numbered_ties()[number]
+        if self._tied_weights()[name].requires_grad:
+            with self._waiting_for_copies(self._tied[name]):
+                self._tied[name].post()
 
     # What needs an empty pipe drains it first.
 
@@ -413,12 +428,24 @@ class PaciPipelineEngine(PipelineEngine):
         """One for each entry of the module's tied weights, in its order, by a name that says which stages hold it."""
         tied = {}
         for key, comm in self.module.tied_comms.items():
-            stages = [self.grid.topology().get_coord(rank).pipe for rank in comm["ranks"]]
+            stages = self._stages_of(comm["ranks"])
             delay = delay_between(spec, min(stages), max(stages))
             for weight in comm["weight_attr"]:
                 name = f"{key}.{weight} of stages {stages} of {spec.stages}"
                 tied[name] = TiedGradient(comm["group"], delay, self._timeout)
         return tied
+
+    def _stages_of(self, ranks: list[int]) -> list[int]:
+        return [self.grid.topology().get_coord(rank).pipe for rank in ranks]
+
+    def _tied_weights(self) -> dict[str, torch.nn.Parameter]:
+        """This stage's copies, by the names of `_tied_gradients`."""
+        weights = (weight for weight, _ in self.module.get_tied_weights_and_groups())
+        return dict(zip(self._tied, weights, strict=True))
+
+    def _numbered_ties(self) -> list[str]:
+        """The names of the ties that several stages share; sorted, for the module's order differs between ranks."""
+        return sorted(name for name, tied in self._tied.items() if len(tied.ranks) > 1)
 
     def _tied_gradient(self, name: str, weight: torch.nn.Parameter) -> torch.Tensor:
         """The gradient of this stage's copy at this update; zeros if no loss depends on it."""

@@ -34,6 +34,10 @@ class PaciOptions(BaseModel):
     extra_in_flight: _Count | tuple[_Count, ...] = 0
     """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
 
+    early_receives: Annotated[bool, Field(strict=True)] = False
+    """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
+    the whole device then hangs (`paci_schedule.lower`)."""
+
     record: str | None = None
     """Folder to record runs in: at every drain, each rank's newest ops with their times, for ``paci trace``."""
 

@@ -18,7 +18,7 @@ from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import optimizers
-from paci_schedule.runtime.refusal import refuse_together
+from paci_schedule.runtime.refusal import launch_blocking, refuse_together
 
 __all__ = ["agree"]
 
@@ -216,6 +216,8 @@ def _reasons(
             "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
             "different norms; use 'global', or --untie-embeddings-and-output-weights"
         )
+    if options.early_receives:
+        yield from launch_blocking("config.paci = {'early_receives': True}")
     if getattr(getattr(unwrapped(chunks[0]), "model_type", None), "name", "") == "encoder_and_decoder":
         yield "an encoder-decoder model: PACI runs decoder-only and encoder-only models"
     for optimizer in optimizers(config):

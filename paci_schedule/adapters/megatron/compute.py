@@ -14,6 +14,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
 from megatron.core.utils import make_viewless_tensor
 
+from paci_schedule.adapters.megatron.late import Late
 from paci_schedule.errors import DataEndedError
 from paci_schedule.runtime.message import Payload
 
@@ -27,10 +28,11 @@ class ModelCompute:
         model: the chunk, wrapped or not.
         config: its ModelParallelConfig.
         first, last: whether it is the first, or the last, of its pipeline.
+        late: of the stage.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Any, first: bool, last: bool) -> None:
-        self._model, self._config, self._first, self._last = model, config, first, last
+    def __init__(self, model: torch.nn.Module, config: Any, first: bool, last: bool, late: Late) -> None:
+        self._model, self._config, self._first, self._last, self._late = model, config, first, last, late
         # Megatron-core 0.16 wants the model's type, later versions do not.
         takes_type = "model_type" in inspect.signature(backward_step).parameters
         self._backward_extra = {"model_type": None} if takes_type else {}
@@ -104,3 +106,6 @@ class ModelCompute:
 
     def step(self, update: int, losses: torch.Tensor) -> None:
         """The training loop's own optimizer.step() follows."""
+
+    def post_sum(self, tie: int) -> None:
+        self._late.post_sum()

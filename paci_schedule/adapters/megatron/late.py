@@ -100,6 +100,10 @@ class Late:
             exchange = self._tied.exchange_now if now else self._tied.exchange
             exchange(self._weight.main_grad)
 
+    def post_sum(self) -> None:
+        """Start the sum of the embedding's gradients of the update that is over."""
+        self._tied.post()
+
     def state(self) -> dict[str, list[Any]]:
         """Of an empty pipe, for a checkpoint; see `load_state`."""
         return {

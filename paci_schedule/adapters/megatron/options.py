@@ -43,6 +43,10 @@ class PaciOptions:
     """Calls between two planned ends of the pipe (say, where checkpoints are saved), after which nothing is parked.
     Megatron-LM's own --save-interval and --exit-interval are known without it."""
 
+    early_receives: bool = _option(False, "True or False", lambda value: type(value) is bool)
+    """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
+    the whole device then hangs (`paci_schedule.lower`)."""
+
     record: str | None = _option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "")
     """Folder to record runs in: at every planned end, each rank's newest ops with their times, for ``paci trace``."""
 

@@ -69,9 +69,12 @@ class ModelStream:
         self.late = Late(norms, weight, ends, spec, timeout)
         self._sums = StageSums(self._config, norms, warn=stage == 0)
         links = Links(spec, pipelines, device, timeout, record=options.record)
-        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1)
+        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, self.late)
         self._stopwatch = Stopwatch(device, records=options.record is not None)
-        self._runner = StageRunner(spec, stage, self._compute, links, self._stopwatch, norms)
+        copies = [(0, stages - 1)] if ties else []
+        self._runner = StageRunner(
+            spec, stage, self._compute, links, self._stopwatch, norms, copies, options.early_receives
+        )
         self._record = options.record
         self._loss: torch.Tensor | None = None
         self._data: Any = None

@@ -1,0 +1,70 @@
+"""When the sums of a tied weight's gradients start: where the program posts them, whenever the part is handed in."""
+
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from paci_schedule.runtime.tied import TiedGradient
+
+
+@pytest.fixture
+def started():
+    """What all-reduces were started with; each doubles its tensor, as of two equal copies."""
+    seen = []
+
+    def all_reduce(tensor, group, async_op):
+        seen.append(tensor.item())
+        tensor.mul_(2)
+        return mock.Mock()
+
+    with mock.patch.object(dist, "all_reduce", all_reduce), mock.patch.object(
+        dist, "get_process_group_ranks", return_value=[0, 1]
+    ):
+        yield seen
+
+
+def hand_in(tied, value):
+    """Returns what the update applies."""
+    gradient = torch.tensor([float(value)])
+    tied.exchange(gradient)
+    return gradient.item()
+
+
+def test_a_part_is_held_until_its_sum_is_posted(started):
+    tied = TiedGradient(None, 2, timedelta(1))
+    assert [hand_in(tied, 1), hand_in(tied, 2), started] == [0, 0, []]
+    tied.post()
+    assert started == [1]
+    assert hand_in(tied, 3) == 2
+    tied.post()
+    tied.post()
+    assert started == [1, 2, 3]
+
+
+def test_a_sum_posted_before_its_part_starts_with_it(started):
+    """The last call before an empty pipe posts the sum of the update that follows it."""
+    tied = TiedGradient(None, 1, timedelta(1))
+    tied.post()
+    assert hand_in(tied, 1) == 0
+    assert started == [1]
+    assert [total.item() for total in tied.pending()] == [2]
+    hand_in_next = hand_in(tied, 5)
+    assert (hand_in_next, started) == (2, [1])
+
+
+def test_asking_for_the_pending_sums_posts_what_is_held_and_only_once(started):
+    tied = TiedGradient(None, 1, timedelta(1))
+    hand_in(tied, 1)
+    assert [total.item() for total in tied.pending()] == [2]
+    tied.post()  # where the program has it
+    assert (hand_in(tied, 3), started) == (2, [1])
+    tied.post()
+    assert started == [1, 3]
+
+
+def test_a_weight_of_one_stage_is_summed_at_once(started):
+    tied = TiedGradient(None, 0, timedelta(1))
+    assert (hand_in(tied, 3), started) == (6, [3])
