@@ -42,8 +42,8 @@ class Text:
                 f"context of {context}; give a longer text, or a shorter context"
             )
         self.vocabulary = len(characters)
-        self._context, self._device = context, device
-        self._training, self._validation = ids[:start], ids[start:]
+        self._context = context
+        self._training, self._validation = ids[:start].to(device), ids[start:].to(device)
 
     def micro_batch(self, seed: int, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels, int64[size, context] each, the same for the same seed and index."""
@@ -56,5 +56,5 @@ class Text:
     def _windows(self, ids: torch.Tensor, seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(len(ids) - self._context - 1, (size, 1), generator=generator)
-        places = starts + torch.arange(self._context)
-        return ids[places].to(self._device), ids[places + 1].to(self._device)
+        places = (starts + torch.arange(self._context)).to(ids.device, non_blocking=True)
+        return ids[places], ids[places + 1]

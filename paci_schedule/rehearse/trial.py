@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from paci_schedule.errors import ConfigError
+from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.rehearse import gpt
 from paci_schedule.rehearse.run import rehearse
 from paci_schedule.rehearse.text import Text
 
-__all__ = ["OPTIMIZERS", "Settings", "Trial", "equal_time_updates", "run"]
+__all__ = ["Settings", "Trial", "run"]
 
-OPTIMIZERS = ("adamw", "nadam", "muon")
+_OPTIMIZERS = ("adamw", "nadam", "muon")
 _VALIDATION_WINDOWS, _VALIDATION_BATCH = 400, 50
 _WARM_UP, _FLOOR = 400, 0.1  # micro-batches until the full rate; share of it that is left in the end
 _BETAS, _DECAY, _CLIP, _MUON_RATE = (0.9, 0.95), 0.1, 1.0, 5.0
@@ -47,6 +48,12 @@ class Settings:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be a whole number of at least 1")
         if not self.lr > 0:
             raise ConfigError(f"lr={self.lr}: must be more than 0")
+        if self.optimizer not in _OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r}: must be one of {nearest(self.optimizer, _OPTIMIZERS)}")
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optimizer='muon': torch {torch.__version__} has none; take torch 2.9 or later, or adamw"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,7 @@ class Trial:
         updates: batches that it took, of a micro-batches each.
         validation: the mean loss of a character of the validation text, in nats.
         drift: by stage, the largest.
+        seconds: that the run took, in this process.
         losses: by batch, the mean training loss.
     """
 
@@ -67,15 +75,8 @@ class Trial:
     updates: int
     validation: float
     drift: list[int]
-    losses: list[float] = field(repr=False)
-
-
-def equal_time_updates(schedule: str, stages: int, accumulation: int, updates: int) -> int:
-    """Updates that a schedule makes in the time that one without a bubble takes for `updates`: a / (a + P - 1) of them.
-
-    All stages are taken to be equally long, and a prediction to cost nothing.
-    """
-    return round(updates * accumulation / (accumulation + stages - 1)) if schedule == "flush" else updates
+    seconds: float
+    losses: list[float]
 
 
 def run(
@@ -95,6 +96,7 @@ def run(
         ConfigError: a setting does not fit.
         UnsupportedError: a combination that does not exist.
     """
+    started = time.perf_counter()
     stages = gpt.stages(
         settings.stages, settings.layers, settings.width, settings.context, text.vocabulary, settings.seed
     )
@@ -133,6 +135,7 @@ def run(
         updates=updates,
         validation=_validate(stages, text),
         drift=drift,
+        seconds=time.perf_counter() - started,
         losses=means,
     )
 
@@ -143,8 +146,6 @@ def _optimizers(settings: Settings, stage: nn.Module) -> list[Optimizer]:
         return [torch.optim.NAdam(others, lr=settings.lr, decoupled_weight_decay=True, **rest)]
     if settings.optimizer == "adamw":
         return [torch.optim.AdamW(others, lr=settings.lr, **rest)]
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"optimizer=muon: torch {torch.__version__} has none; take torch 2.9 or later, or adamw")
     matrices = gpt.hidden_matrices(stage)
     others = [parameter for parameter in others if all(parameter is not matrix for matrix in matrices)]
     return [
