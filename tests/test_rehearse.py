@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from paci_schedule import ConfigError, PipelineSpec, UnsupportedError
 from paci_schedule.drift import drift_of
@@ -447,3 +448,23 @@ def test_a_short_batch_is_refused_when_it_comes():
 def test_a_micro_batch_that_is_no_pair_is_refused():
     with pytest.raises(ConfigError, match="micro-batch 2 is a Tensor"):
         next(asked(batches=[[*batches_of(1, 4)[0][:2], torch.zeros(2), torch.zeros(2)]]))
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "prediction"), [*((name, "off") for name in SCHEDULES),
+                                                  *(("paci", each) for each in PREDICTIONS)])
+@pytest.mark.parametrize("a", [1, 4])
+def test_nothing_waits_for_the_device_until_a_loss_is_read(name, prediction, a):
+    """On fake tensors, which hold no numbers: a rehearsal never asks for one."""
+    if name == "pipedream-2bw" and a == 1:
+        a = 3
+    with FakeTensorMode():
+        modules = network()
+        optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for module in modules]
+        pairs = [(torch.randn(3, 6), torch.randn(3, 6)) for _ in range(a)]
+        updates = list(rehearse(modules, optimizers, loss_fn, [pairs] * 4, schedule=name, accumulation=a, clip=0.5,
+                                prediction=prediction))
+        with pytest.raises(DataDependentOutputException):
+            _ = updates[0].loss
