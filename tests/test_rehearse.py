@@ -357,6 +357,31 @@ def test_with_equal_gradients_a_prediction_is_the_true_next_weights(prediction, 
             torch.testing.assert_close(module.seen[number], own[number // a], rtol=1e-12, atol=1e-12)
 
 
+class Square(Scale):
+    """x times the weight's square: its backward reads the weight as it is by then."""
+
+    def forward(self, x):
+        return x * (self.weight * self.weight)
+
+
+@pytest.mark.parametrize(("prediction", "left_in_place"), [("every", False), (1, False), ("window", True), (2, True)])
+def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction, left_in_place):
+    """P = a = 2.  Stage 0 runs F0, F1 B0, F2 B1 STEP: only F2 is stale, and B0 is its part of the gradient."""
+    first, second, x = 1.5, -0.75, [0.25, 0.5, 1.0, 0.75]
+    modules, stepped, put_out = [Square(first), Scale(second)], [], []
+    optimizers = sgd(modules)
+    optimizers[0].register_step_post_hook(lambda *_: stepped.append(modules[0].weight.item()))
+    modules[0].register_forward_hook(lambda _module, _inputs, output: put_out.append(output.item()))
+    pairs = [(torch.tensor(value, dtype=torch.float64), None) for value in x]
+    list(rehearse(modules, optimizers, lambda y, _: y, [pairs[:2], pairs[2:]], accumulation=2, prediction=prediction))
+    part = x[0] * second * 2 * first
+    predicted = first - RATE * part
+    rest = x[1] * second * 2 * (predicted if left_in_place else first)
+    real = first - RATE * (part + rest) / 2
+    assert stepped[0] == pytest.approx(real, rel=1e-14)
+    assert put_out == pytest.approx([x[0] * first**2, x[1] * first**2, x[2] * predicted**2, x[3] * real**2], rel=1e-14)
+
+
 @pytest.mark.parametrize(("a", "stages", "extra"), [(1, 3, 0), (1, 4, 0), (2, 4, 0), (2, 3, 5)])
 def test_a_prediction_goes_as_many_windows_ahead_as_the_micro_batch_is(a, stages, extra):
     """With equal gradients, micro-batch m runs on the weights of version m // a, from the second update on."""

@@ -47,6 +47,8 @@ class Norms:
 
     def total(self, stage: int, update: int, last_forward: int) -> torch.Tensor:
         """The squared norm over all stages that the stage's update is clipped by, fp32[]."""
+        if self._exact:  # in one order, so that all stages scale alike
+            return torch.stack([squares[update] for squares in self._squares]).sum()
         own = self._squares[stage][update]
         others = [
             self._squares[other].get(self._heard(stage, update, other, last_forward), torch.zeros_like(own))
@@ -57,8 +59,6 @@ class Norms:
 
     def _heard(self, stage: int, update: int, other: int, last_forward: int) -> int:
         """The update of another stage whose norm has come to this one."""
-        if self._exact:
-            return update
         if other > stage:
             return update - 1
         return max(0, last_forward - self._spec.look_ahead(other)) // self._spec.accumulation - 1

@@ -79,7 +79,7 @@ class Update:
     @property
     def loss(self) -> float:
         """The mean loss of the update's micro-batches at the last stage.  Reading it waits for the device."""
-        return torch.stack(self._losses).mean().item()
+        return torch.stack(self._losses).float().mean().item()
 
 
 def rehearse(
