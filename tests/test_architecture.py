@@ -14,6 +14,11 @@ import paci_schedule
 PACKAGE = Path(paci_schedule.__file__).parent
 FRAMEWORKS = {"deepspeed", "megatron", "transformers", "datasets", "accelerate", "lightning"}
 OUTER = {"registration", "launch", "cli", "doctor", "optim"}  # modules at the top of the package that are no core
+TORCH_LAYERS = {  # what imports torch and no framework -> the layers that it may import
+    "runtime": {"core", "runtime"},
+    "predict": {"core", "predict"},
+    "rehearse": {"core", "predict", "rehearse"},
+}
 
 PUBLIC_NAMES = [
     "ConfigError",
@@ -37,11 +42,11 @@ def modules():
 
 
 def layer(module):
-    """core, runtime, adapters.NAME, adapters, or the name of an outer module."""
+    """core, a torch layer, adapters.NAME, adapters, or the name of an outer module."""
     parts = module.split(".")
     if parts[0] == "adapters":
         return ".".join(parts[:2])
-    return parts[0] if parts[0] in OUTER | {"runtime"} else "core"
+    return parts[0] if parts[0] in OUTER | set(TORCH_LAYERS) else "core"
 
 
 def imports(module, path, lazy=True):
@@ -93,11 +98,11 @@ def test_the_core_imports_neither_torch_nor_frameworks_nor_what_lies_above(modul
     assert not {name for name in own(names) if layer(name) != "core"}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) == "runtime"])
-def test_the_runtime_imports_core_and_torch_alone(module):
+@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in TORCH_LAYERS])
+def test_the_torch_layers_import_torch_and_what_lies_below_them(module):
     names = imports(module, MODULES[module])
     assert not roots(names) & FRAMEWORKS
-    assert {layer(name) for name in own(names)} <= {"core", "runtime"}
+    assert {layer(name) for name in own(names)} <= TORCH_LAYERS[layer(module)]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name).startswith("adapters")])
@@ -109,11 +114,11 @@ def test_adapters_import_their_own_framework_and_never_each_other(module):
 
 
 @pytest.mark.parametrize("module", ["", *(name for name in MODULES if layer(name) in OUTER)])
-def test_frameworks_and_adapters_are_imported_only_when_needed(module):
-    """The package itself, its registration and its entry points name adapters inside functions alone."""
+def test_torch_frameworks_and_adapters_are_imported_only_when_needed(module):
+    """The package itself, its registration and its entry points name them inside functions alone."""
     names = imports(module, MODULES[module], lazy=False)
-    assert not roots(names) & FRAMEWORKS
-    assert not {name for name in own(names) if layer(name).startswith("adapters")}
+    assert not roots(names) & (FRAMEWORKS | {"torch"})
+    assert not {name for name in own(names) if layer(name).startswith("adapters") or layer(name) in TORCH_LAYERS}
     if module == "":
         assert {layer(name) for name in own(names)} == {"core"}
 

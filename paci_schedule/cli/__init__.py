@@ -1,4 +1,5 @@
-"""The `paci` command: see schedules, check them, simulate them, plan a job, read a recorded run, examine this machine.
+"""The `paci` command: see schedules, check, simulate and rehearse them, plan a job, read a recorded run, examine this
+machine.
 
 Bad input is one line on standard error that names the value, the rule and the remedy, and exit code 2.
 """
@@ -14,6 +15,7 @@ from paci_schedule import __version__
 from paci_schedule.cli.check import check
 from paci_schedule.cli.doctor import doctor
 from paci_schedule.cli.plan import plan_
+from paci_schedule.cli.rehearse import rehearse
 from paci_schedule.cli.show import show
 from paci_schedule.cli.simulate import simulate_
 from paci_schedule.cli.trace import trace_
@@ -25,10 +27,10 @@ __all__ = ["main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__)
 def _paci() -> None:
-    """See pipeline schedules, check, simulate and plan them, and read recorded runs."""
+    """See pipeline schedules, check, simulate, plan and rehearse them, and read recorded runs."""
 
 
-for _command in (show, check, simulate_, plan_, trace_, doctor):
+for _command in (show, check, simulate_, plan_, rehearse, trace_, doctor):
     _paci.add_command(_command)
 
 

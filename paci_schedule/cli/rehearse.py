@@ -1,0 +1,139 @@
+"""`paci rehearse`: what schedules and predictions do to the loss of a small GPT, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from paci_schedule.cli.options import json_option
+from paci_schedule.cli.printing import print_json, screen
+from paci_schedule.errors import ConfigError, UnsupportedError, nearest
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["rehearse"]
+
+_MODELS = {
+    "tiny": {"layers": 8, "width": 48, "context": 64, "micro_batch": 4, "updates": 800, "lr": 4e-3},
+    "small": {"layers": 12, "width": 384, "context": 256, "micro_batch": 8, "updates": 2000, "lr": 1e-3},
+}
+
+
+@click.command("rehearse")
+@click.option(
+    "--text", type=click.Path(path_type=Path), required=True, metavar="FILE", help="To train on; validates on the end."
+)
+@click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages.")
+@click.option("--accumulation", type=int, required=True, metavar="A", help="Micro-batches of an update.")
+@click.option(
+    "--schedules",
+    default="flush,paci",
+    metavar="NAME[,NAME...]",
+    help="flush, paci, paci-stash, pipedream, pipedream-2bw (flush,paci).",
+)
+@click.option(
+    "--prediction",
+    default="off,every",
+    metavar="WHEN[,WHEN...]",
+    help="Of paci's weights for stale forwards: off, window, every, or a number k for every k-th (off,every).",
+)
+@click.option("--model", default="tiny", metavar="NAME", help="tiny or small: defaults of the next six (tiny).")
+@click.option("--layers", type=int, metavar="L", help="Blocks.")
+@click.option("--width", type=int, metavar="W", help="Of the model, a multiple of 12.")
+@click.option("--context", type=int, metavar="T", help="Characters of a sequence.")
+@click.option("--micro-batch", type=int, metavar="S", help="Sequences of a micro-batch.")
+@click.option("--updates", type=int, metavar="N", help="Of a run at equal tokens.")
+@click.option("--lr", type=float, metavar="RATE", help="The highest learning rate; Muon's is 5 times it.")
+@click.option("--optimizer", default="adamw", metavar="NAME", help="adamw, nadam or muon (adamw).")
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the weights and the data (0).")
+@click.option("--device", metavar="NAME", help="cpu, cuda, ... (a GPU if there is one).")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the curves: .png or .svg."
+)
+@json_option
+def rehearse(
+    text: Path,
+    schedules: str,
+    prediction: str,
+    model: str,
+    device: str | None,
+    output: Path | None,
+    as_json: bool,
+    **given: object,
+) -> None:
+    """Train a small GPT on a text under several schedules, in this process.
+
+    The order of computation is that of the engines, so the losses are theirs; only the time is not.
+    """
+    if model not in _MODELS:
+        raise ConfigError(f"model={model!r}: must be one of {nearest(model, _MODELS)}")
+    spec = PipelineSpec(stages=given["stages"], accumulation=given["accumulation"])
+    chosen = _MODELS[model] | {name: value for name, value in given.items() if value is not None}
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError("paci rehearse trains with torch, which is not installed; pip install torch") from None
+    from paci_schedule.rehearse.comparison import batches_of, compare, pairs
+    from paci_schedule.rehearse.text import Text
+    from paci_schedule.rehearse.trial import Settings
+
+    asked = pairs(spec, schedules.split(","), prediction.split(","))
+    settings = Settings(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **chosen)
+    corpus = Text(text, settings.context, _device(settings.device))
+    total = 0
+    for name, _ in asked:
+        fewer = batches_of(name, settings)
+        total += settings.updates + (fewer if fewer != settings.updates else 0)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("batches", total=total)
+        found = compare(settings, corpus, asked, lambda: progress.advance(task))
+    if output:
+        from paci_schedule.rehearse.curves import draw
+
+        draw(found, settings, output)
+    if as_json:
+        print_json({"settings": asdict(settings), "runs": [asdict(each) for each in found]})
+    else:
+        screen().print(_table(found))
+
+
+def _device(name: str) -> Any:
+    """The torch device of this name, tried out."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={name!r}: cannot be used ({reason}); take cpu, or a device of this machine"
+        ) from None
+
+
+def _table(found: Sequence[Any]) -> Table:
+    """A row for each `rehearse.comparison.Comparison`."""
+    table = Table(
+        "schedule",
+        "prediction",
+        "updates",
+        "validation loss",
+        "in equal time",
+        "validation loss",
+        "drift",
+        "s",
+        box=None,
+    )
+    for each in found:
+        whole, part = each.equal_tokens, each.equal_time
+        losses = (f"{trial.validation:.4f}" for trial in (whole, part))
+        counts = (f"{trial.updates:,}" for trial in (whole, part))
+        cells = [cell for pair in zip(counts, losses, strict=True) for cell in pair]
+        table.add_row(whole.schedule, str(whole.prediction), *cells, str(max(whole.drift)), f"{whole.seconds:.0f}")
+    return table

@@ -1,0 +1,10 @@
+"""An optimizer's next weights, before its step: from its state and the part of the gradient that is there.
+
+`advance` takes the optimizer's own step on copies of its state; `momentum` says what gradient an optimizer expects
+where no part is there yet, and which optimizers can be predicted.
+"""
+
+from paci_schedule.predict.momentum import check, expected_gradient
+from paci_schedule.predict.shadow import advance
+
+__all__ = ["advance", "check", "expected_gradient"]

@@ -1,0 +1,79 @@
+"""The gradient that an optimizer's momentum expects, for a prediction before any part of the gradient is there.
+
+It is the gradient that would leave the direction of the momentum as it is.  Decay that an optimizer adds to its
+gradients, and the sign that `maximize` turns, are taken out of the momentum, as the step puts them in again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["check", "expected_gradient"]
+
+
+def check(optimizer: Optimizer) -> None:
+    """Raises UnsupportedError where the optimizer cannot be predicted."""
+    if _momentum_of(optimizer) is None:
+        names = ", ".join(cls.__name__ for cls in _MOMENTA)
+        raise UnsupportedError(
+            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses; switch "
+            "prediction off, take one of these, or add what its momentum expects to paci_schedule/predict/momentum.py "
+            "if it treats every parameter by itself"
+        )
+
+
+@torch.no_grad()
+def expected_gradient(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor | None:
+    """What the momentum expects for a parameter of the group; None where there is no momentum (yet).
+
+    Args:
+        optimizer: one that `check` lets pass.
+        group: the parameter's group.
+        parameter: as the optimizer knows it.
+        weight: its value.
+    """
+    mean = _momentum_of(optimizer)(group, optimizer.state.get(parameter, {}), weight)
+    return mean.neg() if mean is not None and group.get("maximize") else mean
+
+
+def _of_adam(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
+    """The first moment, its bias corrected."""
+    if not state:
+        return None
+    mean = state["exp_avg"] / (1 - group["betas"][0] ** state["step"])
+    return mean if group["decoupled_weight_decay"] else mean.sub_(weight, alpha=group["weight_decay"])
+
+
+def _of_sgd(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
+    """The gradient that leaves the buffer as it is; SGD keeps no count of its steps to correct a bias by."""
+    buffer, undamped = state.get("momentum_buffer"), 1 - group["dampening"]
+    if buffer is None or not undamped:
+        return None
+    return (buffer * ((1 - group["momentum"]) / undamped)).sub_(weight, alpha=group["weight_decay"])
+
+
+def _of_muon(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
+    """The buffer itself: orthogonalisation takes its size away."""
+    return state["momentum_buffer"].clone() if state else None
+
+
+_Momentum = Callable[[Mapping[str, Any], Mapping[str, Any], torch.Tensor], torch.Tensor | None]
+_MOMENTA: Mapping[type[Optimizer], _Momentum] = {
+    torch.optim.Adam: _of_adam,
+    torch.optim.AdamW: _of_adam,
+    torch.optim.NAdam: _of_adam,
+    torch.optim.SGD: _of_sgd,
+    **({torch.optim.Muon: _of_muon} if hasattr(torch.optim, "Muon") else {}),  # since torch 2.9
+}
+
+
+def _momentum_of(optimizer: Optimizer) -> _Momentum | None:
+    return next((_MOMENTA[cls] for cls in type(optimizer).__mro__ if cls in _MOMENTA), None)

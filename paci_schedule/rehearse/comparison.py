@@ -1,0 +1,69 @@
+"""Several schedules and predictions on one text: at equal tokens, and at equal ideal time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from paci_schedule.errors import ConfigError, nearest
+from paci_schedule.rehearse.prediction import interval_of
+from paci_schedule.rehearse.run import SCHEDULES
+from paci_schedule.rehearse.text import Text
+from paci_schedule.rehearse.trial import Settings, Trial, run
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["Comparison", "batches_of", "compare", "pairs", "slots"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One schedule with one prediction.
+
+    Attributes:
+        equal_tokens: the run that sees as much data as all others.
+        equal_time: the run that takes as long as all others, if all stages are equally long and a prediction costs
+            nothing; the same run for a schedule without a bubble.  Its learning rate comes down over its own length.
+    """
+
+    equal_tokens: Trial
+    equal_time: Trial
+
+
+def pairs(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence[str]) -> list[tuple[str, str | int]]:
+    """Every schedule, and "paci" with every prediction.
+
+    Raises:
+        ConfigError: there is no such schedule or prediction, or it does not exist for this pipeline.
+    """
+    for name in schedules:
+        if name not in SCHEDULES:
+            raise ConfigError(f"schedules={name!r}: must be one of {nearest(name, SCHEDULES)}")
+        SCHEDULES[name].schedule.check(spec)
+    asked = [int(each) if each.isdecimal() else each for each in predictions]
+    for prediction in asked:
+        interval_of(prediction)
+    return [(name, each) for name in schedules for each in (asked if name == "paci" else ["off"])]
+
+
+def slots(schedule: str, settings: Settings) -> float:
+    """How long a batch takes at best, in forwards and backwards of a micro-batch: a, and with a flush a + P - 1."""
+    bubble = settings.stages - 1 if SCHEDULES[schedule].schedule.flushes else 0
+    return settings.accumulation + bubble
+
+
+def batches_of(schedule: str, settings: Settings) -> int:
+    """Batches that the schedule takes in the ideal time that one without a bubble takes for all of them; at least 1."""
+    return max(1, round(settings.updates * settings.accumulation / slots(schedule, settings)))
+
+
+def compare(
+    settings: Settings, text: Text, asked: Sequence[tuple[str, str | int]], tick: Callable[[], None]
+) -> list[Comparison]:
+    """Run what `pairs` has given; `tick` is called once a batch."""
+    found = []
+    for schedule, prediction in asked:
+        whole = run(settings, text, schedule, prediction, settings.updates, tick)
+        fewer = batches_of(schedule, settings)
+        part = whole if fewer == settings.updates else run(settings, text, schedule, prediction, fewer, tick)
+        found.append(Comparison(whole, part))
+    return found

@@ -1,0 +1,49 @@
+"""The picture of a comparison: training loss against tokens, and against ideal time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from paci_schedule.errors import ConfigError
+from paci_schedule.rehearse.comparison import Comparison, slots
+from paci_schedule.rehearse.trial import Settings, Trial
+
+__all__ = ["draw"]
+
+_POINTS = 40
+
+
+def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
+    """Write the picture, in the format that the name ends with.
+
+    Raises:
+        ConfigError: there is no such format, or the file cannot be written.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    tokens, time = figure.subplots(1, 2, sharey=True)
+    batch = settings.accumulation * settings.micro_batch * settings.context
+    for each in found:
+        label = each.equal_tokens.schedule
+        if each.equal_tokens.prediction != "off":
+            label += f", prediction {each.equal_tokens.prediction}"
+        tokens.plot(*_line(each.equal_tokens, batch * 1e-6), label=label)
+        time.plot(*_line(each.equal_time, slots(each.equal_time.schedule, settings)), label=label)
+    tokens.set(xlabel="characters (millions)", ylabel="training loss (nats)", title="the same data")
+    time.set(xlabel="time (forward and backward of a micro-batch on a stage)", title="the same ideal time")
+    for axis in (tokens, time):
+        axis.grid(alpha=0.3)
+    time.legend()
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"output={str(path)!r}: cannot be written ({error}); name a .png or .svg file") from None
+
+
+def _line(trial: Trial, scale: float) -> tuple[list[float], list[float]]:
+    """Means over pieces of the run, at their ends."""
+    each = -(-len(trial.losses) // _POINTS)
+    ends = range(each, len(trial.losses) + 1, each)
+    return [end * scale for end in ends], [sum(trial.losses[end - each : end]) / each for end in ends]

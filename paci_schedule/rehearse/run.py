@@ -1,0 +1,247 @@
+"""Training under a schedule in one process: the core's streams of all stages, each op run as soon as its inputs exist.
+
+Only the order of a stage's own ops and the flow of data between stages decide what is computed, so any order that keeps
+both gives what a pipeline of real ranks gives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from paci_schedule.errors import ConfigError, UnsupportedError, nearest
+from paci_schedule.ops import Op, OpKind
+from paci_schedule.rehearse.norms import Norms
+from paci_schedule.rehearse.owners import as_lists, check_owners
+from paci_schedule.rehearse.prediction import Prediction, interval_of
+from paci_schedule.rehearse.stage import Stage
+from paci_schedule.rehearse.stash import Stash
+from paci_schedule.schedules.base import Schedule
+from paci_schedule.schedules.one_f_one_b import OneFOneB
+from paci_schedule.schedules.paci import Paci
+from paci_schedule.schedules.pipedream import PipeDream
+from paci_schedule.schedules.pipedream_2bw import PipeDream2BW
+from paci_schedule.spec import PipelineSpec
+
+__all__ = ["SCHEDULES", "Update", "rehearse"]
+
+_ENDLESS = 1 << 40  # batches; how many there are is known when they end
+
+
+class _Kind(NamedTuple):
+    """A schedule, and which weights its ops read."""
+
+    schedule: Schedule
+    stash: Callable[[Sequence[nn.Parameter]], Stash] | None = None
+
+
+def _stash(parameters: Sequence[nn.Parameter]) -> Stash:
+    return Stash(parameters, delayed=False)
+
+
+def _two_versions(parameters: Sequence[nn.Parameter]) -> Stash:
+    return Stash(parameters, delayed=True)
+
+
+SCHEDULES: Mapping[str, _Kind] = MappingProxyType(
+    {
+        "flush": _Kind(OneFOneB()),
+        "paci": _Kind(Paci()),
+        "paci-stash": _Kind(Paci(), _stash),
+        "pipedream": _Kind(PipeDream(), _stash),
+        "pipedream-2bw": _Kind(PipeDream2BW(), _two_versions),
+    }
+)
+"""What can be rehearsed."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of the last stage.
+
+    Attributes:
+        update: which one, from 0.
+        drift: by stage, the largest drift up to the end of its batch: updates between the forward and the backward of a
+            micro-batch.
+    """
+
+    update: int
+    drift: list[int]
+    _losses: list[torch.Tensor] = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the update's micro-batches at the last stage.  Reading it waits for the device."""
+        return torch.stack(self._losses).float().mean().item()
+
+
+def rehearse(
+    stages: Sequence[nn.Module],
+    optimizers: Sequence[Any],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    batches: Iterable[Sequence[tuple[Any, Any]]],
+    *,
+    schedule: str = "paci",
+    accumulation: int,
+    extra_in_flight: int | tuple[int, ...] = 0,
+    prediction: str | int = "off",
+    clip: float = 0.0,
+    schedulers: Sequence[Any] | None = None,
+) -> Iterator[Update]:
+    """Train `stages` as a pipeline with this schedule would.
+
+    Args:
+        stages: the model, cut into modules, first to last, all on one device.  A module takes what the one before
+            returns, a tensor or a tuple.
+        optimizers: one for each stage, or a list of several for it; an empty list for a stage that trains nothing.
+        loss_fn: (output of the last stage, labels) -> the mean loss of a micro-batch, a scalar.
+        batches: each a sequence of `accumulation` pairs (inputs, labels), on the stages' device.
+        schedule: "flush" (1F1B, a flush after every batch), "paci", "paci-stash" (PACI's stream, each backward on its
+            forward's weights), "pipedream" (the same with an update after every micro-batch) or "pipedream-2bw".
+        accumulation: a, micro-batches of a batch.
+        extra_in_flight: k, as `PipelineSpec` has it; for "paci" and "paci-stash".
+        prediction: of the weights for stale forwards of "paci": "off", "window", "every" or a whole number k
+            (`rehearse.prediction`).
+        clip: the largest global gradient norm, 0 for no clipping.  Under "flush" the norm is exact, otherwise the other
+            stages' parts are as old as carried norms are (`rehearse.norms`).
+        schedulers: learning-rate schedules, like `optimizers`; stepped after each update.
+
+    Yields:
+        One `Update` for each update of the last stage, when its batch is taken in.  Whenever it yields, and when it
+        ends, the stages hold the real weights, not predicted ones.  When it ends after the last batch, the pipe has
+        been drained.
+
+    Raises:
+        ConfigError: a value does not fit; a batch has not `accumulation` pairs.
+        UnsupportedError: a weight that several stages share, or a combination that does not exist.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"schedule={schedule!r}: must be one of {nearest(str(schedule), SCHEDULES)}")
+    stages = list(stages)
+    spec = PipelineSpec(stages=len(stages), accumulation=accumulation, extra_in_flight=extra_in_flight)
+    kind = SCHEDULES[schedule]
+    kind.schedule.check(spec)
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < float("inf"):
+        raise ConfigError(f"clip={clip!r}: must be a number of at least 0, where 0 clips nothing")
+    interval = interval_of(prediction)
+    if interval is not None and kind.stash is not None:
+        raise UnsupportedError(
+            f"prediction={prediction!r} with schedule={schedule!r}: its backwards read the weights of their forwards, "
+            "so that nothing is to be predicted; switch prediction off, or take paci"
+        )
+    owned = as_lists("optimizers", optimizers, len(stages))
+    check_owners(stages, owned)
+    stepped = as_lists("schedulers", [[]] * len(stages) if schedulers is None else schedulers, len(stages))
+    per_update = kind.schedule.micro_batches_per_update(spec)
+    built = []
+    for number, module in enumerate(stages):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        built.append(
+            Stage(
+                number,
+                module,
+                owned[number],
+                stepped[number],
+                per_update,
+                loss_fn if number == len(stages) - 1 else None,
+                None if kind.stash is None else kind.stash(trained),
+                None if interval is None else Prediction(trained, owned[number], interval),
+            )
+        )
+    norms = Norms(replace(spec, accumulation=per_update), kind.schedule.flushes)
+    return _Rehearsal(spec, kind.schedule, built, norms, float(clip)).run(batches)
+
+
+class _Rehearsal:
+    """All stages, and what is between them."""
+
+    def __init__(self, spec: PipelineSpec, schedule: Schedule, stages: list[Stage], norms: Norms, clip: float) -> None:
+        self._spec, self._schedule, self._stages, self._norms, self._clip = spec, schedule, stages, norms, clip
+
+    def run(self, batches: Iterable[Sequence[tuple[Any, Any]]]) -> Iterator[Update]:
+        calls = [self._schedule.calls(self._spec, stage.number, _ENDLESS) for stage in self._stages]
+        count = 0
+        try:
+            for batch in batches:
+                self._admit(batch, count)
+                count += 1
+                for update in self._execute([next(ops) for ops in calls]):
+                    for stage in self._stages:
+                        stage.show_real()
+                    yield update
+                    for stage in self._stages:
+                        stage.go_on()
+            for drain in zip(*(self._after(count, stage.number) for stage in self._stages), strict=True):
+                self._execute(drain)
+        finally:
+            for stage in self._stages:
+                stage.close()
+
+    def _after(self, count: int, stage: int) -> Iterator[Iterable[Op]]:
+        """What is left to do for a stage when `count` batches have been run."""
+        calls = () if self._schedule.flushes else self._schedule.calls(self._spec, stage, count)
+        return islice(calls, count, None)
+
+    def _admit(self, batch: Sequence[tuple[Any, Any]], number: int) -> None:
+        pairs = list(batch)
+        if len(pairs) != self._spec.accumulation:
+            raise ConfigError(
+                f"batch {number} has {len(pairs)} micro-batches: each must have "
+                f"accumulation={self._spec.accumulation}; drop the last, short one, or change accumulation"
+            )
+        for index, pair in enumerate(pairs, number * self._spec.accumulation):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(
+                    f"micro-batch {index} is a {type(pair).__name__}: each must be a pair (inputs, labels)"
+                )
+            self._stages[0].activations[index], self._stages[-1].labels[index] = pair
+
+    def _execute(self, ops_of_stages: Sequence[Iterable[Op]]) -> list[Update]:
+        """Run the ops of one call; the updates that the last stage has made in it."""
+        queues, updates = [deque(ops) for ops in ops_of_stages], []
+        while any(queues):
+            progress = False
+            for stage, queue in zip(self._stages, queues, strict=True):
+                while queue and self._is_ready(stage, queue[0]):
+                    op, progress = queue.popleft(), True
+                    losses = self._do(stage, op)
+                    stage.meter.record(op)
+                    if losses is not None:
+                        updates.append((op.index, losses))
+            assert progress, f"no stage can go on: {[str(queue[0]) for queue in queues if queue]}"
+        drift = [stage.meter.largest for stage in self._stages]
+        return [Update(index, list(drift), losses) for index, losses in updates]
+
+    def _is_ready(self, stage: Stage, op: Op) -> bool:
+        if op.kind is OpKind.FORWARD:
+            return op.index in stage.activations
+        if op.kind is OpKind.BACKWARD:
+            return stage is self._stages[-1] or op.index in stage.gradients
+        if self._clip and not self._norms.has(stage.number, op.index):
+            self._norms.put(stage.number, op.index, stage.square())
+        return not self._clip or self._norms.is_complete(op.index)
+
+    def _do(self, stage: Stage, op: Op) -> list[torch.Tensor] | None:
+        """Execute an op; the losses of its micro-batches for an update of the last stage."""
+        is_last = stage is self._stages[-1]
+        if op.kind is OpKind.FORWARD:
+            output = stage.forward(op.index)
+            if not is_last:
+                self._stages[stage.number + 1].activations[op.index] = output
+        elif op.kind is OpKind.BACKWARD:
+            gradients = stage.backward(op.index)
+            if stage.number:
+                self._stages[stage.number - 1].gradients[op.index] = gradients
+        else:
+            losses = list(stage.losses) if is_last else None
+            square = self._norms.total(stage.number, op.index, stage.last_forward) if self._clip else None
+            stage.step(self._clip, square)
+            return losses
+        return None

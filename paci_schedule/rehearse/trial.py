@@ -1,0 +1,181 @@
+"""One training run of the small GPT on a text, under one schedule and one prediction."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from paci_schedule.errors import ConfigError, nearest
+from paci_schedule.rehearse import gpt
+from paci_schedule.rehearse.run import rehearse
+from paci_schedule.rehearse.text import Text
+
+__all__ = ["Settings", "Trial", "run"]
+
+_OPTIMIZERS = ("adamw", "nadam", "muon")
+_VALIDATION_WINDOWS, _VALIDATION_BATCH = 400, 50
+_WARM_UP, _FLOOR = 400, 0.1  # micro-batches until the full rate; share of it that is left in the end
+_BETAS, _DECAY, _CLIP, _MUON_RATE = (0.9, 0.95), 0.1, 1.0, 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the trials that are compared have in common."""
+
+    stages: int
+    accumulation: int
+    layers: int
+    width: int
+    context: int
+    micro_batch: int
+    updates: int
+    """Of the last stage, a micro-batches each."""
+    lr: float
+    """The highest learning rate; Muon's matrices take 5 times as much."""
+    optimizer: str
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        for name in ("context", "micro_batch", "updates"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be a whole number of at least 1")
+        if not self.lr > 0:
+            raise ConfigError(f"lr={self.lr}: must be more than 0")
+        if self.optimizer not in _OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r}: must be one of {nearest(self.optimizer, _OPTIMIZERS)}")
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optimizer='muon': torch {torch.__version__} has none; take torch 2.9 or later, or adamw"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of a run.
+
+    Attributes:
+        schedule: its schedule.
+        prediction: its prediction.
+        updates: batches that it took, of a micro-batches each.
+        validation: the mean loss of a character of the validation text, in nats.
+        drift: by stage, the largest.
+        seconds: that the run took, in this process.
+        losses: by batch, the mean training loss.
+    """
+
+    schedule: str
+    prediction: str | int
+    updates: int
+    validation: float
+    drift: list[int]
+    seconds: float
+    losses: list[float]
+
+
+def run(
+    settings: Settings, text: Text, schedule: str, prediction: str | int, updates: int, tick: Callable[[], None]
+) -> Trial:
+    """Train from the settings' seed, and validate.
+
+    Args:
+        settings: of the model, the data and the optimizer.
+        text: what to train on.
+        schedule: as `rehearse` takes it.
+        prediction: as `rehearse` takes it.
+        updates: batches; the learning rate comes down over so many.
+        tick: called once a batch.
+
+    Raises:
+        ConfigError: a setting does not fit.
+        UnsupportedError: a combination that does not exist.
+    """
+    started = time.perf_counter()
+    stages = gpt.stages(
+        settings.stages, settings.layers, settings.width, settings.context, text.vocabulary, settings.seed
+    )
+    stages = [stage.to(settings.device) for stage in stages]
+    optimizers = [_optimizers(settings, stage) for stage in stages]
+    per_batch = settings.accumulation if schedule == "pipedream" else 1
+    share = _share(updates * per_batch, _WARM_UP * per_batch // settings.accumulation)
+    schedulers = [[torch.optim.lr_scheduler.LambdaLR(each, share) for each in several] for several in optimizers]
+    losses, drift = [], [0] * settings.stages
+
+    def batches() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        for number in range(updates):
+            first = number * settings.accumulation
+            indices = range(first, first + settings.accumulation)
+            yield [text.micro_batch(settings.seed, index, settings.micro_batch) for index in indices]
+            tick()
+
+    training = rehearse(
+        stages,
+        optimizers,
+        _loss,
+        batches(),
+        schedule=schedule,
+        accumulation=settings.accumulation,
+        prediction=prediction,
+        clip=_CLIP,
+        schedulers=schedulers,
+    )
+    for update in training:
+        losses.append(update.loss)
+        drift = update.drift
+    means = [sum(losses[at : at + per_batch]) / per_batch for at in range(0, len(losses), per_batch)]
+    return Trial(
+        schedule=schedule,
+        prediction=prediction,
+        updates=updates,
+        validation=_validate(stages, text),
+        drift=drift,
+        seconds=time.perf_counter() - started,
+        losses=means,
+    )
+
+
+def _optimizers(settings: Settings, stage: nn.Module) -> list[Optimizer]:
+    others, rest = list(stage.parameters()), {"betas": _BETAS, "weight_decay": _DECAY}
+    if settings.optimizer == "nadam":
+        return [torch.optim.NAdam(others, lr=settings.lr, decoupled_weight_decay=True, **rest)]
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW(others, lr=settings.lr, **rest)]
+    matrices = gpt.hidden_matrices(stage)
+    others = [parameter for parameter in others if all(parameter is not matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=_MUON_RATE * settings.lr, weight_decay=_DECAY),
+        torch.optim.AdamW(others, lr=settings.lr, **rest),
+    ]
+
+
+def _share(updates: int, warm_up: int) -> Callable[[int], float]:
+    """Of the highest learning rate: up in a line, then down in a cosine."""
+
+    def share(update: int) -> float:
+        if update < warm_up:
+            return (update + 1) / warm_up
+        done = min(1.0, (update - warm_up) / max(1, updates - warm_up))
+        return _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2
+
+    return share
+
+
+def _loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(output.flatten(0, 1), labels.flatten())
+
+
+@torch.no_grad()
+def _validate(stages: list[nn.Module], text: Text) -> float:
+    inputs, labels = text.validation(_VALIDATION_WINDOWS)
+    total = 0.0
+    for x, y in zip(inputs.split(_VALIDATION_BATCH), labels.split(_VALIDATION_BATCH), strict=True):
+        for stage in stages:
+            x = stage(x)
+        total += _loss(x, y).item() * len(y)
+    return total / len(labels)

@@ -1,0 +1,187 @@
+"""Predicted weights: with the whole window's gradient, those that the optimizer's own step leaves, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+
+from paci_schedule.errors import UnsupportedError
+from paci_schedule.predict import advance, check, expected_gradient
+
+SHAPES = [(5, 3), (4,), (), (2, 7)]
+MATRICES = [(5, 3), (2, 7), (6, 6)]
+
+SETTINGS = {
+    "Adam": (torch.optim.Adam, {"lr": 0.02, "betas": (0.7, 0.9)}),
+    "Adam, decay in the gradient": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3}),
+    "Adam, amsgrad": (torch.optim.Adam, {"lr": 0.02, "amsgrad": True}),
+    "Adam, maximize": (torch.optim.Adam, {"lr": 0.02, "maximize": True, "weight_decay": 0.1}),
+    "Adam, fused": (torch.optim.Adam, {"lr": 0.02, "fused": True}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.03, "betas": (0.8, 0.95), "weight_decay": 0.3}),
+    "AdamW, no decay": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.0}),
+    "AdamW, amsgrad": (torch.optim.AdamW, {"lr": 0.03, "amsgrad": True, "maximize": True}),
+    "NAdam": (torch.optim.NAdam, {"lr": 0.02, "betas": (0.9, 0.99)}),
+    "NAdam, decoupled decay": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.2, "decoupled_weight_decay": True}),
+    "NAdam, decay in the gradient": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.2, "momentum_decay": 0.01}),
+    "SGD": (torch.optim.SGD, {"lr": 0.1}),
+    "SGD, momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.05}),
+    "SGD, Nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.7, "nesterov": True}),
+    "SGD, maximize": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.6, "maximize": True}),
+    "Muon": (torch.optim.Muon, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.2}),
+    "Muon, plain": (torch.optim.Muon, {"lr": 0.02, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
+}
+
+
+def build(cls, settings, dtype=torch.float32, foreach=None):
+    torch.manual_seed(3)
+    shapes = MATRICES if cls is torch.optim.Muon else SHAPES
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.5 * settings["lr"]}]
+    options = {} if foreach is None else {"foreach": foreach}
+    return parameters, cls(groups, **settings, **options)
+
+
+def gradients(parameters, step):
+    generator = torch.Generator().manual_seed(step)
+    return {p: torch.randn(p.shape, generator=generator).to(p.dtype) for p in parameters}
+
+
+def step(optimizer, new):
+    for parameter, gradient in new.items():
+        parameter.grad = gradient.clone()
+    optimizer.step()
+
+
+def copies(parameters):
+    return {parameter: parameter.detach().clone() for parameter in parameters}
+
+
+CASES = [
+    (name, dtype, foreach)
+    for name in SETTINGS
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    for foreach in (None, True, False)
+    if foreach is None or not ("Muon" in name or "fused" in name)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "foreach"), CASES)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_the_prediction_from_the_whole_gradient_is_the_step(name, dtype, foreach, steps):
+    parameters, optimizer = build(*SETTINGS[name], dtype, foreach)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for number in range(steps):
+        step(optimizer, gradients(parameters, number))
+        schedule.step()
+    predicted, before = copies(parameters), copies(parameters)
+    kept = copy.deepcopy(optimizer.state_dict())
+    advance(optimizer, predicted, gradients(parameters, steps))
+    assert all(torch.equal(parameter, before[parameter]) for parameter in parameters)
+    assert_same(optimizer.state_dict(), kept)
+    step(optimizer, gradients(parameters, steps))
+    assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
+    assert any(not torch.equal(before[parameter], parameter) for parameter in parameters)
+
+
+def assert_same(state, kept):
+    """Two state dicts, all tensors equal."""
+    assert state["param_groups"] == kept["param_groups"]
+    assert state["state"].keys() == kept["state"].keys()
+    for key, values in state["state"].items():
+        assert values.keys() == kept["state"][key].keys()
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(kept["state"][key][name]))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("foreach", [None, True])
+def test_several_windows_are_as_many_steps_with_the_same_gradient(name, foreach):
+    has_foreach = "Muon" not in name and "fused" not in name
+    parameters, optimizer = build(*SETTINGS[name], foreach=foreach if has_foreach else None)
+    step(optimizer, gradients(parameters, 0))
+    predicted = copies(parameters)
+    advance(optimizer, predicted, gradients(parameters, 1), 3)
+    for _ in range(3):
+        step(optimizer, gradients(parameters, 1))
+    assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
+
+
+def test_buckets_change_nothing(monkeypatch):
+    parameters, optimizer = build(*SETTINGS["AdamW"])
+    step(optimizer, gradients(parameters, 0))
+    predicted = copies(parameters)
+    monkeypatch.setattr("paci_schedule.predict.shadow._BUCKET", 16)
+    advance(optimizer, predicted, gradients(parameters, 1))
+    step(optimizer, gradients(parameters, 1))
+    assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
+
+
+def test_a_prediction_in_place_leaves_autograd_nothing_to_complain_of_and_runs_no_hook():
+    parameters, optimizer = build(*SETTINGS["AdamW"])
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    matrix = parameters[0]
+    loss = (matrix @ torch.randn(3, 2, requires_grad=True)).square().sum()
+    version = matrix._version
+    before = matrix.detach().clone()
+    advance(optimizer, {p: p for p in parameters}, gradients(parameters, 0))
+    assert matrix._version == version
+    assert not torch.equal(matrix, before)
+    assert matrix.grad is None
+    assert calls == []
+    loss.backward()
+
+
+def test_a_parameter_without_a_gradient_stays():
+    parameters, optimizer = build(*SETTINGS["AdamW"])
+    predicted, before = copies(parameters), copies(parameters)
+    new = gradients(parameters, 0)
+    del new[parameters[1]]
+    advance(optimizer, predicted, new)
+    moved = [not torch.equal(predicted[parameter], before[parameter]) for parameter in parameters]
+    assert moved == [True, False, True, True]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_the_momentum_expects_after_many_equal_gradients_is_that_gradient(name):
+    cls, settings = SETTINGS[name]
+    # Without a rate, so that a decay is of the same weights all the time, and for long, as SGD corrects no bias.
+    parameters, optimizer = build(cls, {**settings, "lr": 0.0}, torch.float64)
+    for _ in range(300):
+        step(optimizer, gradients(parameters, 7))
+    constant = gradients(parameters, 7)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found = expected_gradient(optimizer, group, parameter, parameter.detach())
+            if name == "SGD":
+                assert found is None
+            else:
+                torch.testing.assert_close(found, constant[parameter], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_momentum_expects_anything_before_the_first_step(name):
+    parameters, optimizer = build(*SETTINGS[name])
+    for group in optimizer.param_groups:
+        assert all(expected_gradient(optimizer, group, p, p.detach()) is None for p in group["params"])
+    assert all(not optimizer.state.get(parameter) for parameter in parameters)
+
+
+def test_an_optimizer_that_is_not_known_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"optimizer Adagrad: .*Adam, AdamW.*momentum\.py"):
+        check(torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))]))
+
+
+def test_a_subclass_takes_its_own_step():
+    class Doubled(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            return super().step(closure)
+
+    parameters, optimizer = build(Doubled, SETTINGS["AdamW"][1])
+    check(optimizer)
+    predicted = copies(parameters)
+    advance(optimizer, predicted, gradients(parameters, 0))
+    step(optimizer, gradients(parameters, 0))
+    assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
