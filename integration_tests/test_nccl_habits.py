@@ -11,7 +11,6 @@ from torch.distributed.distributed_c10d import AllreduceOptions
 from integration_tests import deepspeed_job, jobs, late_job, late_oracle, nccl_like, ranks, replica_oracle
 from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
-from integration_tests.ranks import RankError
 from integration_tests.test_deepspeed_replicas import REPLICAS, by_replica, follow_all
 from paci_schedule.runtime.norms import NormGroup
 
@@ -76,11 +75,7 @@ def train_and_synchronise(job):
     return engine.global_steps
 
 
-@pytest.mark.parametrize(
-    "model",
-    ["words", pytest.param("tied", marks=pytest.mark.xfail(
-        reason="tied sums are posted when a copy steps, not in a common round", raises=RankError, strict=True))],
-)  # fmt: skip
+@pytest.mark.parametrize("model", ["words", "tied"])
 def test_the_last_stage_may_synchronise_its_device_between_two_calls(model):
     job = Job(stages=3, accumulation=1, script=(), model=model)
     assert ranks.run_ranks(train_and_synchronise, 3, (job,), timeout=60) == [4, 4, 4]
