@@ -81,6 +81,43 @@ def test_the_last_stage_may_synchronise_its_device_between_two_calls(model):
     assert ranks.run_ranks(train_and_synchronise, 3, (job,), timeout=60) == [4, 4, 4]
 
 
+SYNCHRONISED = {
+    "words": Job(stages=3, accumulation=2, script=("train x4",)),
+    "tied, clipping": Job(stages=3, accumulation=1, script=("train x4",), model="tied", clip=3.0),
+    "slack": Job(stages=3, accumulation=2, script=("train x4",), config={"paci": {"extra_in_flight": [2, 1]}}),
+}
+
+
+def train_synchronised(job):
+    """As a job whose every op, from the first one on, ends with a synchronisation of the device."""
+    engine = late_job.build(job)
+    compute = engine._runner._compute
+    for name in ("forward", "backward", "step"):
+        setattr(compute, name, then_synchronised(getattr(compute, name)))
+    feed = jobs.data(job.model)
+    losses = [then_synchronised(engine.train_batch)(feed).item() for _ in job.actions()]
+    then_synchronised(engine.drain)()
+    return losses
+
+
+def then_synchronised(function):
+    def synchronised(*args):
+        result = function(*args)
+        nccl_like.synchronize(20)
+        return result
+
+    return synchronised
+
+
+@pytest.mark.parametrize("name", SYNCHRONISED)
+def test_every_op_of_every_stage_may_synchronise_its_device_from_the_first_one_on(name):
+    job = SYNCHRONISED[name]
+    expected = late_oracle.run(job)
+    for stage, losses in enumerate(ranks.run_ranks(train_synchronised, 3, (job,), timeout=100)):
+        truth = [moment.loss[stage] for moment in expected]
+        assert losses == pytest.approx(truth, rel=1e-6, nan_ok=True)
+
+
 class Completing:
     """Norms that double what the stage has summed, or fail."""
 

@@ -80,10 +80,10 @@ class _End:
 
 
 class _Inbox:
-    """The receiving end of a link."""
+    """The receiving end of a link; `early` says whether receives are posted before their messages can be on the way."""
 
-    def __init__(self, end: _End) -> None:
-        self._end = end
+    def __init__(self, end: _End, early: bool = False) -> None:
+        self._end, self._early = end, early
         self._layout: Layout | None = None
         self._header: tuple[dist.Work, torch.Tensor] | None = None
         self._expected = 0
@@ -94,33 +94,39 @@ class _Inbox:
             dist.recv(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
 
     def expect(self, op: Op) -> None:
-        """Post the receive for the next message; before the layout is known, for the header that brings it."""
-        self._end.note(op)
-        self._expected += 1
-        if self._layout is not None:
-            self._post(op)
-        elif self._header is None:
-            with self._end.during(f"posted the receive {op} of the shapes of the {self._end.content}s from"):
-                buffer = torch.empty(HEADER, dtype=torch.uint8, device=self._end.device)
-                self._header = dist.irecv(buffer, self._end.peer, group=self._end.group), buffer
+        """Post the receive for the next message; before the layout is known, the one for the header that brings it.
 
-    def receive(self, op: Op) -> tuple[Payload, Riders]:
-        """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next).
-
-        Waiting for the header is left until here: what the first message is made of may need an op of this stage that
-        comes after `expect`.
+        Where receives are posted early, what the first message is made of may need an op of this stage that comes after
+        this one: waiting for the header is then left to `receive`.
         """
         self._end.note(op)
+        self._expected += 1
         if self._layout is None:
-            work, header = self._header
-            doing = f"waited ({op}) for the shapes of the {self._end.content}s from"
-            self._end.wait(work, doing)
-            with self._end.during(doing):
-                self._layout, self._header = Layout.from_header(header), None
+            if self._header is None:
+                with self._end.during(f"posted the receive {op} of the shapes of the {self._end.content}s from"):
+                    buffer = torch.empty(HEADER, dtype=torch.uint8, device=self._end.device)
+                    self._header = dist.irecv(buffer, self._end.peer, group=self._end.group), buffer
+            if self._early:
+                return
+            self._learn_layout(op)
+        self._post(op)
+
+    def receive(self, op: Op) -> tuple[Payload, Riders]:
+        """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next)."""
+        self._end.note(op)
+        if self._layout is None:
+            self._learn_layout(op)
             self._post(op)
         work, buffer = self._posted.popleft()
         self._end.wait(work, f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from")
         return self._layout.unpack(buffer)
+
+    def _learn_layout(self, op: Op) -> None:
+        work, header = self._header
+        doing = f"waited ({op}) for the shapes of the {self._end.content}s from"
+        self._end.wait(work, doing)
+        with self._end.during(doing):
+            self._layout, self._header = Layout.from_header(header), None
 
     def _post(self, op: Op) -> None:
         with self._end.during(f"posted the receive {op} of the {self._end.content} of micro-batch {op.index} from"):
@@ -194,6 +200,7 @@ class Links:
         pipelines: for every pipeline of the job, the global rank of each stage, in stage order; the same on every rank.
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
+        early_receives: whether the receives of gradients are posted before F (`lower`).
         record: folder in which the lookout writes, too, whom this stage has waited for in vain; None for the log only.
         looks_out: whether waiting for a message returns at once, so that a lookout has to say when none comes; None
             where the transport is NCCL.
@@ -209,6 +216,7 @@ class Links:
         device: torch.device,
         timeout: timedelta,
         *,
+        early_receives: bool = False,
         record: str | None = None,
         looks_out: bool | None = None,
     ) -> None:
@@ -239,7 +247,7 @@ class Links:
             words = end(group=pair.words, content="announcement", device=_HOST, lookout=None)
             if above:
                 self._activation_out, self._word_out = _Outbox(down, 1), _Outbox(words, 1)
-                self._gradient_in = _Inbox(up)
+                self._gradient_in = _Inbox(up, early_receives)
                 order += [self._activation_out, self._gradient_in, self._word_out]
             else:
                 self._activation_in, self._word_in = _Inbox(down), _Inbox(words)

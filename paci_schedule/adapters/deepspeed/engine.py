@@ -112,7 +112,9 @@ class PaciPipelineEngine(PipelineEngine):
             limit(group, timeout)
         self._stage_ranks = grid.topology().filter_match(pipe=self.stage_id)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        self._links = Links(spec, pipelines, self.device, timeout, record=options.record)
+        self._links = Links(
+            spec, pipelines, self.device, timeout, early_receives=options.early_receives, record=options.record
+        )
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
         self._runner = StageRunner(
             spec,

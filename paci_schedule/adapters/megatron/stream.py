@@ -68,7 +68,9 @@ class ModelStream:
         ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
         self.late = Late(norms, weight, ends, spec, timeout)
         self._sums = StageSums(self._config, norms, warn=stage == 0)
-        links = Links(spec, pipelines, device, timeout, record=options.record)
+        links = Links(
+            spec, pipelines, device, timeout, early_receives=options.early_receives, record=options.record
+        )
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, self.late)
         self._stopwatch = Stopwatch(device, records=options.record is not None)
         copies = [(0, stages - 1)] if ties else []
