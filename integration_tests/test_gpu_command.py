@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.place import NeedsGpu, Place
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("engines", "ends", "streams", "synchronisation", "links", "spinning", "memory", "stopwatch", "host_memory",
@@ -30,15 +35,32 @@ def test_without_a_gpu_one_line_says_so_and_what_to_do():
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_every_step_runs_on_the_cpu_as_far_as_it_can(step, tmp_path):
+def test_every_step_runs_on_the_cpu_as_far_as_it_can(step):
+    run = import_module(f"benchmarks.gpu.{step}").run
+    place = Place(torch.device("cpu"), 250)
+    if step == "spinning":
+        with pytest.raises(NeedsGpu, match="spin"):
+            run(place)
+    else:
+        assert run(place)
+
+
+def test_the_command_runs_each_step_in_a_process_of_its_own_and_writes_what_it_found(tmp_path):
     file = tmp_path / "gpu.json"
-    done = gpu_command("--dry-run", "--only", step, "--json", str(file), seconds=300)
+    done = gpu_command("--dry-run", "--only", "streams", "spinning", "--json", str(file), seconds=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    [result] = json.loads(file.read_text())["steps"]
-    assert result["name"] == step
-    assert result["outcome"] == ("needs a GPU" if step == "spinning" else "ok")
-    assert result.get("figures") or step == "spinning"
-    assert step in done.stdout
+    streams, spinning = json.loads(file.read_text())["steps"]
+    assert (streams["outcome"], spinning["outcome"]) == ("ok", "needs a GPU")
+    assert set(streams["figures"].values()) == {0.0}
+    assert "P=4 a=8" in done.stdout
+    assert "kernels that spin" in done.stdout
+
+
+def test_a_step_that_hangs_or_fails_is_told_and_the_command_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "_command_of", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert command._run_one("streams", 0.5, dry=True) == {"outcome": "failed", "error": "no result within 0 s: "}
+    monkeypatch.setattr(command, "_command_of", lambda *_: [sys.executable, "-c", "print('oh'); exit(3)"])
+    assert command._run_one("streams", 30, dry=True) == {"outcome": "failed", "error": "exit code 3 within 30 s: oh\n"}
 
 
 def test_steps_for_which_no_time_is_left_are_skipped_and_the_file_says_so(tmp_path):

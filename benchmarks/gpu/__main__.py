@@ -103,8 +103,7 @@ def _run_one(name: str, limit: float, dry: bool) -> dict[str, Any]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder, "result.json"), Path(folder, "log")
-        command = [sys.executable, "-m", "benchmarks.gpu", "--step", name, "--json", str(file)]
-        command += ["--minutes", str(limit / 60), *(["--dry-run"] if dry else [])]
+        command = _command_of(name, limit, file, dry)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=_ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -118,6 +117,12 @@ def _run_one(name: str, limit: float, dry: bool) -> dict[str, Any]:
             return json.loads(file.read_text())
         ended, said = "no result" if code == -signal.SIGKILL else f"exit code {code}", log.read_text(errors="replace")
         return {"outcome": "failed", "error": f"{ended} within {limit:.0f} s: {said[-2000:]}"}
+
+
+def _command_of(name: str, limit: float, file: Path, dry: bool) -> list[str]:
+    """What starts this program as one step."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--step", name, "--json", str(file)]
+    return [*command, "--minutes", str(limit / 60), *(["--dry-run"] if dry else [])]
 
 
 def _be_a_step(arguments: argparse.Namespace) -> None:

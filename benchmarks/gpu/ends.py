@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from typing import Any
 
@@ -10,35 +11,37 @@ from benchmarks.gpu.place import Place
 from integration_tests import deepspeed_job, jobs
 from integration_tests.jobs import Job
 from integration_tests.ranks import gather_outcomes
+from paci_schedule.runtime.communicators import WATCHDOG_MARGIN
 
 __all__ = ["run"]
 
-_TIMEOUT = 10.0  # seconds that a stage may take to answer
 _STAGES, _LOST, _AT = 3, 1, 6
-_MARGIN = 60.0  # seconds in which the transport's own watchdog must have ended the others
 
 
 def run(place: Place) -> dict[str, Any]:
     """By how the rank was lost, how the others ended and their last words; raises where nobody named the lost stage."""
     figures: dict[str, Any] = {}
-    limit = min(_TIMEOUT + _MARGIN, place.seconds / 2 - 5)
+    timeout = 3.0 if place.dry else 10.0
+    # On NCCL, the watchdog must have ended the others by then.
+    limit = timeout + (2.0 if place.dry else WATCHDOG_MARGIN.total_seconds() + 15.0)
     for how in ("dies", "hangs"):
-        outcomes = gather_outcomes(_lose, _STAGES, (how,), timeout=limit + 20, grace=limit)
+        outcomes = gather_outcomes(_lose, _STAGES, (how, timeout), timeout=place.seconds / 2 - 2, grace=limit)
         others = [outcome for outcome in outcomes if outcome.rank != _LOST]
+        named = []
         for outcome in others:
             words = f"{outcome.output}\n{outcome.error}"
-            named = [line for line in words.splitlines() if f"stage {_LOST}" in line and "waited" in line]
+            sentence = rf"stage {outcome.rank} \(rank .* stage {_LOST} \(rank {_LOST}\) and got no answer"
+            found = re.search(sentence, words)
             figures[f"rank {_LOST} {how}: rank {outcome.rank}"] = f"{outcome.ended} after {outcome.seconds:.0f} s"
-            figures[f"rank {_LOST} {how}: rank {outcome.rank} says"] = named[-1][-400:] if named else words[-400:]
-        if not any(f"stage {_LOST}" in figures[f"rank {_LOST} {how}: rank {outcome.rank} says"] for outcome in others):
+            figures[f"rank {_LOST} {how}: rank {outcome.rank} says"] = found[0] if found else words[-400:]
+            named.append(found is not None)
+        if not any(named):
             raise AssertionError(f"no rank named stage {_LOST}: {figures}")
     return figures
 
 
-def _lose(how: str) -> None:
-    engine = deepspeed_job.build(
-        Job(stages=_STAGES, accumulation=2, script=(), config={"paci": {"timeout": _TIMEOUT}})
-    )
+def _lose(how: str, timeout: float) -> None:
+    engine = deepspeed_job.build(Job(stages=_STAGES, accumulation=2, script=(), config={"paci": {"timeout": timeout}}))
     if engine.stage_id == _LOST:
         forwards: list[int] = []
 
