@@ -119,21 +119,12 @@ def _device(name: str) -> Any:
 
 def _table(found: Sequence[Any]) -> Table:
     """A row for each `rehearse.comparison.Comparison`."""
-    table = Table(
-        "schedule",
-        "prediction",
-        "updates",
-        "validation loss",
-        "in equal time",
-        "validation loss",
-        "drift",
-        "s",
-        box=None,
-    )
+    columns = "schedule", "prediction", "updates", "validation loss", "in equal time", "validation loss", "drift"
+    table = Table(*columns, box=None)
     for each in found:
         whole, part = each.equal_tokens, each.equal_time
         losses = (f"{trial.validation:.4f}" for trial in (whole, part))
         counts = (f"{trial.updates:,}" for trial in (whole, part))
         cells = [cell for pair in zip(counts, losses, strict=True) for cell in pair]
-        table.add_row(whole.schedule, str(whole.prediction), *cells, str(max(whole.drift)), f"{whole.seconds:.0f}")
+        table.add_row(whole.schedule, str(whole.prediction), *cells, str(max(whole.drift)))
     return table
