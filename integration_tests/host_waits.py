@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,7 +32,7 @@ class HostWaits(TorchFunctionMode):
 
     Attributes:
         seen: (what, file, function) of each wait: what is "reads an element", "uploads and waits", "downloads and
-            waits" or "synchronises".
+            waits", "synchronises" or "waits with a timeout", which on NCCL keeps the host where it is.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,11 @@ class HostWaits(TorchFunctionMode):
         self._host: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._reads = _Reads(self)
-        self._synchronise = mock.patch.object(torch.cuda, "synchronize", self._synchronised)
+        self._patches = [
+            mock.patch.object(owner, "synchronize", self._synchronised)
+            for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream)
+        ]
+        self._patches.append(mock.patch.object(dist.Work, "wait", self._noting_timeouts(dist.Work.wait)))
 
     def on_host(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, in pageable memory of the host, each a copy."""
@@ -47,14 +53,16 @@ class HostWaits(TorchFunctionMode):
             yield tree_map_only(torch.Tensor, lambda tensor: self._mark(tensor.clone(), self._host), batch)
 
     def __enter__(self) -> HostWaits:
-        self._synchronise.start()
+        for patch in self._patches:
+            patch.start()
         self._reads.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._reads.__exit__(*error)
-        self._synchronise.stop()
+        for patch in self._patches:
+            patch.stop()
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -87,6 +95,14 @@ class HostWaits(TorchFunctionMode):
 
     def _synchronised(self, *_: Any) -> None:
         self.note("synchronises")
+
+    def _noting_timeouts(self, wait: Callable[..., bool]) -> Callable[..., bool]:
+        def noted(work: dist.Work, *timeout: timedelta) -> bool:
+            if timeout and timeout[0]:
+                self.note("waits with a timeout")
+            return wait(work, *timeout)
+
+        return noted
 
     @staticmethod
     def _mark(tensor: torch.Tensor, *kinds: weakref.WeakSet) -> torch.Tensor:

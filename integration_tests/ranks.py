@@ -92,7 +92,7 @@ def _shared_gpu(rank: int) -> dict[str, str]:
     return {
         "LOCAL_RANK": str(rank % torch.cuda.device_count()),
         "NCCL_HOSTID": f"rank{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1",
-        "NCCL_MNNVL_ENABLE": "0",
+        "NCCL_MNNVL_ENABLE": "0", "NCCL_MAX_P2P_NCHANNELS": "1",
     }
 
 

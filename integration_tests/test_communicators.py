@@ -13,6 +13,7 @@ from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime import communicators
 from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.waiting import WATCHDOG_MARGIN
 from paci_schedule.spec import PipelineSpec
 
 TIMEOUT = timedelta(seconds=30)
@@ -74,7 +75,7 @@ def test_the_number_of_steps_does_not_grow_with_the_job(stages, replicas, steps,
 def test_on_nccl_the_watchdog_comes_after_the_timeout(monkeypatch):
     calls, _ = calls_of(1, 3, [[0, 1, 2]], "nccl", monkeypatch)
     timeouts = {name.split()[2]: rest["timeout"] for name, *_, rest in calls}
-    later = TIMEOUT + communicators.WATCHDOG_MARGIN
+    later = TIMEOUT + WATCHDOG_MARGIN
     assert timeouts == {"announcements": TIMEOUT, "activation": later, "gradient": later}
 
 

@@ -1,9 +1,11 @@
 """In steady state the host waits for the device only where stock does: no other read, blocking copy or synchronise."""
 
 import dataclasses
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from integration_tests import jobs, late_job, megatron_job, ranks
 from integration_tests.host_waits import HostWaits
@@ -28,6 +30,11 @@ def waits_of(action):
 CPU = torch.device("cpu")
 
 
+def a_work():
+    """Of a process group of this process only, with nobody to wait for."""
+    return dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=9)).allreduce([torch.ones(1)])
+
+
 @pytest.mark.parametrize(
     ("action", "kinds"),
     [
@@ -36,6 +43,9 @@ CPU = torch.device("cpu")
         (lambda batch, there: there.tolist(), {"downloads and waits"}),
         (lambda batch, there: there.cpu(), {"downloads and waits"}),
         (lambda batch, there: torch.cuda.synchronize(), {"synchronises"}),
+        (lambda batch, there: torch.cuda.Event.synchronize(None), {"synchronises"}),
+        (lambda batch, there: a_work().wait(timedelta(seconds=9)), {"waits with a timeout"}),
+        (lambda batch, there: a_work().wait(), set()),
         (lambda batch, there: batch.to(CPU), {UPLOADS}),
         (lambda batch, there: batch.cuda(), {UPLOADS}),
         (lambda batch, there: (batch + 1)[:2].to(CPU), {UPLOADS}),

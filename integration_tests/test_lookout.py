@@ -72,7 +72,7 @@ def test_a_process_that_is_aborted_has_said_what_it_waited_for(tmp_path):
 def lookout(monkeypatch):
     """A lookout whose thread never looks, with a timeout of 20 s and a clock; what it has told."""
     monkeypatch.setattr(dist, "get_rank", lambda: 6)
-    one = Lookout(2, timedelta(seconds=20), interval=1e6)
+    one = Lookout(2, torch.device("cpu"), timedelta(seconds=20), interval=1e6)
     one.clock = time.monotonic() + 1000.0
     one.told = []
     monkeypatch.setattr("paci_schedule.runtime.lookout.time.monotonic", lambda: one.clock)

@@ -11,7 +11,7 @@ from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule.ops import Op, OpKind
 from paci_schedule.runtime import staged
 from paci_schedule.runtime.links import Links
-from paci_schedule.runtime.waiting import limit
+from paci_schedule.runtime.waiting import shorten_timeout
 from paci_schedule.spec import PipelineSpec
 
 pytestmark = pytest.mark.skipif(on_gpus(2), reason="ranks do not share a GPU here")
@@ -43,7 +43,7 @@ def exchange():
             links.send_gradient(forward, payload, (rider,))
     links.finish()
     total, group = torch.tensor([stage + 1.0]), dist.new_group([0, 1])
-    limit(group, timedelta(seconds=5))  # which such a group cannot be told
+    shorten_timeout(group, timedelta(seconds=5))  # which such a group cannot be told
     dist.all_reduce(total, group=group)
     return [(payload.clone(), rider.clone()) for payload, (rider,) in got], total.item(), len(seen)
 

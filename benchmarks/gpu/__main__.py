@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu.place import NeedsGpu, Place
+from benchmarks.gpu.place import Failed, Place, Unavailable
 
 _ROOT = Path(__file__).parents[2]
 _STEPS = (  # in the order of what they tell: name, what it asks, seconds
@@ -69,9 +70,11 @@ def main() -> None:
             f"make gpu: PyTorch {torch.__version__} sees no CUDA GPU here; run it on a machine with one, in a Python "
             "whose PyTorch is built for CUDA (make gpu GPU_PYTHON=python3), or try the steps on a CPU: make gpu-dry-run"
         )
-    results = {"machine": _machine(arguments.dry_run), "steps": _run_all(arguments)}
+    results: dict[str, Any] = {"machine": _machine(arguments.dry_run), "steps": []}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    for step in _run_all(arguments):
+        results["steps"].append(step)
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     console = Console(width=120)
     for table in _tables(results):
         console.print(table)
@@ -79,8 +82,9 @@ def main() -> None:
     sys.exit(any(step["outcome"] == "failed" for step in results["steps"]))
 
 
-def _run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    ends, results = time.monotonic() + 60 * arguments.minutes, []
+def _run_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each step's result, as soon as it is there."""
+    ends = time.monotonic() + 60 * arguments.minutes
     for name, asks, seconds in _STEPS:
         if name not in arguments.only:
             continue
@@ -91,9 +95,8 @@ def _run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             print(f"{name}: {asks}", flush=True)
             result = _run_one(name, limit, arguments.dry_run)
-        results.append({"name": name, "asks": asks, **result, "seconds": round(time.monotonic() - began, 1)})
         print(f"{name}: {result['outcome']}", flush=True)
-    return results
+        yield {"name": name, "asks": asks, **result, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _run_one(name: str, limit: float, dry: bool) -> dict[str, Any]:
@@ -130,8 +133,10 @@ def _be_a_step(arguments: argparse.Namespace) -> None:
     step = import_module(f"benchmarks.gpu.{arguments.step}")
     try:
         result: dict[str, Any] = {"outcome": "ok", "figures": step.run(place)}
-    except NeedsGpu as error:
-        result = {"outcome": "needs a GPU", "error": str(error)}
+    except Unavailable as error:
+        result = {"outcome": "not available", "error": str(error)}
+    except Failed as error:
+        result = {"outcome": "failed", "figures": error.figures, "error": str(error)}
     except Exception:
         result = {"outcome": "failed", "error": traceback.format_exc()[-4000:]}
     arguments.json.write_text(json.dumps(result))

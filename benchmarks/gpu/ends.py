@@ -7,11 +7,11 @@ import re
 import time
 from typing import Any
 
-from benchmarks.gpu.place import Place
+from benchmarks.gpu.place import Failed, Place
 from integration_tests import deepspeed_job, jobs
 from integration_tests.jobs import Job
 from integration_tests.ranks import gather_outcomes
-from paci_schedule.runtime.communicators import WATCHDOG_MARGIN
+from paci_schedule.runtime.waiting import WATCHDOG_MARGIN
 
 __all__ = ["run"]
 
@@ -19,13 +19,17 @@ _STAGES, _LOST, _AT = 3, 1, 6
 
 
 def run(place: Place) -> dict[str, Any]:
-    """By how the rank was lost, how the others ended and their last words; raises where nobody named the lost stage."""
+    """By how the rank was lost, how the others ended and their last words; raises where nobody named one that hangs.
+
+    Where a rank dies and NCCL's transport notices, as between ranks that share a GPU, it ends the others without a word
+    of ours.
+    """
     figures: dict[str, Any] = {}
     timeout = 3.0 if place.dry else 10.0
     # On NCCL, the watchdog must have ended the others by then.
-    limit = timeout + (2.0 if place.dry else WATCHDOG_MARGIN.total_seconds() + 15.0)
+    limit = timeout + (2.0 if place.dry else WATCHDOG_MARGIN.total_seconds() + 30.0)
     for how in ("dies", "hangs"):
-        outcomes = gather_outcomes(_lose, _STAGES, (how, timeout), timeout=place.seconds / 2 - 2, grace=limit)
+        outcomes = gather_outcomes(_lose, _STAGES, (how, timeout), timeout=0.6 * place.seconds, grace=limit)
         others = [outcome for outcome in outcomes if outcome.rank != _LOST]
         named = []
         for outcome in others:
@@ -35,8 +39,8 @@ def run(place: Place) -> dict[str, Any]:
             figures[f"rank {_LOST} {how}: rank {outcome.rank}"] = f"{outcome.ended} after {outcome.seconds:.0f} s"
             figures[f"rank {_LOST} {how}: rank {outcome.rank} says"] = found[0] if found else words[-400:]
             named.append(found is not None)
-        if not any(named):
-            raise AssertionError(f"no rank named stage {_LOST}: {figures}")
+        if not any(named) and (place.dry or how == "hangs"):
+            raise Failed(f"no rank named stage {_LOST}, which {how}", figures)
     return figures
 
 

@@ -22,7 +22,7 @@ _STAGES, _ACCUMULATION = 4, 8
 def run(place: Place) -> dict[str, Any]:
     """Bytes above weights and optimizer states, 1F1B and PACI, and their ratio, by stage."""
     stages = 2 if place.dry else _STAGES
-    ranks = run_ranks(_peaks, stages, (2 if place.dry else 1024,), timeout=place.seconds - 5)
+    ranks = run_ranks(_peaks, stages, (2 if place.dry else 128,), timeout=place.seconds - 5)
     figures: dict[str, Any] = {}
     for stage, peaks in enumerate(ranks):
         figures[f"stage {stage}, 1F1B MiB"] = peaks["1f1b"] / 2**20

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["NeedsGpu", "Place"]
+__all__ = ["Failed", "Place", "Unavailable"]
 
 
-class NeedsGpu(Exception):
-    """A dry run has come to where only a GPU could go on."""
+class Unavailable(Exception):
+    """A step cannot be done here: a dry run has come to where only a GPU could go on, or PyTorch lacks something."""
+
+
+class Failed(Exception):
+    """The answer to a step's question is "no".
+
+    Args:
+        why: what is wrong.
+        figures: what the step has found all the same.
+    """
+
+    def __init__(self, why: str, figures: dict[str, Any]) -> None:
+        super().__init__(why)
+        self.figures = figures
 
 
 @dataclass(frozen=True)
@@ -31,11 +45,6 @@ class Place:
         return self.device.type != "cuda"
 
     def require_gpu(self, why: str) -> None:
-        """Raises NeedsGpu in a dry run: `why` says what the CPU cannot do."""
+        """Raises Unavailable in a dry run: `why` says what the CPU cannot do."""
         if self.dry:
-            raise NeedsGpu(why)
-
-    def synchronize(self) -> None:
-        """Wait until the device has done everything."""
-        if not self.dry:
-            torch.cuda.synchronize()
+            raise Unavailable(f"needs a GPU: {why}")

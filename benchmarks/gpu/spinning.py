@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.place import NeedsGpu, Place
+from benchmarks.gpu.place import Place, Unavailable
 
 __all__ = ["run"]
 
@@ -63,8 +63,8 @@ def _spinner() -> Any:
     """A context manager factory: within it, so many blocks spin on a stream of their own."""
     try:
         kernel = torch.cuda._compile_kernel(_KERNEL, "spin")
-    except AttributeError:
-        raise NeedsGpu(f"PyTorch {torch.__version__} compiles no kernel at run time; 2.9 and newer do") from None
+    except (AttributeError, OSError) as error:
+        raise Unavailable(f"PyTorch {torch.__version__} compiles no kernel here ({error}); 2.9 and newer do") from None
     stream, setter = torch.cuda.Stream(), torch.cuda.Stream()
     flag = torch.zeros(1, dtype=torch.int32, device="cuda")
     most = 20_000  # times 2^20 clock cycles: about ten seconds, should nobody stop the kernel

@@ -15,11 +15,11 @@ import threading
 from typing import Any
 
 import torch
-from paci_schedule.rehearse import rehearse
 from torch import nn
 
-from benchmarks.gpu.place import Place
+from benchmarks.gpu.place import Failed, Place
 from paci_schedule.ops import Op
+from paci_schedule.rehearse import rehearse
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
 from paci_schedule.spec import PipelineSpec
@@ -41,7 +41,7 @@ def run(place: Place) -> dict[str, Any]:
             figures[f"P={stages} a={accumulation} slack={slack} seed={seed}"] = difference
     wrong = [name for name, difference in figures.items() if difference]
     if wrong:
-        raise AssertionError(f"streams ran out of order: weights differ in {wrong}: {figures}")
+        raise Failed(f"streams ran out of order: weights differ in {wrong}", figures)
     return figures
 
 
@@ -190,8 +190,9 @@ class _Links:
         posted = self._posted[content].pop(0)
         is_tuple = isinstance(payload, tuple)
         tensors = [*(payload if is_tuple else (payload,)), *riders]
-        arrived = [torch.empty_like(tensor) for tensor in tensors]
+        receiver = torch.cuda.current_stream() if self._on_gpu else None
         with torch.cuda.stream(self._streams[content]) if self._on_gpu else contextlib.nullcontext():
+            arrived = [torch.empty_like(tensor) for tensor in tensors]
             if self._on_gpu:
                 for event in (sent, posted):
                     torch.cuda.current_stream().wait_event(event)
@@ -200,7 +201,7 @@ class _Links:
                 target.copy_(tensor)
                 if self._on_gpu:
                     tensor.record_stream(self._streams[content])
-                    target.record_stream(self._streams[content])
+                    target.record_stream(receiver)
             done = self._mark()
         if self._on_gpu:
             torch.cuda.current_stream().wait_event(done)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.place import Place
+from benchmarks.gpu.place import Failed, Place
 from integration_tests import deepspeed_job, jobs
 from integration_tests.jobs import Job
 from integration_tests.ranks import run_ranks
@@ -30,9 +30,10 @@ _JOBS = {
 def run(place: Place) -> dict[str, Any]:
     """The places where the host waits, by job; raises if there is one in fp32."""
     [waits] = run_ranks(_waits, 1, (list(_JOBS),), timeout=place.seconds - 5)
+    figures = {f"waits in {name}": places for name, places in waits.items()}
     if waits["fp32"]:
-        raise AssertionError(f"in fp32 the host waits for the device at {waits['fp32']}")
-    return {f"waits in {name}": places for name, places in waits.items()}
+        raise Failed("in fp32 the host waits for the device", figures)
+    return figures
 
 
 def _waits(names: list[str]) -> dict[str, list[str]]:
@@ -62,4 +63,4 @@ def _watched() -> Any:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("default")
-        told[:] = [warning for warning in told if "synchroniz" in str(warning.message)]
+        told[:] = [warning for warning in told if "called a synchronizing" in str(warning.message)]

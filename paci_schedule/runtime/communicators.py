@@ -28,14 +28,9 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-__all__ = ["WATCHDOG_MARGIN", "Pair", "backend_for", "connect", "link_options"]
+from paci_schedule.runtime.waiting import patience_of
 
-WATCHDOG_MARGIN = timedelta(seconds=60)
-"""How much later than the timeout NCCL's watchdog ends a process that waits for a link.
-
-The watchdog counts from when the host posted a message, the lookout from when it stood before all others: the margin
-lets the lookout speak first, however far the host has run ahead in between.
-"""
+__all__ = ["Pair", "backend_for", "connect", "link_options"]
 
 _CTAS = 4
 
@@ -62,7 +57,7 @@ def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta
     Args:
         pipelines: for every pipeline, the global rank of each stage, in stage order; the same on every rank.
         device: where activations and gradients live.
-        timeout: of the groups; on NCCL those of the links have `WATCHDOG_MARGIN` more.
+        timeout: of the groups; on NCCL those of the links have more (`patience_of`).
 
     Returns:
         This rank's pairs, the even one first: if all ranks set theirs up in this order, nobody waits in a circle.
@@ -73,7 +68,7 @@ def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta
     number = _process_group_name([], False)  # one that no other group has, the same on every rank
     words = _step([tuple(ranks) for ranks in pipelines], "gloo", f"{number} paci announcements", timeout)
     backend = backend_for(device)
-    patience = timeout + WATCHDOG_MARGIN if backend == "nccl" else timeout
+    patience = patience_of(backend, timeout)
     even, odd = (
         [tuple(ranks[below : below + 2]) for ranks in pipelines for below in range(first, stages - 1, 2)]
         for first in (0, 1)

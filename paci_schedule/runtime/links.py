@@ -231,7 +231,7 @@ class Links:
         pairs = connect(pipelines, device, timeout)
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
-        self._lookout = Lookout(stage, timeout, record) if pairs and looks_out else None
+        self._lookout = Lookout(stage, device, timeout, record) if pairs and looks_out else None
         order: list[_Inbox | _Outbox] = []
         for pair in pairs:
             above = rank == pair.ranks[0]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from paci_schedule.runtime.waiting import no_answer
@@ -44,21 +45,32 @@ class Lookout:
 
     Args:
         stage: this rank's.
+        device: where the messages live.
         timeout: how long a message may take.
         folder: where the file goes, ``lost-stage2-rank5.txt``; None for none.
         interval: seconds between two looks.
     """
 
-    def __init__(self, stage: int, timeout: timedelta, folder: str | None = None, interval: float = 1.0) -> None:
+    def __init__(
+        self,
+        stage: int,
+        device: torch.device,
+        timeout: timedelta,
+        folder: str | None = None,
+        interval: float = 1.0,
+    ) -> None:
         self._stage, self._timeout, self._folder = stage, timeout, folder
         self._waits: deque[_Wait] = deque()
         self._newest: deque[str] = deque(maxlen=_NEWEST)
         self._lock = threading.Lock()
         self._quiet = min(_QUIET, timeout.total_seconds() / 10)
-        self._moved = self._since = time.monotonic()
+        self._moved = self._glanced = self._since = time.monotonic()
         self._oldest: _Wait | None = None
         self._told = False
-        threading.Thread(target=_look, args=(weakref.ref(self), interval), name="paci lookout", daemon=True).start()
+        looking = threading.Thread(
+            target=_look, args=(weakref.ref(self), device, interval), name="paci lookout", daemon=True
+        )
+        looking.start()
 
     def note(self, op: object) -> None:
         """The host has come to this op."""
@@ -92,8 +104,9 @@ class Lookout:
             return
         with self._lock:
             oldest = self._let_go()
+        before, self._glanced = self._glanced, now
         if oldest is not self._oldest:
-            self._oldest, self._since, self._told = oldest, now, False
+            self._oldest, self._since, self._told = oldest, max(before, self._moved), False
         elif oldest is not None and not self._told and now - self._since > self._timeout.total_seconds():
             self._told = True
             self._tell(oldest)
@@ -104,12 +117,17 @@ class Lookout:
         logger.error(line)
         if self._folder is not None:
             path = Path(self._folder, f"lost-stage{self._stage}-rank{dist.get_rank()}.txt")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            except OSError as error:
+                logger.error("%s cannot be written: %s", path, error)
 
 
-def _look(lookout: weakref.ref[Lookout], interval: float) -> None:
+def _look(lookout: weakref.ref[Lookout], device: torch.device, interval: float) -> None:
     """The life of a lookout's thread: as long as the lookout's, or until the device fails."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread begins on the first GPU, where it would open a context of its own
     while (one := lookout()) is not None:
         try:
             one._glance()

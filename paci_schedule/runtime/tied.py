@@ -73,8 +73,8 @@ class TiedGradient:
 
     def exchange(self, gradient: torch.Tensor) -> None:
         """Hand in this update's gradient, and replace it in place by the sum that the update is to apply."""
-        if not self.delay:  # a single stage, whose program posts no sum
-            return self.exchange_now(gradient)
+        if len(self.ranks) == 1:  # one stage holds all copies, as one weight
+            return
         self._held.append(gradient.clone())
         self._post_due()
         gradient.zero_()
@@ -88,7 +88,8 @@ class TiedGradient:
 
     def exchange_now(self, gradient: torch.Tensor) -> None:
         """As `exchange`, under a flush: apply this update's sum and all that are pending."""
-        dist.all_reduce(gradient, group=self._group, async_op=True).wait(self._timeout)
+        if len(self.ranks) > 1:
+            dist.all_reduce(gradient, group=self._group, async_op=True).wait(self._timeout)
         while self._pending:
             gradient.add_(self._pop())
 

@@ -11,7 +11,14 @@ import torch.distributed as dist
 
 from paci_schedule.errors import LinkError
 
-__all__ = ["limit", "no_answer", "waiting"]
+__all__ = ["WATCHDOG_MARGIN", "no_answer", "patience_of", "shorten_timeout", "waiting"]
+
+WATCHDOG_MARGIN = timedelta(seconds=60)
+"""How much later than the timeout NCCL's watchdog ends a process.
+
+The watchdog counts from when the host posted an operation, the lookout from when a message stood before all others: the
+margin lets the lookout speak first, unless the host has run ahead of its device by more than that.
+"""
 
 # What gloo and NCCL write.  Whatever else fails while a collective may be under way is an error of its own.
 _TRANSPORT = re.compile(r"gloo|nccl|timed? ?out|clos(ed|ure)|connection|abort", re.IGNORECASE)
@@ -56,10 +63,15 @@ def _is_of_transport(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or _TRANSPORT.search(str(error)) is not None
 
 
-def limit(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Let no collective of the group wait longer than `timeout`, where it would and its backend can be told."""
+def patience_of(backend: str, timeout: timedelta) -> timedelta:
+    """The timeout that a group of such a backend gets, where other ranks may take `timeout` to answer."""
+    return timeout + WATCHDOG_MARGIN if backend == "nccl" else timeout
+
+
+def shorten_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let no collective of the group wait longer than `patience_of` says, where its backend can be told."""
     for device in group._device_types:
         backend = group._get_backend(device)
         options = getattr(backend, "options", None)
-        if options is not None and timeout < options._timeout:
-            backend._set_default_timeout(timeout)
+        if options is not None and (patience := patience_of(backend.name(), timeout)) < options._timeout:
+            backend._set_default_timeout(patience)

@@ -45,7 +45,7 @@ from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 from paci_schedule.runtime.tied import TiedGradient, delay_between, drop_overflow
 from paci_schedule.runtime.upload import upload
-from paci_schedule.runtime.waiting import limit, waiting
+from paci_schedule.runtime.waiting import shorten_timeout, waiting
 from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
@@ -109,7 +109,7 @@ class PaciPipelineEngine(PipelineEngine):
             grid.get_model_parallel_group(),
             grid.get_pipe_parallel_group(),
         ):
-            limit(group, timeout)
+            shorten_timeout(group, timeout)
         self._stage_ranks = grid.topology().filter_match(pipe=self.stage_id)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(
