@@ -18,6 +18,7 @@ from paci_schedule.spec import PipelineSpec
 
 TIMEOUT = timedelta(seconds=30)
 CPU = torch.device("cpu")
+BOUND = torch.device("cuda", 3)
 
 
 def pipelines(stages, replicas):
@@ -36,6 +37,7 @@ def calls_of(rank, world, jobs, backend, monkeypatch):
         return (object() if rank in ranks else dist.GroupMember.NON_GROUP_MEMBER), None
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    dist.distributed_c10d._get_default_group().bound_device_id = BOUND if backend == "nccl" else None
     try:
         with monkeypatch.context() as patch:
             patch.setattr(communicators, "_new_process_group_helper", spy)
@@ -70,6 +72,11 @@ def test_the_number_of_steps_does_not_grow_with_the_job(stages, replicas, steps,
     if backend == "nccl":  # one split at a time: in every step all ranks speak of the same kind of group
         for step in zip(*made, strict=True):
             assert len({name.rpartition(" ")[0] for name, *_ in step}) == 1
+        # A call for NCCL with the bound device splits the world's communicator, or takes part in its being split.
+        for calls in made:
+            splits = [rest["device_id"] for _, _, asked, rest in calls if asked == "nccl"]
+            assert splits == [BOUND] * max(0, steps - 1)
+            assert all(rest["device_id"] is None for _, _, asked, rest in calls if asked == "gloo")
 
 
 def test_on_nccl_the_watchdog_comes_after_the_timeout(monkeypatch):

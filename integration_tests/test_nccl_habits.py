@@ -14,7 +14,7 @@ from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_replicas import REPLICAS, by_replica, follow_all
 from paci_schedule.runtime.norms import NormGroup
 
-SCRIPT = ("train x3", "drain", "train x2", "eval", "train x2")
+SCRIPT = ("train x3", "drain", "train x2", "eval", "save", "train x2")
 SWITCHES = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x2", "drain")
 
 
@@ -45,11 +45,39 @@ def test_the_engine_is_the_reference(name, runs):
 
 
 def test_replicas_are_the_reference(tmp_path):
-    job = Job(stages=2, accumulation=2, script=SCRIPT, clip=0.4, precision="bf16")
-    results = ranks.run_ranks(follow_all, 2 * REPLICAS, ({"replicas": job}, str(tmp_path)))
-    expected = replica_oracle.run(job, REPLICAS, kind=LateReference)
-    for of_one in by_replica([result["replicas"] for result in results]):
-        deepspeed_job.assert_equal(of_one, expected)
+    scripts = {
+        "bf16": Job(stages=2, accumulation=2, script=SCRIPT, clip=0.4, precision="bf16"),
+        "tied": Job(stages=2, accumulation=1, script=SCRIPT, clip=2.0, model="tied"),
+    }
+    results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(tmp_path)))
+    for name, job in scripts.items():
+        expected = replica_oracle.run(job, REPLICAS, kind=LateReference)
+        for of_one in by_replica([result[name] for result in results]):
+            deepspeed_job.assert_equal(of_one, expected)
+
+
+def save_and_go_on(job, folder):
+    """Losses of two batches after a checkpoint, by the run that wrote it and by one that has loaded it."""
+    losses = []
+    for resumes in (False, True):
+        engine = late_job.build(job)
+        feed = jobs.data(job.model)
+        for _ in range(3):
+            next(feed) if resumes else engine.train_batch(feed)
+        if resumes:
+            engine.load_checkpoint(folder, tag="common")
+        else:
+            engine.save_checkpoint(folder, tag="common")
+        feed = jobs.data(job.model, 3)
+        losses.append([engine.train_batch(feed).item() for _ in range(2)])
+        losses[-1].append(engine.drain().item())
+    return losses
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    job = Job(stages=3, accumulation=1, script=(), model="tied", clip=3.0, precision="bf16")
+    for went_on, resumed in ranks.run_ranks(save_and_go_on, 3, (job, str(tmp_path))):
+        assert resumed == pytest.approx(went_on, rel=0, nan_ok=True)
 
 
 def test_megatron_is_the_reference():
