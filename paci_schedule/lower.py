@@ -10,7 +10,7 @@ Round i of a stage is F(i), then B(i - d); let k be the rounds of slack of the l
   that op; in rounds without a B that is the F before.
 * The receive of a gradient is posted (EG) where the next stage sends it: in the gap after F(i), when that stage ends
   its round i - 1.  With slack the transfer is then hidden for k rounds; without, RG follows at once.
-* A send (SA, SG) starts right after the op that made its content, and goes on behind the next ops.  Buffers are
+* A send (SA, SG) starts right after the op that made its content, and goes on next_ahead the next ops.  Buffers are
   bounded: before it starts, the activation before it, or the gradient `PipelineSpec.gradients_on_wire` before it, must
   be done.
 * What is posted or sent in one segment is sent or posted in it, or was before: between two calls a device
@@ -65,7 +65,7 @@ def _program(segment: Segment, stage: int, sums: Sums) -> Iterator[Op]:
     above = segment.rounds(stage - 1) if stage else range(0)
     incoming = range(above.start, min(above.stop, segment.admitted))
     expected, sent = _gradients(segment, stage), _gradients(segment, stage - 1)
-    behind = ahead - 1 if stage == spec.stages - 1 else spec.look_ahead(stage + 1)
+    next_ahead = ahead - 1 if stage == spec.stages - 1 else spec.look_ahead(stage + 1)
 
     def expect_activation(index: int) -> Iterator[Op]:
         if index in incoming:
@@ -73,7 +73,7 @@ def _program(segment: Segment, stage: int, sums: Sums) -> Iterator[Op]:
 
     yield from sums.at_begin
     yield from expect_activation(rounds.start)
-    for index in expected[: max(0, rounds.start - behind - 1 - expected.start)]:
+    for index in expected[: max(0, rounds.start - next_ahead - 1 - expected.start)]:
         yield Op(OpKind.EXPECT_GRADIENT, index)
     for index in sent[: max(0, rounds.start - ahead - sent.start)]:
         yield Op(OpKind.SEND_GRADIENT, index)
@@ -89,8 +89,8 @@ def _program(segment: Segment, stage: int, sums: Sums) -> Iterator[Op]:
             yield Op(OpKind.FORWARD, index)
             if stage < spec.stages - 1:
                 yield Op(OpKind.SEND_ACTIVATION, index)
-        if index - behind - 1 in expected:
-            yield Op(OpKind.EXPECT_GRADIENT, index - behind - 1)
+        if index - next_ahead - 1 in expected:
+            yield Op(OpKind.EXPECT_GRADIENT, index - next_ahead - 1)
         yield from sums.after_forward[index]
         if has_backward:
             yield from expect_activation(index + 1)

@@ -34,7 +34,7 @@ class Synchronising:
     Attributes:
         kinds: ops that end only then.  A posting, a send or a sum in it waits for itself, too (launch blocking).
         between_calls: the training loop waits for the device after every call.
-        stages: that do so; None for all.
+        stages: the ones that wait so; None means all.
     """
 
     kinds: frozenset[OpKind] = frozenset()

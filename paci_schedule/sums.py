@@ -55,7 +55,7 @@ class Sums:
         for number, holders in enumerate(ties):
             if stage in holders:
                 first = min(holders)
-                sums += [(first + 2 * end, -first, number, end) for end in self._updates(first)]
+                sums += [(first + 2 * end, -first, number, end) for end in self._last_rounds(first)]
         # By level; of equal levels the one first whose first copy's stage is later, for that stage's own sum is.
         for _, first, number, end in sorted(sums):
             update = (end + 1 - segment.spec.look_ahead(-first)) // segment.spec.accumulation - 1
@@ -64,7 +64,7 @@ class Sums:
             last = segment.stop // segment.spec.accumulation - 1
             self.at_end += [Op(OpKind.SUM, last, number) for number, holders in enumerate(ties) if stage in holders]
 
-    def _updates(self, first: int) -> Iterator[int]:
+    def _last_rounds(self, first: int) -> Iterator[int]:
         """The rounds R of `first` whose updates' sums are posted in this segment."""
         segment, ahead = self._segment, self._segment.spec.look_ahead(first)
         if segment.leading:

@@ -42,13 +42,13 @@ class Pair:
     Attributes:
         ranks: global ranks of the two, the earlier stage's first.
         down, up: of these two ranks, for activations and gradients.
-        words: of the whole pipeline, on the host.
+        announcements: of the whole pipeline, on the host.
     """
 
     ranks: tuple[int, ...]
     down: dist.ProcessGroup
     up: dist.ProcessGroup
-    words: dist.ProcessGroup
+    announcements: dist.ProcessGroup
 
 
 def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta) -> list[Pair]:
@@ -66,7 +66,7 @@ def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta
     if stages == 1:
         return []
     number = _process_group_name([], False)  # one that no other group has, the same on every rank
-    words = _step([tuple(ranks) for ranks in pipelines], "gloo", f"{number} paci announcements", timeout)
+    announcements = _step([tuple(ranks) for ranks in pipelines], "gloo", f"{number} paci announcements", timeout)
     backend = backend_for(device)
     patience = patience_of(backend, timeout)
     even, odd = (
@@ -77,7 +77,7 @@ def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta
     down = [_step(pairs, backend, f"{number} paci activation link", patience) for pairs in steps]
     up = [_step(pairs, backend, f"{number} paci gradient link", patience) for pairs in steps]
     return [
-        Pair(_own(pairs), *groups, words)
+        Pair(_own(pairs), *groups, announcements)
         for pairs, *groups in zip(steps, down, up, strict=True)
         if _own(pairs)
     ]

@@ -244,7 +244,7 @@ class Links:
             )
             down = end(group=pair.down, content="activation", device=device, lookout=self._lookout)
             up = end(group=pair.up, content="gradient", device=device, lookout=self._lookout)
-            words = end(group=pair.words, content="announcement", device=_HOST, lookout=None)
+            words = end(group=pair.announcements, content="announcement", device=_HOST, lookout=None)
             if above:
                 self._activation_out, self._word_out = _Outbox(down, 1), _Outbox(words, 1)
                 self._gradient_in = _Inbox(up, early_receives)
