@@ -60,7 +60,7 @@ def test_the_number_of_steps_does_not_grow_with_the_job(stages, replicas, steps,
         made.append(calls)
         assert len(calls) == steps if backend == "nccl" else len(calls) <= steps
         for pair in pairs:
-            assert len({pair.down, pair.up, pair.words}) == 3
+            assert len({pair.down, pair.up, pair.announcements}) == 3
             seen[pair.ranks] += 1
         stage = next(ranks.index(rank) for ranks in jobs if rank in ranks)
         assert len(pairs) == (stage > 0) + (stage < stages - 1)
