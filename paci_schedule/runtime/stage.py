@@ -245,10 +245,11 @@ class StageRunner:
         # two calls lets it travel.
         if riders:
             self._norms.came_down(op.index, *riders)
-        if self._prediction is None or self.flushing:
+        if self._prediction is None:
             outputs = self._compute.forward(op.index, inputs)
         else:
-            # What will have been applied between this forward and its backward is what the micro-batch is ahead by.
+            # A micro-batch is ahead by the updates that come before its backward: by none under a flush, whose batches
+            # all begin with micro-batch 0.
             scale = self.spec.accumulation / len(self._window) if self._window else 0.0
             self._prediction.before_forward(drift_of(self.spec, self.stage, op.index), scale)
             outputs = self._compute.forward(op.index, inputs)
