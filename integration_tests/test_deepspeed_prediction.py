@@ -20,7 +20,7 @@ from paci_schedule.errors import ConfigError, UnsupportedError
 from paci_schedule.spec import PipelineSpec
 
 PACI = ("train x5", "drain")
-MIXED = ("train x3", "drain", "train x2", "eval", "train x3", "save", "train x2", "drain")
+MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2", "drain")
 
 
 def predicting(prediction, stages, accumulation, script=PACI, extra_in_flight=0, by="global", flush_warmup_steps=0,
