@@ -29,10 +29,12 @@ class Job:
             batches an update from here on, by set_train_batch_size); "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
             between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
-            parameters) or "frozen" (like "words", only the last third trained).
+            parameters), "frozen" (like "words", only the last third trained) or "matrices" (like "words", only matrices
+            trained).
         precision: "fp32", "bf16" (fp32 gradient accumulation, ZeRO stage 1) or "bf16-bf16" (bf16 accumulation,
             stage 0).
-        optimizer: "adamw", "adam", "sgd", or "groups" (AdamW with a group that decays and one that does not).
+        optimizer: "adamw", "adam", "nadam", "sgd", "muon", or "groups" (AdamW with a group that decays and one that
+            does not).
         clip: largest gradient norm of a stage; 0 clips nothing.
         warmup: whether the learning rate changes from update to update.
         config: more keys for the DeepSpeed config.
@@ -163,6 +165,9 @@ def layers(model: str) -> list[nn.Module]:
             else:
                 built.append(mix(widths[number], widths[number + 1]))
             built[-1].requires_grad_(model != "frozen" or number >= middle.stop)
+            if model == "matrices":
+                for parameter in built[-1].parameters():
+                    parameter.requires_grad_(parameter.ndim == 2)
     return built
 
 
@@ -214,8 +219,11 @@ def optimizer(job: Job) -> Callable[[Any], torch.optim.Optimizer]:
         "adamw": functools.partial(torch.optim.AdamW, lr=0.02, betas=(0.8, 0.95), weight_decay=0.03),
         "groups": functools.partial(torch.optim.AdamW, lr=0.02),
         "adam": functools.partial(torch.optim.Adam, lr=0.02),
+        "nadam": functools.partial(torch.optim.NAdam, lr=0.02, weight_decay=0.03, decoupled_weight_decay=True),
         "sgd": functools.partial(torch.optim.SGD, lr=0.3, momentum=0.6),
     }
+    if hasattr(torch.optim, "Muon"):  # since torch 2.9
+        kinds["muon"] = functools.partial(torch.optim.Muon, lr=0.05)
     return kinds[job.optimizer]
 
 

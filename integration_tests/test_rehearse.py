@@ -41,8 +41,8 @@ def runs(tmp_path_factory):
     return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("rehearse"))
 
 
-def rehearsed(job):
-    """The stages after the job, by rehearsal, and the updates."""
+def rehearsed(job, look=lambda stages: None):
+    """The stages after the job, by rehearsal, and the updates; `look` sees the stages after each of these."""
     layers = jobs.layers(job.model)
     stages = [nn.Sequential(*(layers[number] for number in job.stage_layers(stage))) for stage in range(job.stages)]
     optimizers, schedulers = [], []
@@ -53,11 +53,14 @@ def rehearsed(job):
     data = jobs.data(job.model)
     count = [*job.actions()].count("train")
     batches = ([next(data) for _ in range(job.accumulation)] for _ in range(count))
-    updates = list(rehearse(
+    updates = []
+    for update in rehearse(
         stages, optimizers, jobs.loss, batches, schedule="flush" if job.script == FLUSH else "paci",
         accumulation=job.accumulation, extra_in_flight=late_job.options(job).get("extra_in_flight", 0), clip=job.clip,
-        schedulers=schedulers,
-    ))
+        prediction=late_job.options(job).get("prediction", "off"), schedulers=schedulers,
+    ):
+        updates.append(update)
+        look(stages)
     return stages, updates
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paci_schedule.errors import UnsupportedError
-from paci_schedule.predict import advance, check, expected_gradient
+from paci_schedule.predict import advance, check, expected_gradient, piece_of
 
 SHAPES = [(5, 3), (4,), (), (2, 7)]
 MATRICES = [(5, 3), (2, 7), (6, 6)]
@@ -114,6 +114,28 @@ def test_buckets_change_nothing(monkeypatch):
     advance(optimizer, predicted, gradients(parameters, 1))
     step(optimizer, gradients(parameters, 1))
     assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "Muon" not in name])
+def test_pieces_of_a_flat_parameter_are_predicted_as_the_whole(name):
+    cls, settings = SETTINGS[name]
+    torch.manual_seed(5)
+    flat = torch.nn.Parameter(torch.randn(29))
+    optimizer = cls([{"params": [flat], "lr": 0.7 * settings["lr"]}], **settings)
+    (group,) = optimizer.param_groups
+    for updates in range(3):
+        new = gradients([flat], updates)
+        whole, value = {flat: flat.detach().clone()}, flat.detach().clone()
+        advance(optimizer, whole, {flat: new[flat].clone()}, 2)
+        expected = expected_gradient(optimizer, group, flat, flat.detach())
+        for cut in (slice(0, 12), slice(12, 24), slice(24, 36)):
+            piece = piece_of(optimizer, group, flat, cut)
+            (weight,) = piece.param_groups[0]["params"]
+            found = expected_gradient(piece, piece.param_groups[0], weight, weight)
+            assert found is None if expected is None else torch.equal(found, expected[cut])
+            advance(piece, {weight: value[cut]}, {weight: new[flat][cut].clone()}, 2)
+        assert torch.equal(value, whole[flat])
+        step(optimizer, new)
 
 
 def test_a_prediction_in_place_leaves_autograd_nothing_to_complain_of_and_runs_no_hook():

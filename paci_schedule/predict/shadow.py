@@ -18,7 +18,10 @@ from torch.optim import Optimizer
 
 from paci_schedule.predict.copies import copied
 
-__all__ = ["advance"]
+__all__ = ["PIECE", "advance", "piece_of"]
+
+PIECE = 1 << 24
+"""Elements of a flat parameter to predict at a time."""
 
 _BUCKET = 1 << 24  # elements whose state is copied at a time
 
@@ -51,6 +54,24 @@ def advance(
                 for weight, part in zip(moved, copied(parts) if left else parts, strict=True):
                     weight.grad = part
                 type(optimizer).step(shadow)
+
+
+def piece_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor, cut: slice) -> Optimizer:
+    """The optimizer as if its only parameter were a piece of this one, for `advance` and `expected_gradient`.
+
+    Args:
+        optimizer: one that treats every element by itself.
+        group: the parameter's group.
+        parameter: flat.
+        cut: the elements of the piece.
+
+    Returns:
+        An optimizer whose parameter and state are views.
+    """
+    piece = parameter.detach()[cut]
+    state = optimizer.state.get(parameter, {})
+    views = {name: value[cut] if _is_large(value) else value for name, value in state.items()}
+    return _shadow(optimizer, {**group, "params": [piece]}, {piece: views} if state else {})
 
 
 def _buckets(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

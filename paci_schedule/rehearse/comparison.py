@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.rehearse.prediction import interval_of
+from paci_schedule.predict import interval_of
 from paci_schedule.rehearse.run import SCHEDULES
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run

@@ -18,9 +18,9 @@ from torch import nn
 
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 from paci_schedule.ops import Op, OpKind
+from paci_schedule.predict import Prediction, SteppedWeights, interval_of
 from paci_schedule.rehearse.norms import Norms
 from paci_schedule.rehearse.owners import as_lists, check_owners
-from paci_schedule.rehearse.prediction import Prediction, interval_of
 from paci_schedule.rehearse.stage import Stage
 from paci_schedule.rehearse.stash import Stash
 from paci_schedule.schedules.base import Schedule
@@ -108,7 +108,7 @@ def rehearse(
         accumulation: a, micro-batches of a batch.
         extra_in_flight: k, as `PipelineSpec` has it; for "paci" and "paci-stash".
         prediction: of the weights for stale forwards of "paci": "off", "window", "every" or a whole number k
-            (`rehearse.prediction`).
+            (`predict.prediction`).
         clip: the largest global gradient norm, 0 for no clipping.  Under "flush" the norm is exact, otherwise the other
             stages' parts are as old as carried norms are (`rehearse.norms`).
         schedulers: learning-rate schedules, like `optimizers`; stepped after each update.
@@ -152,7 +152,7 @@ def rehearse(
                 per_update,
                 loss_fn if number == len(stages) - 1 else None,
                 None if kind.stash is None else kind.stash(trained),
-                None if interval is None else Prediction(trained, owned[number], interval),
+                None if interval is None else Prediction(SteppedWeights(owned[number]), interval),
             )
         )
     norms = Norms(replace(spec, accumulation=per_update), kind.schedule.flushes)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from paci_schedule.drift import DriftMeter
-from paci_schedule.rehearse.prediction import Prediction
+from paci_schedule.predict import Prediction
 from paci_schedule.rehearse.stash import Stash
 
 __all__ = ["Stage"]
@@ -71,7 +71,6 @@ class Stage:
         self._stash, self._prediction = stash, prediction
         self._saved: dict[int, _Saved] = {}
         self._summed = 0  # backwards since the last update
-        self._factor: torch.Tensor | None = None
         self.forget_gradients()
 
     def forward(self, micro_batch: int) -> Any:
@@ -84,7 +83,7 @@ class Stage:
             self._stash.forward(micro_batch, window)
         if self._prediction is not None:
             scale = self._accumulation / self._summed if self._summed else 0.0
-            self._prediction.before_forward(window - self.meter.version, scale, self._factor)
+            self._prediction.before_forward(window - self.meter.version, scale)
         torch.clear_autocast_cache()  # of a caller's autocast: the weights are not those of the last forward
         output = self.module(inputs)
         if self._loss_fn is not None:
@@ -133,10 +132,12 @@ class Stage:
             self._stash.begin_step()
         if square is not None:
             # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
-            self._factor = torch.clamp(torch.full_like(square, limit) / (square.sqrt() + 1e-6), max=1.0)
+            factor = torch.clamp(torch.full_like(square, limit) / (square.sqrt() + 1e-6), max=1.0)
+            if self._prediction is not None:
+                self._prediction.factor = factor
             gradients = self._summed_gradients()
             if gradients:
-                torch._foreach_mul_(gradients, self._factor)
+                torch._foreach_mul_(gradients, factor)
         # Backwards in flight have saved these weights, and shall run on what becomes of them.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
             for optimizer in self._optimizers:

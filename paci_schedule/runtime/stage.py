@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
-from paci_schedule.drift import DriftMeter, drift_bound
+from paci_schedule.drift import DriftMeter, drift_bound, drift_of
 from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.lower import lower
 from paci_schedule.ops import Op, OpKind
+from paci_schedule.predict import Prediction
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.norms import CarriedNorms
@@ -75,6 +76,7 @@ class StageRunner:
         norms: gradient norms that travel with the messages; None for none.
         ties: for each tied weight of this stage, the stages that hold a copy (`lower`).
         early_receives: post the receives of gradients before F (`lower`).
+        prediction: of this stage's weights, for stale forwards of PACI; None for none.
 
     Attributes:
         flushing: run 1F1B, with a flush after every batch, instead of PACI; changed while the pipe is empty.
@@ -98,6 +100,7 @@ class StageRunner:
         norms: CarriedNorms | None = None,
         ties: Sequence[Sequence[int]] = (),
         early_receives: bool = False,
+        prediction: Prediction | None = None,
     ) -> None:
         self.spec = spec
         self.stage = stage
@@ -109,7 +112,7 @@ class StageRunner:
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
         self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
-        self._ties, self._early_receives = ties, early_receives
+        self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -185,7 +188,7 @@ class StageRunner:
 
         Returns:
             stage, stages, accumulation, version, forwards, backwards, in_flight, peak_in_flight, max_drift,
-            drift_bound, drift_histogram, compute_seconds, wait_seconds; the adapters document them.
+            drift_bound, drift_histogram, predictions, compute_seconds, wait_seconds; the adapters document them.
         """
         since, self._seconds_told = self._seconds_told, self.seconds()
         return {
@@ -200,6 +203,7 @@ class StageRunner:
             "max_drift": self.meter.largest,
             "drift_bound": self.drift_bound,
             "drift_histogram": dict(sorted(self.meter.histogram.items())),
+            "predictions": 0 if self._prediction is None else self._prediction.made,
             "compute_seconds": self._seconds_told[0] - since[0],
             "wait_seconds": self._seconds_told[1] - since[1],
         }
@@ -219,12 +223,21 @@ class StageRunner:
         self.interrupted = True
         self._finished.clear()
         ties = () if self.flushing else self._ties  # under a flush, an update waits for its own sum
-        for op in lower(segment, self.stage, ties=ties, early_receives=self._early_receives):
-            self.at = op
-            self._execute[op.kind](op)
-            self._stopwatch.lap(op)
+        self._exchange_weights()
+        try:
+            for op in lower(segment, self.stage, ties=ties, early_receives=self._early_receives):
+                self.at = op
+                self._execute[op.kind](op)
+                self._stopwatch.lap(op)
+        finally:
+            self._exchange_weights()
         self.interrupted = False
         return torch.stack(self._finished).mean(0) if self._finished else None
+
+    def _exchange_weights(self) -> None:
+        """Real weights for whoever has control between two calls, and the predictions left in place for the next."""
+        if self._prediction is not None:
+            self._prediction.exchange()
 
     def _forward(self, op: Op) -> None:
         inputs, riders = self._received.pop(op.index, (None, ()))
@@ -232,7 +245,15 @@ class StageRunner:
         # two calls lets it travel.
         if riders:
             self._norms.came_down(op.index, *riders)
-        outputs = self._compute.forward(op.index, inputs)
+        if self._prediction is None:
+            outputs = self._compute.forward(op.index, inputs)
+        else:
+            # A micro-batch is ahead by the updates that come before its backward: by none under a flush, whose batches
+            # all begin with micro-batch 0.
+            scale = self.spec.accumulation / len(self._window) if self._window else 0.0
+            self._prediction.before_forward(drift_of(self.spec, self.stage, op.index), scale)
+            outputs = self._compute.forward(op.index, inputs)
+            self._prediction.after_forward()
         if outputs is not None:
             self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
@@ -256,6 +277,8 @@ class StageRunner:
     def _step(self, op: Op) -> None:
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
+        if self._prediction is not None:
+            self._prediction.before_step()
         self._compute.step(op.index, losses)
         self.window_drift = 0
         self.meter.record(op)

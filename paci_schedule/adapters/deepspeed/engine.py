@@ -33,6 +33,7 @@ from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.adapters.deepspeed.prediction import build_prediction, clip_factor, note_update
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
 from paci_schedule.choice import check_schedule
@@ -116,6 +117,7 @@ class PaciPipelineEngine(PipelineEngine):
             spec, pipelines, self.device, timeout, early_receives=options.early_receives, record=options.record
         )
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
+        self._prediction = build_prediction(self, options.prediction)
         self._runner = StageRunner(
             spec,
             self.stage_id,
@@ -123,8 +125,9 @@ class PaciPipelineEngine(PipelineEngine):
             self._links,
             self._stopwatch,
             self._norms,
-            [self._stages_of(self._tied[name].ranks) for name in self._numbered_ties()],
+            [self._stages_of(self._tied[name].ranks) for name in self.ties_across_stages()],
             options.early_receives,
+            self._prediction,
         )
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
@@ -231,6 +234,7 @@ class PaciPipelineEngine(PipelineEngine):
             forwards, backwards: micro-batches done since construction;
             in_flight, peak_in_flight: micro-batches between their forward and backward, now and at most;
             max_drift, drift_bound, drift_histogram: in updates; micro-batches for each drift;
+            predictions: of weights, for stale forwards;
             compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
             that the device has finished).
         """
@@ -254,6 +258,8 @@ class PaciPipelineEngine(PipelineEngine):
                 self._exec_optimizer_step()
         if self._norms is not None:
             self._norms.close_update()
+        if self._prediction is not None:
+            note_update(self, self._prediction)
         if self._reporter is not None and self._reporter.wants(self.global_steps):
             update = Update(
                 step=self.global_steps,
@@ -268,7 +274,7 @@ class PaciPipelineEngine(PipelineEngine):
 
     def post_sum(self, number: int) -> None:
         """Start the next sum of this stage's tied weight with this number, unless it is frozen."""
-        name = self._numbered_ties()[number]
+        name = self.ties_across_stages()[number]
         if self._tied_weights()[name].requires_grad:
             with self._waiting_for_copies(self._tied[name]):
                 self._tied[name].post()
@@ -292,9 +298,16 @@ class PaciPipelineEngine(PipelineEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """As DeepSpeed's, after a `drain`, with what is late by design: carried norms and tied gradients' sums."""
+        """As DeepSpeed's, after a `drain`, with what is late by design.
+
+        That is: carried norms, tied gradients' sums and the clip factor for the next predictions.
+        """
         self.drain()
-        late = {"norms": self._norms.state() if self._norms else [], "tied": self._pending_sums()}
+        late = {
+            "norms": self._norms.state() if self._norms else [],
+            "tied": self._pending_sums(),
+            "factor": self._prediction.factor if self._prediction else None,
+        }
         state = {**(client_state or {}), _LATE: late}
         return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
 
@@ -402,9 +415,7 @@ class PaciPipelineEngine(PipelineEngine):
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         deepspeed.comm.all_reduce(square, group=self._stage_mpu.get_model_parallel_group())
         self._global_grad_norm = square.sqrt()
-        # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
-        limit = torch.full_like(square, self.gradient_clipping())
-        scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
+        scale = clip_factor(self.gradient_clipping(), self._global_grad_norm)
         for parameter in with_gradient:
             parameter.grad.mul_(scale)
 
@@ -445,7 +456,7 @@ class PaciPipelineEngine(PipelineEngine):
         weights = (weight for weight, _ in self.module.get_tied_weights_and_groups())
         return dict(zip(self._tied, weights, strict=True))
 
-    def _numbered_ties(self) -> list[str]:
+    def ties_across_stages(self) -> list[str]:
         """The names of the ties that several stages share; sorted, for the module's order differs between ranks."""
         return sorted(name for name, tied in self._tied.items() if len(tied.ranks) > 1)
 
@@ -478,6 +489,9 @@ class PaciPipelineEngine(PipelineEngine):
         """Go on with what `save_checkpoint` kept; without the sums of ties between other stages than here."""
         if self._norms:
             self._norms.load_state([row for row in late["norms"] if len(row) == self.num_stages])
+        factor = late.get("factor")
+        if self._prediction is not None:
+            self._prediction.factor = None if factor is None else factor.to(self.device)
         for name, tied in self._tied.items():
             tied.load_pending([total.to(self.device) for total in late["tied"].get(name, [])])
         dropped = [name for name, sums in late["tied"].items() if sums and name not in self._tied]

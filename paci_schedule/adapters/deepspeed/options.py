@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.patience import LONGEST
+from paci_schedule.predict import interval_of
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -38,6 +39,9 @@ class PaciOptions(BaseModel):
     """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
     the whole device then hangs (`paci_schedule.lower`)."""
 
+    prediction: Any = "off"
+    """Which stale forwards run on predicted weights: "off", "window", "every" or every k-th (`predict.prediction`)."""
+
     record: str | None = None
     """Folder to record runs in: at every drain, each rank's newest ops with their times, for ``paci trace``."""
 
@@ -57,7 +61,7 @@ class PaciOptions(BaseModel):
                     f'"paci": {{"{key}": ...}}: unknown option; valid are {nearest(key, cls.model_fields)}'
                 )
         try:
-            return cls(**block)
+            options = cls(**block)
         except ValidationError as error:
             first = error.errors()[0]
             key, rule = first["loc"][0], first["msg"]
@@ -66,6 +70,8 @@ class PaciOptions(BaseModel):
                 rule = f"valid are {nearest(str(block[key]), get_args(field.annotation))}"
             said = f'"paci": {{"{key}": {block[key]!r}}}'
             raise ConfigError(f"{said}: {rule} (default: {field.default!r})") from None
+        interval_of(options.prediction, f'"paci": {{"prediction": {options.prediction!r}}}')
+        return options
 
 
 def read_schedule(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,352 @@
+"""Predicted weights in the engine: as a rehearsal predicts, and as steps on copies of the masters do; never shown."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from integration_tests import deepspeed_job, jobs, late_job, late_oracle, ranks, replica_oracle
+from integration_tests.jobs import Job
+from integration_tests.late_oracle import LateReference
+from integration_tests.test_rehearse import rehearsed
+from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.drift import drift_of
+from paci_schedule.errors import ConfigError, UnsupportedError
+from paci_schedule.spec import PipelineSpec
+
+PACI = ("train x5", "drain")
+MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2", "drain")
+
+
+def predicting(prediction, stages, accumulation, script=PACI, extra_in_flight=0, by="global", flush_warmup_steps=0,
+               **more):
+    paci = {"prediction": prediction, "extra_in_flight": extra_in_flight, "clip": by,
+            "flush_warmup_steps": flush_warmup_steps}
+    return Job(stages=stages, accumulation=accumulation, script=script, config={"paci": paci}, **more)
+
+
+# ---- as a rehearsal --------------------------------------------------------------------------------------------------
+
+JOBS = {
+    "P=2 a=1, every, Adam": predicting("every", 2, 1, optimizer="adam", warmup=True),
+    "P=2 a=2, window, NAdam": predicting("window", 2, 2, optimizer="nadam", clip=0.6),
+    "P=2 a=3, every, slack, groups": predicting("every", 2, 3, extra_in_flight=2, optimizer="groups", clip=0.6),
+    "P=2 a=4, every second, slack": predicting(2, 2, 4, extra_in_flight=3, warmup=True),
+    "P=3 a=1, window, SGD": predicting("window", 3, 1, optimizer="sgd", clip=0.9),
+    "P=3 a=2, every, SGD": predicting("every", 3, 2, optimizer="sgd", warmup=True),
+    "P=3 a=3, window, a stage without parameters": predicting("window", 3, 3, model="hollow", clip=0.4),
+    "P=3 a=2, window, tuples": predicting("window", 3, 2, model="pairs", clip=1.4),
+    "P=4 a=1, every second, NAdam": predicting(2, 4, 1, optimizer="nadam"),
+    "P=4 a=2, every third, slack": predicting(3, 4, 2, extra_in_flight=2, clip=0.7, warmup=True),
+    "P=4 a=3, window, groups": predicting("window", 4, 3, optimizer="groups", clip=0.6, warmup=True),
+    "P=4 a=4, every": predicting("every", 4, 4, clip=0.6),
+}
+if hasattr(torch.optim, "Muon"):
+    JOBS["P=4 a=2, window, Muon"] = predicting("window", 4, 2, model="matrices", optimizer="muon", clip=0.7)
+    JOBS["P=2 a=2, every, Muon"] = predicting("every", 2, 2, model="matrices", optimizer="muon")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("predictions"))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_engine_predicts_as_a_rehearsal(name, runs):
+    job, results, shown = JOBS[name], runs[name], []
+    stages, _ = rehearsed(job, lambda stages: shown.append([weights_of(job, *each) for each in enumerate(stages)]))
+    shown.append([weights_of(job, *each) for each in enumerate(stages)])
+    for number, result in enumerate(results):
+        assert len(result["moments"]) == len(shown)
+        for moment, truth in zip(result["moments"], shown, strict=True):
+            assert moment["weights"].keys() == truth[number].keys()
+            for key, value in truth[number].items():
+                difference = (value - moment["weights"][key]).abs().max().item()
+                assert difference == 0, f"{key} of stage {number} after {moment['action']} differs by {difference:.3g}"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_it_counts_its_predictions(name, runs):
+    """Where something is trained: at every stale forward, or at those of them that the option names."""
+    job = JOBS[name]
+    asked = late_job.options(job)["prediction"]
+    spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation,
+                        extra_in_flight=late_job.options(job)["extra_in_flight"])
+    for stage, result in enumerate(runs[name]):
+        between = {}  # updates done before the forward -> stale forwards
+        for micro_batch in range(5 * job.accumulation):
+            if drift_of(spec, stage, micro_batch):
+                done = max(0, micro_batch - spec.look_ahead(stage)) // job.accumulation
+                between[done] = between.get(done, 0) + 1
+        counts = {"every": between.values(), "window": [1] * len(between)}
+        expected = counts[asked] if asked in counts else [-(-stale // asked) for stale in between.values()]
+        assert result["moments"][-1]["stats"]["predictions"] == sum(expected)
+
+
+def test_predictions_change_the_training(runs):
+    """The jobs above would not tell a prediction that never happened from none, were it not for this."""
+    for name, job in JOBS.items():
+        stages, _ = rehearsed(dataclasses.replace(job, config={"paci": {
+            **late_job.options(job), "prediction": "off"}}))
+        found = weights_of(job, 0, stages[0])
+        assert any((found[key] != value).any() for key, value in runs[name][0]["moments"][-1]["weights"].items())
+
+
+def weights_of(job, stage, module):
+    first = job.stage_layers(stage).start
+    return {f"{first + place}.{key}": value.detach().clone()
+            for place, layer in enumerate(module) for key, value in layer.named_parameters()}
+
+
+# ---- as steps on copies, with masters, replicas and everything that comes between batches ----------------------------
+
+
+class PredictingReference(LateReference):
+    """The reference, whose stale forwards run on the weights that new optimizers' steps leave."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.stages = [_PredictingStage(self, job, number, stage.module) for number, stage in enumerate(self.stages)]
+
+
+class _PredictingStage(late_oracle._LateStage):
+    def __init__(self, pipe: PredictingReference, job: Job, number: int, module: nn.Sequential) -> None:
+        super().__init__(pipe, job, number, module)
+        self._job, self._asked = job, job.config["paci"]["prediction"]
+        self._stale = 0
+        self._real = None
+
+    def forward(self, index, batch, labels):
+        ahead = index // self.pipe._accumulation - (self.version - self.pipe.emptied)
+        interval = {"every": 1, "window": 1 << 30}.get(self._asked, self._asked)
+        if ahead and self._updater.optimizer and not self.pipe.flushing:
+            if self._stale % interval == 0:
+                self._predict(ahead)
+            self._stale += 1
+        try:
+            return super().forward(index, batch, labels)
+        finally:
+            if interval == 1:
+                self._restore()
+
+    def step(self):
+        self._restore()
+        self._stale = 0
+        super().step()
+
+    def weights(self):
+        """The real ones; those that are there stay."""
+        there, real = [weight.detach().clone() for weight in self.module.parameters()], self._real
+        self._restore()
+        shown = super().weights()
+        self._write(self.module.parameters(), there)
+        self._real = real
+        return shown
+
+    def _restore(self):
+        if self._real is not None:
+            self._write(self.module.parameters(), self._real)
+            self._real = None
+
+    @staticmethod
+    def _write(weights, values):
+        for weight, value in zip(weights, values, strict=True):
+            weight.data.copy_(value)
+
+    def _predict(self, ahead):
+        """Steps of an optimizer of its own, on copies, with the part for a gradient or what Adam's momentum expects."""
+        self._restore()
+        self._real = [weight.detach().clone() for weight in self.module.parameters()]
+        updater, done = self._updater, len(self.window)
+        optimizer = jobs.optimizer(self._job)([
+            {**group, "params": [weight.detach().clone() for weight in group["params"]]}
+            for group in updater.optimizer.param_groups])
+        optimizer.load_state_dict(copy.deepcopy(updater.optimizer.state_dict()))  # else it shares the tensors
+        copies = [weight for group in optimizer.param_groups for weight in group["params"]]
+        originals = [weight for group in updater.optimizer.param_groups for weight in group["params"]]
+        flat = {id(master): total for _, master, total in getattr(updater, "_flat", ())}
+        for _ in range(ahead):
+            for weight, original in zip(copies, originals, strict=True):
+                state = updater.optimizer.state.get(original)
+                if done:
+                    total = flat.get(id(original), original.grad)
+                    weight.grad = None if total is None else total.float() * (self.pipe._accumulation / done)
+                    if updater.factors and weight.grad is not None:
+                        weight.grad.mul_(torch.tensor(updater.factors[-1]).clamp(max=1.0))
+                elif state:
+                    beta = updater.optimizer.param_groups[0]["betas"][0]
+                    weight.grad = state["exp_avg"] / (1 - beta ** state["step"])
+            optimizer.step()
+        if not flat:
+            self._write(originals, copies)
+        for (parameters, _, _), predicted in zip(getattr(updater, "_flat", ()), copies, strict=False):
+            pieces = updater._pieces(parameters, predicted)
+            self._write(parameters, [piece.view_as(weight) for weight, piece in zip(parameters, pieces, strict=True)])
+
+
+SWITCHING = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
+REFERENCED = {
+    "fp32, every": predicting("every", 3, 2, MIXED, warmup=True),
+    "fp32, window, clipping": predicting("window", 3, 1, MIXED, clip=0.4),
+    "fp32, window, clipping by stage": predicting("window", 3, 3, MIXED, clip=0.4, by="stage"),
+    "bf16, every": predicting("every", 3, 3, MIXED, precision="bf16", warmup=True),
+    "bf16, window, clipping": predicting("window", 3, 2, MIXED, precision="bf16", clip=0.6, optimizer="groups"),
+    "bf16, every second": predicting(2, 3, 1, MIXED, precision="bf16", clip=0.6),
+    "bf16, window, a stage without parameters": predicting("window", 3, 3, MIXED, model="hollow", precision="bf16"),
+    "bf16 sums, every third": predicting(3, 3, 4, MIXED, precision="bf16-bf16"),
+    "accumulation changes on the way": predicting("every", 3, 3, ("train x3", "accumulate=1", "train x4", "drain"),
+                                                  precision="bf16"),
+    "schedules change on the way": predicting("window", 3, 3, SWITCHING, clip=0.6, flush_warmup_steps=1),
+    "schedules change on the way, bf16": predicting("every", 3, 3, SWITCHING, clip=0.6, precision="bf16"),
+}
+
+
+@pytest.fixture(scope="module")
+def referenced(tmp_path_factory):
+    return late_job.Runs({name: (job,) for name, job in REFERENCED.items()}, tmp_path_factory.mktemp("references"))
+
+
+@pytest.mark.parametrize("name", REFERENCED)
+def test_the_engine_predicts_as_steps_on_copies(name, referenced):
+    deepspeed_job.assert_equal(referenced[name], PredictingReference(REFERENCED[name]).run())
+
+
+@pytest.mark.parametrize("name", REFERENCED)
+def test_the_reference_with_predictions_is_another_training(name):
+    """Were it not, the comparison would say nothing."""
+    job = REFERENCED[name]
+    last = [reference(job).run()[-1].weights for reference in (PredictingReference, LateReference)]
+    assert any((one[key] != other[key]).any() for one, other in zip(*last, strict=True) for key in one)
+
+
+# ---- replicas, checkpoints, overflows, and what is refused -----------------------------------------------------------
+
+REPLICATED = predicting("every", 2, 2, MIXED, clip=0.4)
+RESUMED = {
+    precision: predicting("window", 2, 2, ("train x4", "save", "train x3", "drain"), clip=0.4, precision=precision)
+    for precision in ("fp32", "bf16")
+}
+OVERFLOWING = predicting("every", 2, 2, ("train x6", "drain"), precision="bf16")
+ZERO = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+        "zero_allow_untested_optimizer": True}
+REFUSED = {
+    "ZeRO-1": ({"config": ZERO}, ["DeepSpeedZeroOptimizer", "without ZeRO"]),
+    "an optimizer that is not known": (
+        {"config": {"optimizer": {"type": "Adagrad", "params": {"lr": 0.1}}}}, ["Adagrad", "AdamW", "NAdam"]),
+    "tied weights": ({"model": "tied"}, ["tied across stages", "words", "untie"]),
+    "a sparse embedding": ({"optimizer": "sgd", "model": "sparse"}, ["sparse=True", "dense"]),
+}
+_LAYERS = jobs.layers
+
+
+def sparse_layers(model):
+    built = _LAYERS("words" if model == "sparse" else model)
+    built[0].words.sparse = model == "sparse"
+    return built
+
+
+def refused_job(name):
+    more = dict(REFUSED[name][0])
+    job = predicting("every", 2, 2)
+    return dataclasses.replace(job, **{**more, "config": {**job.config, **more.get("config", {})}})
+
+
+def why_not(build, job):
+    """What the engine says when it is built; None if it does not refuse."""
+    try:
+        build(job)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def on_two_ranks(folder):
+    results = {}
+    for name, job in RESUMED.items():
+        rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
+        whole = deepspeed_job.follow(late_job.build(job), job, "paci", f"{folder}/{name}")
+        engine = late_job.build(rest)
+        engine.load_checkpoint(f"{folder}/{name}", tag="common")
+        results[name] = whole, deepspeed_job.follow(engine, rest, "paci", f"{folder}/rest")
+    engine = late_job.build(OVERFLOWING)
+    poison_third_update(engine)
+    results["overflow"] = deepspeed_job.follow(engine, OVERFLOWING, "paci", None), engine.skipped_steps
+    for name in REFUSED:
+        with mock.patch.object(late_job, "_LAYERS_OF_JOBS", sparse_layers):
+            results[name] = why_not(late_job.build, refused_job(name))
+    return results
+
+
+def poison_third_update(engine):
+    """The first backward of the third update leaves an infinite gradient, on the first stage."""
+    run, done = engine._exec_backward_pass, []
+
+    def poisoned(slot):
+        run(slot)
+        done.append(slot)
+        if engine.stage_id == 0 and len(done) == 5:
+            engine.optimizer.fp32_groups_gradients[0][1][2] = torch.inf
+
+    engine._exec_backward_pass = poisoned
+
+
+def on_four_ranks(folder):
+    engine = late_job.build(REPLICATED)
+    mine = replica_oracle.replica_job(REPLICATED, engine.grid.get_data_parallel_rank())
+    followed = deepspeed_job.follow(engine, mine, "paci", folder)
+    return followed, why_not(late_job.build, dataclasses.replace(REPLICATED, precision="bf16"))
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return ranks.run_ranks(on_two_ranks, 2, (str(tmp_path_factory.mktemp("two")),), timeout=280)
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return ranks.run_ranks(on_four_ranks, 4, (str(tmp_path_factory.mktemp("four")),), timeout=280)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update(name, on_two):
+    for whole, resumed in (results[name] for results in on_two):
+        for moment, truth in zip(resumed["moments"], whole["moments"][5:], strict=True):
+            assert all(torch.equal(moment["weights"][key], value) for key, value in truth["weights"].items())
+
+
+def test_an_overflow_spoils_one_update_and_no_prediction(on_two):
+    """Of the stage itself: forwards on a prediction from the infinite part would spoil every update that follows."""
+    for stage, results in enumerate(on_two):
+        followed, skipped = results["overflow"]
+        assert skipped == (1 if stage == 0 else 0)
+        assert all(value.isfinite().all() for value in followed["moments"][-1]["weights"].values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_predicted_is_refused_by_name(name, on_two):
+    for results in on_two:
+        for words in ['"prediction": \'every\'', '"off"', *REFUSED[name][1]]:
+            assert words in results[name]
+
+
+def test_replicas_predict_each_from_its_own_part(on_four):
+    expected = replica_oracle.run(REPLICATED, 2, kind=PredictingReference)
+    for replica in range(2):
+        deepspeed_job.assert_equal([followed for followed, _ in on_four[replica::2]], expected)
+
+
+def test_replicas_that_share_masters_are_refused(on_four):
+    for _, said in on_four:
+        assert "BF16_Optimizer with 2 replicas" in said
+        assert "one replica" in said
+
+
+@pytest.mark.parametrize("value", ["evry", 0, True, 1.5, None], ids=repr)
+def test_a_value_that_is_no_prediction_is_refused(value):
+    with pytest.raises(ConfigError, match=rf'"paci": {{"prediction": {value!r}}}: must be .*"?every'):
+        PaciOptions.read({"paci": {"prediction": value}})
