@@ -15,6 +15,7 @@ def deepspeed_config(
     path: Path,
     *,
     pipeline_schedule: str | None = None,
+    prediction: str | None = None,
     micro_batch_size: int | None = None,
     accumulation: int | None = None,
     optimizer: str | None = None,
@@ -25,6 +26,7 @@ def deepspeed_config(
     Args:
         path: a DeepSpeed configuration.
         pipeline_schedule: "1f1b" or "paci".
+        prediction: of the weights for PACI's stale forwards, as the JSON's "paci": {"prediction": ...} has it.
         micro_batch_size: sequences in a micro-batch.
         accumulation: micro-batches per update.
         optimizer: "adamw" or "nadamw", whose look-ahead in the momentum helps delayed gradients; learning rate, betas,
@@ -43,6 +45,8 @@ def deepspeed_config(
         raise LaunchError(f"--deepspeed-config {str(path)!r}: needs an optimizer with params") from None
     if pipeline_schedule is not None:
         config["pipeline_schedule"] = pipeline_schedule
+    if prediction is not None:
+        config["paci"] = {**config.get("paci", {}), "prediction": prediction}
     if micro_batch_size is not None:
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
     if accumulation is not None:

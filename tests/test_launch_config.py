@@ -25,6 +25,12 @@ def test_the_schedules_differ_by_one_key_alone(path):
     assert flush == paci == json.loads(path.read_text())
 
 
+def test_a_prediction_goes_beside_the_options_that_are_there(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "paci": {"timeout": 7}}))
+    config = deepspeed_config(path, pipeline_schedule="paci", prediction="every")
+    assert config["paci"] == {"timeout": 7, "prediction": "every"}
+
+
 def test_a_batch_of_parts_leaves_the_whole_to_deepspeed(path):
     config = deepspeed_config(path, micro_batch_size=3, accumulation=7)
     assert "train_batch_size" not in config
