@@ -80,7 +80,5 @@ def _reasons(engine: PaciPipelineEngine) -> Iterator[str]:
             f"weights tied across stages ({', '.join(across)}): their gradients are applied later than the part that "
             "is there; untie them"
         )
-    if engine.grid.get_slice_parallel_world_size() > 1:
-        yield "tensor parallelism: predictions are not tested with it; use one slice"
     if any(getattr(part, "sparse", False) is True for part in engine.module.modules()):
         yield "nn.Embedding(sparse=True): the part of its gradient is sparse; use a dense one"
