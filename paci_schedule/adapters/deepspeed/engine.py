@@ -115,7 +115,8 @@ class PaciPipelineEngine(PipelineEngine):
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = Links(spec, pipelines, self.device, timeout, record=options.record)
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
-        self._prediction = build_prediction(self, options.prediction)
+        gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
+        self._prediction = build_prediction(self, options.prediction, gathering)
         self._runner = StageRunner(
             spec,
             self.stage_id,
