@@ -193,6 +193,7 @@ def test_fp16_with_a_fixed_loss_scale_is_the_reference(variants):
 
 SLICES = 2
 GLOBAL = {"paci": {"clip": "global"}}
+PREDICTING = {"paci": {"clip": "global", "prediction": "every"}}
 SLICED = {
     "fp32": Job(stages=2, accumulation=3, script=SCRIPT),
     "by stage": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={"paci": {"clip": "stage"}}),
@@ -200,6 +201,9 @@ SLICED = {
     "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**ZERO, **GLOBAL}),
     "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd",
                         config=GLOBAL),
+    "global, prediction": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, optimizer="sgd", config=PREDICTING),
+    "global, prediction, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16",
+                                    optimizer="sgd", config=PREDICTING),
 }
 
 

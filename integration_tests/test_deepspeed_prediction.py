@@ -154,6 +154,18 @@ class _PredictingStage(late_oracle._LateStage):
             self._real = None
 
     @staticmethod
+    def _gather(predicted, own):
+        """Every replica's shard as that replica predicts it."""
+        replicas = own._meeting.replicas
+        shard = -(-predicted.numel() // (2 * replicas)) * 2
+        begin = own._replica * shard
+        with torch.no_grad():
+            predicted[:begin] = 0
+            predicted[begin + shard:] = 0
+            own._meeting.average(own._replica, [predicted], torch.float32)
+            predicted.mul_(replicas)
+
+    @staticmethod
     def _write(weights, values):
         for weight, value in zip(weights, values, strict=True):
             weight.data.copy_(value)
@@ -182,6 +194,9 @@ class _PredictingStage(late_oracle._LateStage):
                     beta = updater.optimizer.param_groups[0]["betas"][0]
                     weight.grad = state["exp_avg"] / (1 - beta ** state["step"])
             optimizer.step()
+        if flat and isinstance(updater.reduce, replica_oracle._Reduce):
+            for predicted in copies:
+                self._gather(predicted, updater.reduce)
         if not flat:
             self._write(originals, copies)
         for (parameters, _, _), predicted in zip(getattr(updater, "_flat", ()), copies, strict=False):
@@ -226,7 +241,12 @@ def test_the_reference_with_predictions_is_another_training(name):
 
 # ---- replicas, checkpoints, overflows, and what is refused -----------------------------------------------------------
 
-REPLICATED = predicting("every", 2, 2, MIXED, clip=0.4)
+REPLICATED = {
+    "fp32": predicting("every", 2, 2, MIXED, clip=0.4),
+    "bf16, every": predicting("every", 2, 2, MIXED, clip=0.4, precision="bf16"),
+    "bf16, window, groups": predicting("window", 2, 3, MIXED, precision="bf16", optimizer="groups"),
+    "bf16, window, slack": predicting("window", 2, 1, MIXED, precision="bf16", extra_in_flight=1),
+}
 RESUMED = {
     precision: predicting("window", 2, 2, ("train x4", "save", "train x3", "drain"), clip=0.4, precision=precision)
     for precision in ("fp32", "bf16")
@@ -296,10 +316,12 @@ def poison_third_update(engine):
 
 
 def on_four_ranks(folder):
-    engine = late_job.build(REPLICATED)
-    mine = replica_oracle.replica_job(REPLICATED, engine.grid.get_data_parallel_rank())
-    followed = deepspeed_job.follow(engine, mine, "paci", folder)
-    return followed, why_not(late_job.build, dataclasses.replace(REPLICATED, precision="bf16"))
+    followed = {}
+    for name, job in REPLICATED.items():
+        engine = late_job.build(job)
+        mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
+        followed[name] = deepspeed_job.follow(engine, mine, "paci", f"{folder}/{name}")
+    return followed
 
 
 @pytest.fixture(scope="module")
@@ -334,16 +356,12 @@ def test_what_cannot_be_predicted_is_refused_by_name(name, on_two):
             assert words in results[name]
 
 
-def test_replicas_predict_each_from_its_own_part(on_four):
-    expected = replica_oracle.run(REPLICATED, 2, kind=PredictingReference)
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_predict_each_from_its_own_part(name, on_four):
+    """All of its weights, or with masters its shard of them."""
+    expected = replica_oracle.run(REPLICATED[name], 2, kind=PredictingReference)
     for replica in range(2):
-        deepspeed_job.assert_equal([followed for followed, _ in on_four[replica::2]], expected)
-
-
-def test_replicas_that_share_masters_are_refused(on_four):
-    for _, said in on_four:
-        assert "BF16_Optimizer with 2 replicas" in said
-        assert "one replica" in said
+        deepspeed_job.assert_equal([followed[name] for followed in on_four[replica::2]], expected)
 
 
 @pytest.mark.parametrize("value", ["evry", 0, True, 1.5, None], ids=repr)

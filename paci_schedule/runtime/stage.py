@@ -224,13 +224,11 @@ class StageRunner:
         self._finished.clear()
         ties = () if self.flushing else self._ties  # under a flush, an update waits for its own sum
         self._exchange_weights()
-        try:
-            for op in lower(segment, self.stage, ties=ties, early_receives=self._early_receives):
-                self.at = op
-                self._execute[op.kind](op)
-                self._stopwatch.lap(op)
-        finally:
-            self._exchange_weights()
+        for op in lower(segment, self.stage, ties=ties, early_receives=self._early_receives):
+            self.at = op
+            self._execute[op.kind](op)
+            self._stopwatch.lap(op)
+        self._exchange_weights()  # not after an error: it may have to wait for replicas
         self.interrupted = False
         return torch.stack(self._finished).mean(0) if self._finished else None
 

@@ -117,7 +117,8 @@ class PaciPipelineEngine(PipelineEngine):
             spec, pipelines, self.device, timeout, early_receives=options.early_receives, record=options.record
         )
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
-        self._prediction = build_prediction(self, options.prediction)
+        gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
+        self._prediction = build_prediction(self, options.prediction, gathering)
         self._runner = StageRunner(
             spec,
             self.stage_id,

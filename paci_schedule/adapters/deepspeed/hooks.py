@@ -36,6 +36,8 @@ _HOOKS = {
     f"{_ENGINE}.destroy": (),
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
     "deepspeed.runtime.utils:is_model_parallel_parameter": ("p",),
+    "deepspeed.runtime.utils:all_gather_dp_groups": ("groups_flat", "partitioned_param_groups", "dp_process_group"),
+    "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.update_lp_params": (),
     "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
     "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
     "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["build_prediction", "clip_factor", "note_update"]
 
 
-def build_prediction(engine: PaciPipelineEngine, asked: str | int) -> Prediction | None:
+def build_prediction(
+    engine: PaciPipelineEngine, asked: str | int, gathering: Callable[[], AbstractContextManager[None]]
+) -> Prediction | None:
     """What the option "prediction" asks for; None for "off".  A collective of the job, if it asks for one.
 
     Args:
         engine: with its optimizer.
         asked: the option.
+        gathering: within it the stage's replicas wait for each other.
 
     Raises:
         UnsupportedError: this job cannot have it; on every rank.
@@ -35,8 +39,8 @@ def build_prediction(engine: PaciPipelineEngine, asked: str | int) -> Prediction
     said = f'"paci": {{"prediction": {asked!r}}} cannot run with this job; change what follows, or use "off"'
     refuse_together(_reasons(engine), said)
     optimizer = engine.optimizer
-    weights = MasterWeights(optimizer) if isinstance(optimizer, BF16_Optimizer) else SteppedWeights([optimizer])
-    return Prediction(weights, interval)
+    has_masters = isinstance(optimizer, BF16_Optimizer)
+    return Prediction(MasterWeights(optimizer, gathering) if has_masters else SteppedWeights([optimizer]), interval)
 
 
 def clip_factor(limit: float, norm: torch.Tensor) -> torch.Tensor:
@@ -59,11 +63,6 @@ def note_update(engine: PaciPipelineEngine, prediction: Prediction) -> None:
 def _reasons(engine: PaciPipelineEngine) -> Iterator[str]:
     optimizer, across = engine.optimizer, engine.ties_across_stages()
     if isinstance(optimizer, BF16_Optimizer):
-        if engine.is_data_parallel:
-            yield (
-                f"BF16_Optimizer with {engine.dp_world_size} replicas of a stage: it shards the masters over them, and "
-                "a prediction would have to be gathered at every refresh; use one replica, or fp32 without ZeRO"
-            )
         optimizer = optimizer.optimizer
     elif optimizer is not engine.basic_optimizer:
         yield (
@@ -80,7 +79,5 @@ def _reasons(engine: PaciPipelineEngine) -> Iterator[str]:
             f"weights tied across stages ({', '.join(across)}): their gradients are applied later than the part that "
             "is there; untie them"
         )
-    if engine.grid.get_slice_parallel_world_size() > 1:
-        yield "tensor parallelism: predictions are not tested with it; use one slice"
     if any(getattr(part, "sparse", False) is True for part in engine.module.modules()):
         yield "nn.Embedding(sparse=True): the part of its gradient is sparse; use a dense one"
