@@ -119,6 +119,7 @@ def comparison(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
     memory = "GPU memory" if runs[0].start["device"] == "cuda" else "process memory"
     return [
         ("optimizer", [run.start["optimizer"] for run in runs]),
+        ("prediction", [_prediction(run) or "" for run in runs]),
         ("stages x replicas", [f"{run.start['stages']} x {run.start['replicas']}" for run in runs]),
         ("accumulation", [str(run.start["accumulation"]) for run in runs]),
         ("updates", [f"{run.updates[-1]['update']:,}" for run in runs]),
@@ -148,7 +149,10 @@ def plot(runs: Sequence[RunSummary], path: Path) -> None:
             x, y = _line(run.updates, key, scale)
             axis.plot(x, y, color=colour, alpha=0.35, linewidth=1)
             x, y = _line(run.validations, key, scale)
-            axis.plot(x, y, color=colour, marker="o", markersize=3.5, label=f"{run.name}, {run.start['optimizer']}")
+            label = f"{run.name}, {run.start['optimizer']}"
+            if _prediction(run) not in (None, "off"):
+                label += ", predicted weights"
+            axis.plot(x, y, color=colour, marker="o", markersize=3.5, label=label)
     axes[0].set(xlabel="tokens (millions)", ylabel="loss (nats per token)", title="the same tokens")
     axes[1].set(xlabel="training time (seconds)", title="the same wall-clock")
     # The first updates, from ln(vocabulary) down, would squeeze the part that is worth a look.
@@ -195,6 +199,11 @@ def _line(records: list[dict[str, Any]], key: str, scale: float) -> tuple[list[f
 
 def _ideal(run: RunSummary) -> float:
     return ideal_speed_up(run.start["stages"], run.start["accumulation"])
+
+
+def _prediction(run: RunSummary) -> str | int | None:
+    """Which stale forwards ran on predicted weights; None where there are none."""
+    return run.start.get("prediction")
 
 
 def _seconds(seconds: float | None) -> str:

@@ -2,8 +2,8 @@
 
 As many stages as there are GPUs; two stages on the CPU where there are fewer than two.  Same seed, data and number of
 updates.  The accumulation equals the number of stages P, so the drift is at most 1 and the ideal speed-up (2P - 1) / P.
-The second run differs from the first by the schedule alone; the third also takes NAdamW, which looks ahead in the
-momentum, against the delay of the gradients.
+The second run differs from the first only by the schedule; the third also predicts the weights for forwards that would
+run on older ones, against the delay of the gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRAIN = Path(__file__).resolve().parent / "train_gpt.py"
 _RUNS = {
     "1f1b": ["--pipeline-schedule", "1f1b"],
     "paci": ["--pipeline-schedule", "paci"],
-    "paci-nadamw": ["--pipeline-schedule", "paci", "--optimizer", "nadamw"],
+    "paci-prediction": ["--pipeline-schedule", "paci", "--prediction", "every"],
 }
 
 

@@ -86,6 +86,7 @@ def _train(args: argparse.Namespace) -> None:
     }
     facts = {
         "schedule": schedule,
+        "prediction": config.get("paci", {}).get("prediction", "off") if schedule == "paci" else None,
         "stages": stages,
         **batch,
         "sequence_length": args.sequence_length,
