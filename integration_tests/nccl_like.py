@@ -10,6 +10,9 @@ Its habits are those of PyTorch's ProcessGroupNCCL (torch/csrc/distributed/c10d/
 * a message is read from, and written to, its buffer at any time until it is done.  Here it comes a random while late,
   and what is to be written holds 0xFF in every byte from the posting on.
 
+Messages that are grouped (`batch_isend_irecv`), which NCCL starts together, are not played: of what is tested, only
+Megatron's own schedule groups them.
+
 `integration_tests.played_stream` plays the stream, and raises where something touches a buffer too early.
 """
 
