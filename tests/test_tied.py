@@ -65,6 +65,10 @@ def test_asking_for_the_pending_sums_posts_what_is_held_and_only_once(started):
     assert started == [1, 3]
 
 
-def test_a_weight_of_one_stage_is_summed_at_once(started):
-    tied = TiedGradient(None, 0, timedelta(1))
-    assert (hand_in(tied, 3), started) == (6, [3])
+def test_a_weight_of_one_stage_has_its_sum_already_and_nothing_is_started(started):
+    with mock.patch.object(dist, "get_process_group_ranks", return_value=[4]):
+        tied = TiedGradient(None, 0, timedelta(1))
+    assert (hand_in(tied, 3), started) == (3, [])
+    gradient = torch.tensor([5.0])
+    tied.exchange_now(gradient)
+    assert (gradient.item(), started) == (5, [])
