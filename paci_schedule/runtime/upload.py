@@ -25,11 +25,14 @@ def upload(batch: Any, device: torch.device) -> Any:
         The batch with its tensors on `device`; those that are there already are not copied.
     """
 
-    def queue(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device == device:
-            return tensor
-        if tensor.device.type == "cpu" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # a copy by the host, into memory that the allocator keeps for the next one
-        return tensor.to(device, non_blocking=True)
+    if isinstance(batch, torch.Tensor):  # nearly always; walking a tree of one leaf takes many times as long
+        return _queued(batch, device)
+    return tree_map_only(torch.Tensor, lambda tensor: _queued(tensor, device), batch)
 
-    return tree_map_only(torch.Tensor, queue, batch)
+
+def _queued(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()  # a copy by the host, into memory that the allocator keeps for the next one
+    return tensor.to(device, non_blocking=True)
