@@ -34,6 +34,16 @@ def test_without_a_gpu_one_line_says_so_and_what_to_do():
     assert "make gpu-dry-run" in done.stderr
 
 
+def test_a_python_without_what_is_needed_is_told_in_one_line():
+    command_line = [sys.executable, "-c", "import sys; sys.modules['deepspeed'] = None; import runpy; "
+                    "runpy.run_module('benchmarks.gpu', run_name='__main__')"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "has no module 'deepspeed'" in done.stderr
+    assert "docs/gpu.md" in done.stderr
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_runs_on_the_cpu_as_far_as_it_can(step):
     run = import_module(f"benchmarks.gpu.{step}").run

@@ -26,15 +26,25 @@ import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+try:
+    for needed in ("click", "deepspeed", "pytest"):  # by the steps, in their own processes
+        if find_spec(needed) is None:
+            raise ModuleNotFoundError(name=needed)
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-from benchmarks.gpu.place import Failed, Place, Unavailable
+    from benchmarks.gpu.place import Failed, Place, Unavailable
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"make gpu: {sys.executable} has no module {error.name!r}; take a Python that has PyTorch and what docs/gpu.md "
+        "lists (make gpu GPU_PYTHON=...), or try the steps on a CPU: make gpu-dry-run"
+    )
 
 _ROOT = Path(__file__).parents[2]
 _STEPS = (  # in the order of what they tell: name, what it asks, seconds
