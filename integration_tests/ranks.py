@@ -82,7 +82,7 @@ def backend(world_size: int) -> str:
     asked = os.environ.get(_SWITCH, "gloo")
     if asked not in ("gloo", nccl_like.BACKEND, "nccl", "nccl_shared"):
         raise ValueError(f"{_SWITCH}={asked}: must be gloo, {nccl_like.BACKEND}, nccl or nccl_shared")
-    if asked.startswith("nccl") and asked != nccl_like.BACKEND:
+    if asked in ("nccl", "nccl_shared"):
         return "nccl" if on_gpus(world_size) else "gloo"
     return asked
 

@@ -4,6 +4,7 @@
 where no part is there yet, and which optimizers can be predicted.  `Prediction` says when a stage predicts.
 """
 
+from paci_schedule.predict.clipping import clip_factor
 from paci_schedule.predict.momentum import check, expected_gradient
 from paci_schedule.predict.prediction import Prediction, Weights, interval_of
 from paci_schedule.predict.shadow import advance, piece_of
@@ -15,6 +16,7 @@ __all__ = [
     "Weights",
     "advance",
     "check",
+    "clip_factor",
     "expected_gradient",
     "interval_of",
     "piece_of",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from paci_schedule.drift import DriftMeter
-from paci_schedule.predict import Prediction
+from paci_schedule.predict import Prediction, clip_factor
 from paci_schedule.rehearse.stash import Stash
 
 __all__ = ["Stage"]
@@ -131,8 +131,7 @@ class Stage:
         if self._stash is not None:
             self._stash.begin_step()
         if square is not None:
-            # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
-            factor = torch.clamp(torch.full_like(square, limit) / (square.sqrt() + 1e-6), max=1.0)
+            factor = clip_factor(limit, square.sqrt())
             if self._prediction is not None:
                 self._prediction.factor = factor
             gradients = self._summed_gradients()

@@ -33,12 +33,13 @@ from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.options import PaciOptions
-from paci_schedule.adapters.deepspeed.prediction import build_prediction, clip_factor, note_update
+from paci_schedule.adapters.deepspeed.prediction import build_prediction, note_update
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, DataEndedError, UnsupportedError
 from paci_schedule.ops import Op, OpKind
+from paci_schedule.predict import clip_factor
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 from paci_schedule.runtime.recording import write_recording

@@ -11,13 +11,13 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from paci_schedule.adapters.deepspeed.masters import MasterWeights
 from paci_schedule.errors import UnsupportedError
-from paci_schedule.predict import Prediction, SteppedWeights, check, interval_of
+from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor, interval_of
 from paci_schedule.runtime.refusal import refuse_together
 
 if TYPE_CHECKING:
     from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
 
-__all__ = ["build_prediction", "clip_factor", "note_update"]
+__all__ = ["build_prediction", "note_update"]
 
 
 def build_prediction(
@@ -41,12 +41,6 @@ def build_prediction(
     optimizer = engine.optimizer
     has_masters = isinstance(optimizer, BF16_Optimizer)
     return Prediction(MasterWeights(optimizer, gathering) if has_masters else SteppedWeights([optimizer]), interval)
-
-
-def clip_factor(limit: float, norm: torch.Tensor) -> torch.Tensor:
-    """What gradients in fp32 are multiplied with, fp32[], so that their norm is at most `limit`."""
-    # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
-    return torch.clamp(torch.full_like(norm, limit) / (norm + 1e-6), max=1.0)
 
 
 def note_update(engine: PaciPipelineEngine, prediction: Prediction) -> None:
