@@ -17,9 +17,9 @@ from paci_schedule.cli.printing import print_json, screen
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["rehearse"]
+__all__ = ["MODELS", "rehearse"]
 
-_MODELS = {
+MODELS = {
     "tiny": {"layers": 8, "width": 48, "context": 64, "micro_batch": 4, "updates": 800, "lr": 4e-3},
     "small": {"layers": 12, "width": 384, "context": 256, "micro_batch": 8, "updates": 2000, "lr": 1e-3},
 }
@@ -46,11 +46,15 @@ _MODELS = {
 @click.option("--model", default="tiny", metavar="NAME", help="tiny or small: defaults of the next six (tiny).")
 @click.option("--layers", type=int, metavar="L", help="Blocks.")
 @click.option("--width", type=int, metavar="W", help="Of the model, a multiple of 12.")
-@click.option("--context", type=int, metavar="T", help="Characters of a sequence.")
+@click.option("--context", type=int, metavar="T", help="Tokens of a sequence.")
 @click.option("--micro-batch", type=int, metavar="S", help="Sequences of a micro-batch.")
 @click.option("--updates", type=int, metavar="N", help="Of a run at equal tokens.")
 @click.option("--lr", type=float, metavar="RATE", help="The highest learning rate; Muon's is 5 times it.")
 @click.option("--optimizer", default="adamw", metavar="NAME", help="adamw, nadam or muon (adamw).")
+@click.option("--dtype", default="fp32", metavar="NAME", help="Of the weights: fp32, or bf16 with fp32 masters (fp32).")
+@click.option(
+    "--vocabulary", type=click.IntRange(0), default=0, metavar="V", help="Of a byte-pair encoding; 0: characters (0)."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the weights and the data (0).")
 @click.option("--device", metavar="NAME", help="cpu, cuda, ... (a GPU if there is one).")
 @click.option(
@@ -62,6 +66,7 @@ def rehearse(
     schedules: str,
     prediction: str,
     model: str,
+    vocabulary: int,
     device: str | None,
     output: Path | None,
     as_json: bool,
@@ -71,10 +76,10 @@ def rehearse(
 
     The order of computation is that of the engines, so the losses are theirs; only the time is not.
     """
-    if model not in _MODELS:
-        raise ConfigError(f"model={model!r}: must be one of {nearest(model, _MODELS)}")
+    if model not in MODELS:
+        raise ConfigError(f"model={model!r}: must be one of {nearest(model, MODELS)}")
     spec = PipelineSpec(stages=given["stages"], accumulation=given["accumulation"])
-    chosen = _MODELS[model] | {name: value for name, value in given.items() if value is not None}
+    chosen = MODELS[model] | {name: value for name, value in given.items() if value is not None}
     try:
         import torch
     except ImportError:
@@ -85,7 +90,7 @@ def rehearse(
 
     asked = pairs(spec, schedules.split(","), prediction.split(","))
     settings = Settings(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **chosen)
-    corpus = Text(text, settings.context, _device(settings.device))
+    corpus = Text(text, settings.context, _device(settings.device), vocabulary)
     total = 0
     for name, _ in asked:
         fewer = batches_of(name, settings)

@@ -52,6 +52,8 @@ def advance(
             for left in reversed(range(windows)):
                 # SGD with foreach and Nesterov's momentum writes into its gradients.
                 for weight, part in zip(moved, copied(parts) if left else parts, strict=True):
+                    if weight.dtype != part.dtype:  # an optimizer that keeps fp32 masters in its state
+                        weight.grad_dtype = part.dtype
                     weight.grad = part
                 type(optimizer).step(shadow)
 

@@ -1,49 +1,53 @@
-"""Characters of a text file as training and validation data; the last tenth is for validation."""
+"""The tokens of a text file as training and validation data; its last tenth is for validation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from paci_schedule.errors import ConfigError
+from paci_schedule.errors import ConfigError, UnsupportedError
 
 __all__ = ["Text"]
 
 _VALIDATION_SEED = 5
+_LEAST = 257  # tokens of a byte-pair encoding
 
 
 class Text:
-    """A text, cut into windows of `context` characters and the characters after them.
+    """A text, cut into windows of `context` tokens and the tokens after them.
 
     Args:
         path: a file in UTF-8.
-        context: characters of a window.
+        context: tokens of a window.
         device: where the windows shall be.
+        vocabulary: 0 for a token for each character; else the size of a byte-pair encoding, at least 257, which is
+            trained on what is not for validation.
 
     Raises:
-        ConfigError: it cannot be read, or its last tenth is too short for a window.
+        ConfigError: it cannot be read, its last tenth is too short for a window, or the vocabulary is too small.
+        UnsupportedError: a byte-pair encoding, without the package that trains it.
 
     Attributes:
-        vocabulary: how many different characters there are.
+        vocabulary: how many different tokens there are.
     """
 
-    def __init__(self, path: Path, context: int, device: torch.device) -> None:
+    def __init__(self, path: Path, context: int, device: torch.device, vocabulary: int = 0) -> None:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"text={str(path)!r}: cannot be read ({error}); give a text file in UTF-8") from None
-        characters = {character: number for number, character in enumerate(sorted(set(text)))}
-        ids = torch.tensor([characters[character] for character in text], dtype=torch.int64)
-        start = len(ids) * 9 // 10
-        if len(ids) - start < context + 2:
+        cut = len(text) * 9 // 10
+        encode, self.vocabulary = _bytes_pairs(text[:cut], vocabulary) if vocabulary else _characters(text)
+        training, validation = (torch.tensor(encode(part), dtype=torch.int64) for part in (text[:cut], text[cut:]))
+        if len(validation) < context + 2:
             raise ConfigError(
-                f"text={str(path)!r} has {len(ids)} characters: its last tenth, for validation, must be longer than a "
-                f"context of {context}; give a longer text, or a shorter context"
+                f"text={str(path)!r} has {len(training) + len(validation)} tokens: its last tenth, for validation, "
+                f"must be longer than a context of {context}; give a longer text, or a shorter context"
             )
-        self.vocabulary = len(characters)
         self._context = context
-        self._training, self._validation = ids[:start].to(device), ids[start:].to(device)
+        self._training, self._validation = training.to(device), validation.to(device)
 
     def micro_batch(self, seed: int, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels, int64[size, context] each, the same for the same seed and index."""
@@ -58,3 +62,23 @@ class Text:
         starts = torch.randint(len(ids) - self._context - 1, (size, 1), generator=generator)
         places = (starts + torch.arange(self._context)).to(ids.device, non_blocking=True)
         return ids[places], ids[places + 1]
+
+
+_Encode = Callable[[str], list[int]]
+
+
+def _characters(text: str) -> tuple[_Encode, int]:
+    ids = {character: number for number, character in enumerate(sorted(set(text)))}
+    return lambda part: [ids[character] for character in part], len(ids)
+
+
+def _bytes_pairs(text: str, vocabulary: int) -> tuple[_Encode, int]:
+    if vocabulary < _LEAST:
+        raise ConfigError(f"vocabulary={vocabulary}: must be at least {_LEAST}, the bytes and one pair; 0: characters")
+    try:
+        from tokenizers import ByteLevelBPETokenizer
+    except ImportError:
+        raise UnsupportedError("a byte-pair encoding needs the package tokenizers; pip install tokenizers") from None
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), vocabulary, show_progress=False)
+    return lambda part: tokenizer.encode(part).ids, tokenizer.get_vocab_size()

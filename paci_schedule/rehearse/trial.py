@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.rehearse import gpt
+from paci_schedule.rehearse.masters import with_masters
 from paci_schedule.rehearse.run import rehearse
 from paci_schedule.rehearse.text import Text
 
 __all__ = ["Settings", "Trial", "run"]
 
 _OPTIMIZERS = ("adamw", "nadam", "muon")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VALIDATION_WINDOWS, _VALIDATION_BATCH = 400, 50
 _WARM_UP, _FLOOR = 400, 0.1  # micro-batches until the full rate; share of it that is left in the end
 _BETAS, _DECAY, _CLIP, _MUON_RATE = (0.9, 0.95), 0.1, 1.0, 5.0
@@ -39,6 +41,8 @@ class Settings:
     lr: float
     """The highest learning rate; Muon's matrices take 5 times as much."""
     optimizer: str
+    dtype: str
+    """Of the weights and activations: "fp32", or "bf16" with fp32 masters and sums of gradients."""
     seed: int
     device: str
 
@@ -50,6 +54,8 @@ class Settings:
             raise ConfigError(f"lr={self.lr}: must be more than 0")
         if self.optimizer not in _OPTIMIZERS:
             raise ConfigError(f"optimizer={self.optimizer!r}: must be one of {nearest(self.optimizer, _OPTIMIZERS)}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r}: must be one of {nearest(self.dtype, _DTYPES)}")
         if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
             raise ConfigError(
                 f"optimizer='muon': torch {torch.__version__} has none; take torch 2.9 or later, or adamw"
@@ -100,7 +106,7 @@ def run(
     stages = gpt.stages(
         settings.stages, settings.layers, settings.width, settings.context, text.vocabulary, settings.seed
     )
-    stages = [stage.to(settings.device) for stage in stages]
+    stages = [stage.to(settings.device, _DTYPES[settings.dtype]) for stage in stages]
     optimizers = [_optimizers(settings, stage) for stage in stages]
     per_batch = settings.accumulation if schedule == "pipedream" else 1
     share = _share(updates * per_batch, _WARM_UP * per_batch // settings.accumulation)
@@ -142,15 +148,16 @@ def run(
 
 def _optimizers(settings: Settings, stage: nn.Module) -> list[Optimizer]:
     others, rest = list(stage.parameters()), {"betas": _BETAS, "weight_decay": _DECAY}
+    kept = (lambda base: base) if settings.dtype == "fp32" else with_masters
     if settings.optimizer == "nadam":
-        return [torch.optim.NAdam(others, lr=settings.lr, decoupled_weight_decay=True, **rest)]
+        return [kept(torch.optim.NAdam)(others, lr=settings.lr, decoupled_weight_decay=True, **rest)]
     if settings.optimizer == "adamw":
-        return [torch.optim.AdamW(others, lr=settings.lr, **rest)]
+        return [kept(torch.optim.AdamW)(others, lr=settings.lr, **rest)]
     matrices = gpt.hidden_matrices(stage)
     others = [parameter for parameter in others if all(parameter is not matrix for matrix in matrices)]
     return [
-        torch.optim.Muon(matrices, lr=_MUON_RATE * settings.lr, weight_decay=_DECAY),
-        torch.optim.AdamW(others, lr=settings.lr, **rest),
+        kept(torch.optim.Muon)(matrices, lr=_MUON_RATE * settings.lr, weight_decay=_DECAY),
+        kept(torch.optim.AdamW)(others, lr=settings.lr, **rest),
     ]
 
 
@@ -167,7 +174,7 @@ def _share(updates: int, warm_up: int) -> Callable[[int], float]:
 
 
 def _loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(output.flatten(0, 1), labels.flatten())
+    return nn.functional.cross_entropy(output.flatten(0, 1).float(), labels.flatten())
 
 
 @torch.no_grad()

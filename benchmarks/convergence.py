@@ -1,0 +1,194 @@
+"""Loss per token of each schedule at its own best learning rate: rehearsals over a grid of rates and seeds.
+
+    python -m benchmarks.convergence --text input.txt --optimizer adamw --rates 4e-3,8e-3,1.6e-2 --seeds 0 \
+        --variants flush,paci,paci:every --results runs.jsonl
+    python -m benchmarks.convergence --results runs.jsonl
+
+A *variant* is a schedule, for PACI with its prediction behind a colon.  Every run is a line of the results; a run that
+has a line already is not repeated, so that a study can be interrupted, extended and shared between processes.  Without
+a text nothing is run.  At the end the table of all results is printed, in Markdown.
+
+The rate of a variant is chosen by the seeds that all its rates have been run with; all seeds at that rate count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paci_schedule.cli.rehearse import MODELS
+from paci_schedule.rehearse import SCHEDULES
+from paci_schedule.rehearse.text import Text
+from paci_schedule.rehearse.trial import Settings, run
+
+Run = Mapping[str, Any]
+
+_POINTS = 100  # of a run's training curve that are kept
+_SHAPE = "text", "vocabulary", "stages", "accumulation", "layers", "width", "micro_batches", "dtype", "optimizer"
+_COLUMNS = (
+    *("text", "P", "a", "optimizer", "dtype", "schedule", "prediction", "rate (of)", "seeds", "validation loss"),
+    *("minus flush's", "sooner at flush's loss", "ideal"),
+)
+_SETTINGS = *_SHAPE, "context", "micro_batch", "schedule", "prediction", "length", "lr", "seed"
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    if arguments.text is not None:
+        for wanted in _wanted(arguments):
+            if all(_key(wanted) != _key(each) for each in _read(arguments.results)):
+                line = json.dumps(_train(wanted, arguments.text))
+                with arguments.results.open("a") as file:
+                    file.write(line + "\n")
+    for line in table(_read(arguments.results)):
+        print(line)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines, read and added to")
+    parser.add_argument("--text", type=Path, help="to train on, UTF-8; its last tenth is for validation")
+    parser.add_argument("--vocabulary", type=int, default=0, help="of a byte-pair encoding; 0 takes characters")
+    parser.add_argument("--stages", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--micro-batches", type=int, default=6400, help="of a run of length 1")
+    parser.add_argument("--dtype", default="fp32", help="fp32, or bf16 with fp32 masters")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--variants", type=_words, default=["flush", "paci", "paci:every"])
+    parser.add_argument("--lengths", type=_numbers, default=[1.0], help="of a run, relative")
+    parser.add_argument("--rates", type=_numbers, default=[4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--seeds", type=_numbers, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(each) for each in text.split(",")]
+
+
+def _read(results: Path) -> list[Run]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    return tuple(run[name] for name in _SETTINGS)
+
+
+def _wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The settings of all runs that were asked for."""
+    common = {name: getattr(arguments, name) for name in _SHAPE if name != "text"}
+    common |= {"text": arguments.text.stem} | {name: MODELS["tiny"][name] for name in ("context", "micro_batch")}
+    grid = itertools.product(arguments.seeds, arguments.lengths, arguments.rates, arguments.variants)
+    for seed, length, rate, variant in grid:
+        schedule, _, prediction = variant.partition(":")
+        when = int(prediction) if prediction.isdecimal() else prediction or "off"
+        yield {**common, "schedule": schedule, "prediction": when, "length": length, "lr": rate, "seed": int(seed)}
+
+
+def _train(wanted: Run, path: Path) -> dict[str, Any]:
+    """Run it; what it came to, beside its settings."""
+    updates = round(wanted["micro_batches"] * wanted["length"] / wanted["accumulation"])
+    fields = "stages", "accumulation", "layers", "width", "context", "micro_batch", "dtype", "lr", "optimizer", "seed"
+    settings = Settings(updates=updates, device="cpu", **{name: wanted[name] for name in fields})
+    text = Text(path, settings.context, torch.device("cpu"), wanted["vocabulary"])
+    found = asdict(run(settings, text, wanted["schedule"], wanted["prediction"], updates, lambda: None))
+    each = -(-len(found["losses"]) // _POINTS)
+    curve = [round(statistics.fmean(found["losses"][at : at + each]), 4) for at in range(0, len(found["losses"]), each)]
+    return {
+        **wanted,
+        "updates": updates,
+        "validation": round(found["validation"], 4),
+        "drift": max(found["drift"]),
+        "seconds": round(found["seconds"]),
+        "curve": curve,
+        "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
+    }
+
+
+def table(runs: Iterable[Run]) -> Iterator[str]:
+    """Markdown: a row for each variant, at its best rate, beside what else was run with the same model and data."""
+    by_shape: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for each in runs:
+        by_shape[tuple(each[name] for name in _SHAPE)].append(each)
+    yield "| " + " | ".join(_COLUMNS) + " |"
+    yield "|" + "---|" * len(_COLUMNS)
+    for shape, several in by_shape.items():
+        named = dict(zip(_SHAPE, shape, strict=True))
+        text = f"{named['text']}{', BPE ' + str(named['vocabulary']) if named['vocabulary'] else ''}"
+        head = [text, named["stages"], named["accumulation"], named["optimizer"], named["dtype"]]
+        yield from ("| " + " | ".join(map(str, [*head, *row])) + " |" for row in _rows(several))
+
+
+def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
+    by_variant: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for each in runs:
+        by_variant[each["schedule"], each["prediction"]].append(each)
+    flush = _at_best_rate(by_variant.get(("flush", "off"), []))
+    for (schedule, prediction), several in by_variant.items():
+        best = _at_best_rate(several)
+        whole = {each["seed"]: each["validation"] for each in best if each["length"] == 1}
+        if not whole:
+            continue
+        rates = sorted({each["lr"] for each in several})
+        losses = list(whole.values())
+        spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
+        row = [schedule, prediction, f"{best[0]['lr']:g} ({', '.join(f'{rate:g}' for rate in rates)})"]
+        row += [", ".join(map(str, sorted(whole))), f"{statistics.fmean(losses):.4f}{spread}"]
+        base = {each["seed"]: each["validation"] for each in flush if each["length"] == 1}
+        both = sorted(set(base) & set(whole))
+        row.append(f"{statistics.fmean(whole[seed] - base[seed] for seed in both):+.4f}" if both else "")
+        yield row + (_speed_up(flush, best) if schedule != "flush" else ["1", "1"])
+
+
+def _at_best_rate(runs: Sequence[Run]) -> list[Run]:
+    """Of one variant: the runs with the rate whose mean loss is least on the seeds that all rates have."""
+    seeds: dict[float, dict[int, float]] = defaultdict(dict)
+    for each in runs:
+        if each["length"] == 1:
+            seeds[each["lr"]][each["seed"]] = each["validation"]
+    if not seeds:
+        return []
+    common = set.intersection(*(set(found) for found in seeds.values()))
+    best = min(seeds, key=lambda rate: statistics.fmean(seeds[rate][seed] for seed in common))
+    return [each for each in runs if each["lr"] == best]
+
+
+def _speed_up(flush: Sequence[Run], runs: Sequence[Run]) -> list[str]:
+    """How much sooner the mean loss is flush's, in ideal time, by the shortest run that gets there; and the ideal."""
+    base = {each["seed"]: each for each in flush if each["length"] == 1}
+    reached = []
+    for length in sorted({each["length"] for each in runs}):
+        found = {each["seed"]: each for each in runs if each["length"] == length}
+        both = sorted(set(base) & set(found))
+        if both and sum(found[seed]["validation"] - base[seed]["validation"] for seed in both) <= 0:
+            reached.append(_ideal_time(base[both[0]]) / _ideal_time(found[both[0]]))
+    whole = {**runs[0], "length": 1}
+    ideal = _ideal_time({**whole, "schedule": "flush"}) / _ideal_time(whole)
+    return [f"{max(reached):.3f}" if reached else "not reached", f"{ideal:.3f}"]
+
+
+def _ideal_time(run: Run) -> float:
+    """In forwards and backwards of a micro-batch, if all stages are equally long and updates cost nothing."""
+    bubble = run["stages"] - 1 if SCHEDULES[run["schedule"]].schedule.flushes else 0
+    return run["micro_batches"] * run["length"] * (1 + bubble / run["accumulation"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Low-precision weights with fp32 masters, as mixed-precision engines keep them: native bf16 for a rehearsal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["with_masters"]
+
+
+def with_masters(base: type[Optimizer]) -> type[Optimizer]:
+    """An optimizer class that is `base` on fp32 copies of its parameters, which it casts back after each step.
+
+    The parameters' gradients are summed in fp32.  Of use where `base` treats every parameter by itself, as a prediction
+    wants it too.
+
+    Raises:
+        UnsupportedError: this torch cannot sum the gradients of a low-precision parameter in fp32.
+    """
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise UnsupportedError(
+            f"torch {torch.__version__} sums the gradients of a bf16 weight in bf16, which no engine does; take torch "
+            "2.10 or later, or fp32 weights"
+        )
+
+    class WithMasters(base):
+        def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+            super().__init__(params, *args, **kwargs)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad_dtype = torch.float32
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            kept, self.state = self.state, defaultdict(dict)
+            working = [group["params"] for group in self.param_groups]
+            for group, parameters in zip(self.param_groups, working, strict=True):
+                group["params"] = [self._master(parameter, kept) for parameter in parameters if _has_part(parameter)]
+            super().step()
+            for group, parameters in zip(self.param_groups, working, strict=True):
+                stepped = filter(_has_part, parameters)
+                for parameter, master in zip(stepped, group["params"], strict=True):
+                    parameter.copy_(master)
+                    kept[parameter] = {**self.state[master], "master": master}
+                    master.grad = None
+                group["params"] = parameters
+            self.state = kept
+
+        def _master(self, parameter: torch.Tensor, kept: dict[torch.Tensor, dict[str, Any]]) -> torch.Tensor:
+            state = dict(kept[parameter])
+            master = state.pop("master", None)
+            if master is None:
+                master = parameter.float()
+            master.grad = parameter.grad
+            if state:
+                self.state[master] = state
+            return master
+
+    return WithMasters
+
+
+def _has_part(parameter: torch.Tensor) -> bool:
+    return parameter.grad is not None
