@@ -76,6 +76,26 @@ def test_every_schedule_and_optimizer_runs(paci, text, name, optimizer):
     assert run["validation"] < 3
 
 
+def test_native_bf16_and_a_byte_pair_encoding(paci, text):
+    found = {}
+    for more in ("", "--dtype bf16", "--vocabulary 260"):
+        line = f"rehearse {SIZES} --context 4 --schedules paci --prediction every {more} --json --text"
+        code, out, err = paci(line, text)
+        assert (code, err) == (0, "")
+        found[more] = json.loads(out)["runs"][0]["equal_tokens"]["validation"]
+    characters, bf16, pairs_of_bytes = found.values()
+    assert 0 < abs(bf16 - characters) < 0.02
+    assert characters < math.log(15) < pairs_of_bytes < 1.1 * math.log(260)
+
+
+def test_a_byte_pair_encoding_learns_from_the_training_text_only(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ab" * 900 + " cd" * 100)
+    text = Text(path, 8, torch.device("cpu"), vocabulary=300)
+    assert text.micro_batch(0, 0, 50)[0].unique().tolist() == [257]  # the bytes, "ab", " ab"
+    assert len(text.validation(50)[0].unique()) == 3  # " ", "c" and "d"
+
+
 def test_a_table_and_a_picture(paci, text, tmp_path):
     picture = tmp_path / "curves.png"
     code, out, _ = paci(f"rehearse {SIZES} --output {picture} --text", text)
@@ -106,6 +126,8 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
     ("--context 999", "has 1280 tokens"),
     ("--updates 0", "updates=0"),
     ("--lr 0", "lr=0"),
+    ("--dtype fp8", "dtype='fp8'"),
+    ("--vocabulary 100", "vocabulary=100: must be at least 257"),
     ("--device abacus", "device='abacus'"),
     ("--text missing.txt", "missing.txt"),
 ])

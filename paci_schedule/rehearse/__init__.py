@@ -4,6 +4,7 @@
 weights are those that the engines would come to.
 """
 
+from paci_schedule.rehearse.masters import with_masters
 from paci_schedule.rehearse.run import SCHEDULES, Update, rehearse
 
-__all__ = ["SCHEDULES", "Update", "rehearse"]
+__all__ = ["SCHEDULES", "Update", "rehearse", "with_masters"]

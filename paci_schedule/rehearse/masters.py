@@ -13,6 +13,8 @@ from paci_schedule.errors import UnsupportedError
 
 __all__ = ["with_masters"]
 
+_SUMS_IN_FP32 = hasattr(torch.Tensor, "grad_dtype")
+
 
 def with_masters(base: type[Optimizer]) -> type[Optimizer]:
     """An optimizer class that is `base` on fp32 copies of its parameters, which it casts back after each step.
@@ -23,7 +25,7 @@ def with_masters(base: type[Optimizer]) -> type[Optimizer]:
     Raises:
         UnsupportedError: this torch cannot sum the gradients of a low-precision parameter in fp32.
     """
-    if not hasattr(torch.Tensor, "grad_dtype"):
+    if not _SUMS_IN_FP32:
         raise UnsupportedError(
             f"torch {torch.__version__} sums the gradients of a bf16 weight in bf16, which no engine does; take torch "
             "2.10 or later, or fp32 weights"

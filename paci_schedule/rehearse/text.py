@@ -41,7 +41,7 @@ class Text:
         cut = len(text) * 9 // 10
         encode, self.vocabulary = _bytes_pairs(text[:cut], vocabulary) if vocabulary else _characters(text)
         training, validation = (torch.tensor(encode(part), dtype=torch.int64) for part in (text[:cut], text[cut:]))
-        if len(validation) < context + 2:
+        if min(len(training), len(validation)) < context + 2:
             raise ConfigError(
                 f"text={str(path)!r} has {len(training) + len(validation)} tokens: its last tenth, for validation, "
                 f"must be longer than a context of {context}; give a longer text, or a shorter context"
