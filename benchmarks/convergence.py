@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from paci_schedule.cli.rehearse import MODELS
 from paci_schedule.rehearse import SCHEDULES
@@ -35,10 +36,13 @@ Run = Mapping[str, Any]
 
 _POINTS = 100  # of a run's training curve that are kept
 _SHAPE = "text", "vocabulary", "stages", "accumulation", "layers", "width", "micro_batches", "dtype", "optimizer"
+_NAMES = {"flush": "1F1B with flush", "paci": "PACI", "paci-stash": "PACI with a stash", "pipedream": "PipeDream",
+          "pipedream-2bw": "PipeDream-2BW"}
 _COLUMNS = (
     *("text", "P", "a", "optimizer", "dtype", "schedule", "prediction", "rate (of)", "seeds", "validation loss"),
     *("minus flush's", "sooner at flush's loss", "ideal"),
 )
+_SHOWN = "stages", "accumulation", "optimizer", "dtype"
 _SETTINGS = *_SHAPE, "context", "micro_batch", "schedule", "prediction", "length", "lr", "seed"
 
 
@@ -51,8 +55,11 @@ def main() -> None:
                 line = json.dumps(_train(wanted, arguments.text))
                 with arguments.results.open("a") as file:
                     file.write(line + "\n")
-    for line in table(_read(arguments.results)):
+    runs = _read(arguments.results)
+    for line in table(runs):
         print(line)
+    if arguments.plot is not None:
+        draw([each for each in runs if all(each[name] == getattr(arguments, name) for name in _SHOWN)], arguments.plot)
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,6 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=_numbers, default=[1.0], help="of a run, relative")
     parser.add_argument("--rates", type=_numbers, default=[4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--seeds", type=_numbers, default=[0])
+    parser.add_argument("--plot", type=Path, help="draw the runs of this P, a, optimizer and dtype at their best rates")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -137,9 +145,7 @@ def table(runs: Iterable[Run]) -> Iterator[str]:
 
 
 def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
-    by_variant: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    for each in runs:
-        by_variant[each["schedule"], each["prediction"]].append(each)
+    by_variant = _by_variant(runs)
     flush = _at_best_rate(by_variant.get(("flush", "off"), []))
     for (schedule, prediction), several in by_variant.items():
         best = _at_best_rate(several)
@@ -155,6 +161,13 @@ def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
         both = sorted(set(base) & set(whole))
         row.append(f"{statistics.fmean(whole[seed] - base[seed] for seed in both):+.4f}" if both else "")
         yield row + (_speed_up(flush, best) if schedule != "flush" else ["1", "1"])
+
+
+def _by_variant(runs: Iterable[Run]) -> dict[tuple[Any, ...], list[Run]]:
+    by_variant: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for each in runs:
+        by_variant[each["schedule"], each["prediction"]].append(each)
+    return by_variant
 
 
 def _at_best_rate(runs: Sequence[Run]) -> list[Run]:
@@ -188,6 +201,28 @@ def _ideal_time(run: Run) -> float:
     """In forwards and backwards of a micro-batch, if all stages are equally long and updates cost nothing."""
     bubble = run["stages"] - 1 if SCHEDULES[run["schedule"]].schedule.flushes else 0
     return run["micro_batches"] * run["length"] * (1 + bubble / run["accumulation"])
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Write a picture of the training losses against tokens and against ideal time, each variant at its best rate."""
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    tokens, time = figure.subplots(1, 2, sharey=True)
+    for (schedule, prediction), several in _by_variant(runs).items():
+        best = [each for each in _at_best_rate(several) if each["length"] == 1]
+        first = min(best, key=lambda each: each["seed"])
+        label = _NAMES[schedule] + ("" if prediction == "off" else f", prediction \"{prediction}\"")
+        ends = [(number + 1) / len(first["curve"]) for number in range(len(first["curve"]))]
+        amount = first["micro_batches"] * first["micro_batch"] * first["context"] * 1e-6
+        hours = _ideal_time(first) / first["micro_batches"]
+        tokens.plot([end * amount for end in ends], first["curve"], label=label)
+        time.plot([end * hours for end in ends], first["curve"], label=label)
+    lowest = min(min(each["curve"]) for each in runs)
+    tokens.set(xlabel="tokens (millions)", ylabel="training loss (nats)", ylim=(lowest - 0.05, lowest + 1))
+    time.set(xlabel="ideal time (PACI's whole run is 1)")
+    for axis in (tokens, time):
+        axis.grid(alpha=0.3)
+    time.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

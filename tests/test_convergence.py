@@ -1,0 +1,80 @@
+"""The study's table: each variant at its own best rate, and how much sooner it comes to flush's loss."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import convergence
+
+SHAPE = {
+    "text": "text", "vocabulary": 0, "stages": 8, "accumulation": 8, "layers": 8, "width": 48, "micro_batches": 6400,
+    "dtype": "fp32", "optimizer": "adamw", "context": 64, "micro_batch": 4,
+}
+
+
+def a_run(validation, schedule="flush", prediction="off", length=1.0, lr=0.01, seed=0, **more):
+    return {**SHAPE, "schedule": schedule, "prediction": prediction, "length": length, "lr": lr, "seed": seed,
+            "validation": validation, "curve": [3.0, validation], **more}
+
+
+def rows(runs):
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in convergence.table(runs))
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_each_variant_has_its_own_best_rate_chosen_by_the_seeds_that_all_rates_have():
+    flush = [a_run(2.0, lr=0.01), a_run(1.9, lr=0.02), a_run(1.8, lr=0.02, seed=1), a_run(1.0, lr=0.01, seed=2)]
+    paci = [a_run(1.95, "paci", lr=0.01), a_run(2.1, "paci", lr=0.02)]
+    first, second = rows(flush + paci)
+    assert first["rate (of)"] == "0.02 (0.01, 0.02)"
+    assert first["seeds"] == "0, 1"
+    assert first["validation loss"] == "1.8500 (1.8000 to 1.9000)"
+    assert (second["rate (of)"], second["minus flush's"]) == ("0.01 (0.01, 0.02)", "+0.0500")
+
+
+def test_a_loss_is_compared_on_the_same_seeds():
+    flush, paci = rows([a_run(2.0), a_run(3.0, seed=1), a_run(2.2, "paci")])
+    assert (flush["minus flush's"], paci["minus flush's"]) == ("+0.0000", "+0.2000")
+
+
+def test_sooner_counts_the_shortest_run_that_comes_to_flushs_loss():
+    flush = a_run(2.0)
+    longer = [a_run(2.01, "paci"), a_run(1.99, "paci", length=1.1), a_run(1.95, "paci", length=1.2)]
+    assert rows([flush, *longer])[1]["sooner at flush's loss"] == f"{1.875 / 1.1:.3f}"
+    assert rows([flush, longer[0]])[1]["sooner at flush's loss"] == "not reached"
+    assert rows([flush, a_run(2.0, "paci")])[1]["sooner at flush's loss"] == "1.875"
+
+
+def test_other_models_and_texts_are_other_tables():
+    runs = [a_run(2.0), a_run(1.0, accumulation=4), a_run(2.2, "paci"), a_run(1.1, "paci", accumulation=4)]
+    assert [(row["a"], row["minus flush's"], row["ideal"]) for row in rows(runs) if row["schedule"] == "paci"] == [
+        ("8", "+0.2000", "1.875"), ("4", "+0.1000", "2.750")]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "goes.txt"
+    text.write_text("so it goes, and goes, and goes. " * 80)
+
+    def run(*more):
+        line = f"--results {tmp_path / 'runs.jsonl'} --layers 2 --stages 2 --accumulation 2 --width 12 --micro-batches 8"
+        monkeypatch.setattr(sys, "argv", ["convergence", *line.split(), *more])
+        convergence.main()
+        return [json.loads(each) for each in (tmp_path / "runs.jsonl").read_text().splitlines()]
+
+    return lambda *more: run("--text", str(text), *more), run
+
+
+def test_a_study_goes_on_where_it_was_interrupted(study, tmp_path):
+    train, read = study
+    first = train("--rates", "1e-3", "--variants", "flush,paci:every")
+    more = train("--rates", "1e-3,2e-3", "--variants", "flush,paci:every", "--lengths", "1,0.5")
+    assert [(run["schedule"], run["prediction"]) for run in first] == [("flush", "off"), ("paci", "every")]
+    assert more[:2] == first
+    assert len(more) == 8
+    assert [run["updates"] for run in more] == [4, 4, 4, 4, 2, 2, 2, 2]
+    assert len({(run["schedule"], run["lr"], run["length"]) for run in more}) == 8
+    picture = tmp_path / "curves.svg"
+    assert read("--plot", str(picture)) == more
+    assert "1F1B with flush" in picture.read_text()
