@@ -15,7 +15,9 @@ from torch import nn
 from integration_tests import deepspeed_job, jobs, late_job, late_oracle, ranks, replica_oracle
 from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
+from integration_tests.test_deepspeed_replicas import follow_all
 from integration_tests.test_rehearse import rehearsed
+from paci_schedule.adapters.deepspeed import masters
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.prediction import build_prediction
 from paci_schedule.drift import drift_of
@@ -254,7 +256,8 @@ REFERENCED = {
     "ZeRO-1, fp32, every": predicting("every", 3, 2, MIXED, config=ZERO, warmup=True, optimizer="groups"),
     "ZeRO-1, fp32, window, clipping": predicting("window", 3, 1, MIXED, config=ZERO, clip=0.4),
     "ZeRO-1, bf16, window": predicting("window", 3, 3, MIXED, config=ZERO, precision="bf16-bf16", optimizer="groups"),
-    "ZeRO-1, bf16, every second, clipping": predicting(2, 3, 1, MIXED, config=ZERO, precision="bf16-bf16", clip=0.6),
+    "ZeRO-1, bf16, every second, clipping, a stage without parameters": predicting(
+        2, 3, 1, MIXED, model="hollow", config=ZERO, precision="bf16-bf16", clip=0.6),
     "ZeRO-Offload, fp32, every": predicting("every", 3, 2, config=OFFLOAD),
     "ZeRO-Offload, bf16, window, clipping": predicting("window", 3, 2, config=OFFLOAD, precision="bf16-bf16",
                                                        clip=0.6),
@@ -378,12 +381,8 @@ def poison_third_update(engine):
 
 
 def on_four_ranks(folder):
-    followed = {}
-    for name, job in REPLICATED.items():
-        engine = late_job.build(job)
-        mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
-        followed[name] = deepspeed_job.follow(engine, mine, "paci", f"{folder}/{name}")
-    return followed
+    with mock.patch.object(masters, "PIECE", 100):  # masters are gone through in pieces, which changes nothing
+        return follow_all(REPLICATED, folder)
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +428,15 @@ def test_replicas_predict_each_from_its_own_part(name, on_four):
     expected = replica_oracle.run(REPLICATED[name], 2, kind=PredictingReference)
     for replica in range(2):
         deepspeed_job.assert_equal([followed[name] for followed in on_four[replica::2]], expected)
+
+
+def test_predictions_ask_only_the_replicas_of_a_stage(on_four):
+    """Every collective of two steady batches; tied weights have an asynchronous one of their own, in the pipeline."""
+    for rank, followed in enumerate(on_four):
+        for name, result in followed.items():
+            tied = {(rank % 2, 2 + rank % 2)} if "tied" in name else set()
+            spans = {tuple(members) for _, members in result["collectives"] if len(members) > 1}
+            assert spans == {tuple(result["group"]), *tied}, name
 
 
 @pytest.mark.parametrize("value", ["evry", 0, True, 1.5, None], ids=repr)

@@ -43,12 +43,12 @@ def why_not_ahead(optimizer: Optimizer, spec: PipelineSpec) -> Iterator[str]:
         yield (
             f"{name} with {spec.accumulation} micro-batches an update on {spec.stages} stages: a prediction may be "
             f"{ahead} updates ahead, and its kernel, which multiplies up the betas from step to step, would lose "
-            f"count; accumulate at least {spec.look_ahead(0)}, or use torch.optim's Adam"
+            f'count; accumulate at least {spec.look_ahead(0)}, or use torch.optim\'s Adam ("torch_adam": true)'
         )
     if len({tuple(group["betas"]) for group in groups}) > 1:
         yield (
             f"{name} with betas that differ between parameter groups: its kernel, which multiplies them up from step "
-            "to step for all groups, would lose count; use the same betas, or torch.optim's Adam"
+            'to step for all groups, would lose count; use the same betas, or torch.optim\'s Adam ("torch_adam": true)'
         )
 
 

@@ -108,11 +108,10 @@ def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], window
     (weight,) = group["params"]
     value, stays = weight.clone(), []
     if part is None:
-        part = expected_gradient(piece, group, weight, weight)
+        part = _expected(piece)
     else:
         for place in late:
-            sub = piece_of(piece, group, weight, place)
-            expected = expected_gradient(sub, sub.param_groups[0], *2 * sub.param_groups[0]["params"])
+            expected = _expected(piece_of(piece, group, weight, place))
             if expected is None:
                 stays.append(place)
             else:
@@ -122,3 +121,10 @@ def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], window
     for place in stays:
         value[place] = weight[place]
     return value
+
+
+def _expected(piece: Optimizer) -> torch.Tensor | None:
+    """What the momentum expects for the optimizer's only parameter."""
+    (group,) = piece.param_groups
+    (weight,) = group["params"]
+    return expected_gradient(piece, group, weight, weight)
