@@ -179,13 +179,10 @@ class _LateStage(oracle._Stage):
         self.shared = {layer.key: layer.weight for layer in shared if layer.weight.requires_grad}
         # DeepSpeed lists the shared weights first.
         ordered = nn.ModuleList(sorted(self.module, key=lambda layer: not isinstance(layer, late_job.Shared)))
-        if job.precision == "fp32":
-            kind = oracle._Updater
-        else:
-            zero = job.precision == "bf16-bf16" and "zero_optimization" in job.config
-            kind = _ZeroUpdater if zero else oracle._MasterUpdater
+        zero = job.precision != "bf16" and "zero_optimization" in job.config
+        self._fp32 = job.precision == "fp32" and not zero
+        kind = oracle._Updater if self._fp32 else _ZeroUpdater if zero else oracle._MasterUpdater
         self._updater = kind(job, ordered)
-        self._fp32 = job.precision == "fp32"
 
     def step(self) -> None:
         if self.pipe.flushing:

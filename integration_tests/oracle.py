@@ -286,18 +286,19 @@ class _Updater:
 
 
 class _MasterUpdater(_Updater):
-    """bf16 parameters over fp32 master weights, one flat tensor per group, of even length, as DeepSpeed keeps them.
+    """Parameters over fp32 master weights, one flat tensor per group, of even length, as DeepSpeed keeps them.
 
-    Gradients of each micro-batch come in bf16 and are added up in fp32 or bf16.  The sum goes over the wire between
-    replicas in `communication_data_type`, bf16 unless the config says otherwise, and is rounded to it even where there
-    is but one replica.
+    Gradients of each micro-batch come in bf16 and are added up in fp32 or bf16; under ZeRO in fp32, both are fp32.  The
+    sum goes over the wire between replicas in `communication_data_type`, the parameters' dtype unless the config says
+    otherwise, and is rounded to it even where there is but one replica.
     """
 
     def __init__(self, job: Job, module: nn.Module) -> None:
-        module.bfloat16()
-        self._sum_dtype = {"bf16": torch.float32, "bf16-bf16": torch.bfloat16}[job.precision]
+        if job.precision != "fp32":
+            module.bfloat16()
+        self._sum_dtype = {"fp32": torch.float32, "bf16": torch.float32, "bf16-bf16": torch.bfloat16}[job.precision]
         self._wire_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
-            job.config.get("communication_data_type", "bf16")
+            job.config.get("communication_data_type", job.precision[:4])
         ]
         self._flat: list[tuple[list[nn.Parameter], torch.Tensor, torch.Tensor]] = []
         super().__init__(job, module)
@@ -307,7 +308,7 @@ class _MasterUpdater(_Updater):
         for group in groups:
             pieces = [parameter.detach().flatten() for parameter in group["params"]]
             if sum(piece.numel() for piece in pieces) % 2:
-                pieces.append(torch.zeros(1, dtype=torch.bfloat16))
+                pieces.append(torch.zeros(1, dtype=pieces[0].dtype))
             master = torch.cat(pieces).float().requires_grad_()
             self._flat.append((group["params"], master, torch.zeros_like(master, dtype=self._sum_dtype)))
             group["params"] = [master]

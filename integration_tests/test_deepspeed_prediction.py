@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import math
 from unittest import mock
 
 import pytest
@@ -13,8 +15,11 @@ from torch import nn
 from integration_tests import deepspeed_job, jobs, late_job, late_oracle, ranks, replica_oracle
 from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
+from integration_tests.test_deepspeed_replicas import follow_all
 from integration_tests.test_rehearse import rehearsed
+from paci_schedule.adapters.deepspeed import masters
 from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.adapters.deepspeed.prediction import build_prediction
 from paci_schedule.drift import drift_of
 from paci_schedule.errors import ConfigError, UnsupportedError
 from paci_schedule.spec import PipelineSpec
@@ -24,10 +29,10 @@ MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2"
 
 
 def predicting(prediction, stages, accumulation, script=PACI, extra_in_flight=0, by="global", flush_warmup_steps=0,
-               **more):
+               config=(), **more):
     paci = {"prediction": prediction, "extra_in_flight": extra_in_flight, "clip": by,
             "flush_warmup_steps": flush_warmup_steps}
-    return Job(stages=stages, accumulation=accumulation, script=script, config={"paci": paci}, **more)
+    return Job(stages=stages, accumulation=accumulation, script=script, config={"paci": paci, **dict(config)}, **more)
 
 
 # ---- as a rehearsal --------------------------------------------------------------------------------------------------
@@ -153,15 +158,19 @@ class _PredictingStage(late_oracle._LateStage):
             self._write(self.module.parameters(), self._real)
             self._real = None
 
-    @staticmethod
-    def _gather(predicted, own):
+    def _gather(self, predicted, parameters, own):
         """Every replica's shard as that replica predicts it."""
         replicas = own._meeting.replicas
         shard = -(-predicted.numel() // (2 * replicas)) * 2
-        begin = own._replica * shard
+        places = list(torch.arange(predicted.numel()).split([
+            *(parameter.numel() for parameter in parameters),
+            predicted.numel() - sum(parameter.numel() for parameter in parameters)]))
+        if self._job.config.get("zero_optimization", {}).get("round_robin_gradients"):
+            places = [place for first in range(replicas) for place in places[:-1][first::replicas]] + places[-1:]
+        mine = torch.cat(places)[own._replica * shard:][:shard]
         with torch.no_grad():
-            predicted[:begin] = 0
-            predicted[begin + shard:] = 0
+            kept = predicted[mine]
+            predicted.zero_()[mine] = kept
             own._meeting.average(own._replica, [predicted], torch.float32)
             predicted.mul_(replicas)
 
@@ -169,6 +178,23 @@ class _PredictingStage(late_oracle._LateStage):
     def _write(weights, values):
         for weight, value in zip(weights, values, strict=True):
             weight.data.copy_(value)
+
+    def _expected(self, original):
+        """What Adam's momentum expects for a parameter as the optimizer knows it; None before the first update."""
+        optimizer = self._updater.optimizer
+        state, beta = optimizer.state.get(original), optimizer.param_groups[0]["betas"][0]
+        return state["exp_avg"] / (1 - beta ** state["step"]) if state else None
+
+    def _late(self, original):
+        """Which elements of it are of weights that other stages hold as well."""
+        late = [weight for key, weight in self.shared.items() if len(set(self.pipe.holders(key))) > 1]
+        for parameters, master, _ in getattr(self._updater, "_flat", ()):
+            ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
+            for parameter, end in zip(parameters, ends, strict=True):
+                if master is original and any(parameter is weight for weight in late):
+                    yield slice(end - parameter.numel(), end)
+        if any(original is weight for weight in late):
+            yield slice(None)
 
     def _predict(self, ahead):
         """Steps of an optimizer of its own, on copies, with the part for a gradient or what Adam's momentum expects."""
@@ -184,19 +210,23 @@ class _PredictingStage(late_oracle._LateStage):
         flat = {id(master): total for _, master, total in getattr(updater, "_flat", ())}
         for _ in range(ahead):
             for weight, original in zip(copies, originals, strict=True):
-                state = updater.optimizer.state.get(original)
+                expected = self._expected(original)
                 if done:
                     total = flat.get(id(original), original.grad)
                     weight.grad = None if total is None else total.float() * (self.pipe._accumulation / done)
                     if updater.factors and weight.grad is not None:
                         weight.grad.mul_(torch.tensor(updater.factors[-1]).clamp(max=1.0))
-                elif state:
-                    beta = updater.optimizer.param_groups[0]["betas"][0]
-                    weight.grad = state["exp_avg"] / (1 - beta ** state["step"])
+                    for place in self._late(original):
+                        weight.grad[place] = 0.0 if expected is None else expected[place]
+                else:
+                    weight.grad = expected
             optimizer.step()
+        for weight, original in zip(copies, originals, strict=True):
+            for place in self._late(original) if self._expected(original) is None else ():
+                weight.data[place] = original.data[place]
         if flat and isinstance(updater.reduce, replica_oracle._Reduce):
-            for predicted in copies:
-                self._gather(predicted, updater.reduce)
+            for predicted, (parameters, *_) in zip(copies, updater._flat, strict=True):
+                self._gather(predicted, parameters, updater.reduce)
         if not flat:
             self._write(originals, copies)
         for (parameters, _, _), predicted in zip(getattr(updater, "_flat", ()), copies, strict=False):
@@ -204,6 +234,11 @@ class _PredictingStage(late_oracle._LateStage):
             self._write(parameters, [piece.view_as(weight) for weight, piece in zip(parameters, pieces, strict=True)])
 
 
+ZERO = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+        "zero_allow_untested_optimizer": True}
+ROUND_ROBIN = {**ZERO, "zero_optimization": {**ZERO["zero_optimization"], "round_robin_gradients": True}}
+OFFLOAD = {"zero_optimization": {**ZERO["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
+           "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 SWITCHING = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
 REFERENCED = {
     "fp32, every": predicting("every", 3, 2, MIXED, warmup=True),
@@ -218,6 +253,22 @@ REFERENCED = {
                                                   precision="bf16"),
     "schedules change on the way": predicting("window", 3, 3, SWITCHING, clip=0.6, flush_warmup_steps=1),
     "schedules change on the way, bf16": predicting("every", 3, 3, SWITCHING, clip=0.6, precision="bf16"),
+    "ZeRO-1, fp32, every": predicting("every", 3, 2, MIXED, config=ZERO, warmup=True, optimizer="groups"),
+    "ZeRO-1, fp32, window, clipping": predicting("window", 3, 1, MIXED, config=ZERO, clip=0.4),
+    "ZeRO-1, bf16, window": predicting("window", 3, 3, MIXED, config=ZERO, precision="bf16-bf16", optimizer="groups"),
+    "ZeRO-1, bf16, every second, clipping, a stage without parameters": predicting(
+        2, 3, 1, MIXED, model="hollow", config=ZERO, precision="bf16-bf16", clip=0.6),
+    "ZeRO-Offload, fp32, every": predicting("every", 3, 2, config=OFFLOAD),
+    "ZeRO-Offload, bf16, window, clipping": predicting("window", 3, 2, config=OFFLOAD, precision="bf16-bf16",
+                                                       clip=0.6),
+    "ZeRO-Offload, bf16, fp32 sums, every": predicting("every", 3, 2, config=OFFLOAD, precision="bf16"),
+    "tied, fp32, every, clipping": predicting("every", 3, 2, MIXED, model="tied", clip=2.0),
+    "tied, fp32, window": predicting("window", 3, 3, MIXED, model="tied", optimizer="groups", warmup=True),
+    "tied, bf16, every": predicting("every", 3, 3, MIXED, model="tied", precision="bf16"),
+    "tied, bf16, window, clipping": predicting("window", 3, 1, MIXED, model="tied", precision="bf16", clip=2.5),
+    "tied, ZeRO-1, fp32, every": predicting("every", 3, 2, SWITCHING, model="tied", config=ZERO),
+    "tied, ZeRO-1, bf16, window, clipping": predicting("window", 3, 3, MIXED, model="tied", config=ZERO, clip=2.0,
+                                                       precision="bf16-bf16"),
 }
 
 
@@ -246,19 +297,25 @@ REPLICATED = {
     "bf16, every": predicting("every", 2, 2, MIXED, clip=0.4, precision="bf16"),
     "bf16, window, groups": predicting("window", 2, 3, MIXED, precision="bf16", optimizer="groups"),
     "bf16, window, slack": predicting("window", 2, 1, MIXED, precision="bf16", extra_in_flight=1),
+    "ZeRO-1, fp32, every": predicting("every", 2, 2, MIXED, config=ZERO, optimizer="groups"),
+    "ZeRO-1, bf16, window": predicting("window", 2, 3, MIXED, config=ZERO, precision="bf16-bf16"),
+    "ZeRO-1, fp32, every second, slack, round robin": predicting(2, 2, 3, config=ROUND_ROBIN, extra_in_flight=2),
+    "tied, ZeRO-1, fp32, window": predicting("window", 2, 2, ("train x5", "drain"), config=ZERO, model="tied"),
+    "tied, bf16, every": predicting("every", 2, 2, ("train x5", "drain"), precision="bf16", model="tied"),
 }
 RESUMED = {
-    precision: predicting("window", 2, 2, ("train x4", "save", "train x3", "drain"), clip=0.4, precision=precision)
-    for precision in ("fp32", "bf16")
+    name: predicting("window", 2, 2, ("train x4", "save", "train x3", "drain"), clip=0.4, **more)
+    for name, more in {"fp32": {}, "bf16": {"precision": "bf16"},
+                       "ZeRO-1": {"precision": "bf16-bf16", "config": ZERO}}.items()
 }
-OVERFLOWING = predicting("every", 2, 2, ("train x6", "drain"), precision="bf16")
-ZERO = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-        "zero_allow_untested_optimizer": True}
+OVERFLOWING = {
+    name: predicting("every", 2, 2, ("train x6", "drain"), **more)
+    for name, more in {"bf16": {"precision": "bf16"}, "ZeRO-1": {"config": ZERO}, "tied, fp32": {"model": "tied"},
+                       "tied, bf16": {"model": "tied", "precision": "bf16"}}.items()
+}
 REFUSED = {
-    "ZeRO-1": ({"config": ZERO}, ["DeepSpeedZeroOptimizer", "without ZeRO"]),
     "an optimizer that is not known": (
         {"config": {"optimizer": {"type": "Adagrad", "params": {"lr": 0.1}}}}, ["Adagrad", "AdamW", "NAdam"]),
-    "tied weights": ({"model": "tied"}, ["tied across stages", "words", "untie"]),
     "a sparse embedding": ({"optimizer": "sgd", "model": "sparse"}, ["sparse=True", "dense"]),
 }
 _LAYERS = jobs.layers
@@ -293,13 +350,21 @@ def on_two_ranks(folder):
         engine = late_job.build(rest)
         engine.load_checkpoint(f"{folder}/{name}", tag="common")
         results[name] = whole, deepspeed_job.follow(engine, rest, "paci", f"{folder}/rest")
-    engine = late_job.build(OVERFLOWING)
-    poison_third_update(engine)
-    results["overflow"] = deepspeed_job.follow(engine, OVERFLOWING, "paci", None), engine.skipped_steps
+    for name, job in OVERFLOWING.items():
+        engine = late_job.build(job)
+        poison_third_update(engine)
+        results[f"overflow, {name}"] = deepspeed_job.follow(engine, job, "paci", None), engine.skipped_steps
     for name in REFUSED:
         with mock.patch.object(late_job, "_LAYERS_OF_JOBS", sparse_layers):
             results[name] = why_not(late_job.build, refused_job(name))
+    engine = late_job.build(OVERFLOWING["ZeRO-1"])
+    engine.optimizer.dtype = torch.float16  # a CPU has no fp16 of DeepSpeed's
+    results["fp16"] = why_not(lambda job: build_prediction(engine, "every", spec_of(job), None), REPLICATED["fp32"])
     return results
+
+
+def spec_of(job):
+    return PipelineSpec(stages=job.stages, accumulation=job.accumulation)
 
 
 def poison_third_update(engine):
@@ -310,18 +375,14 @@ def poison_third_update(engine):
         run(slot)
         done.append(slot)
         if engine.stage_id == 0 and len(done) == 5:
-            engine.optimizer.fp32_groups_gradients[0][1][2] = torch.inf
+            engine._gradient(list(engine.module.parameters())[3]).view(-1)[2] = torch.inf
 
     engine._exec_backward_pass = poisoned
 
 
 def on_four_ranks(folder):
-    followed = {}
-    for name, job in REPLICATED.items():
-        engine = late_job.build(job)
-        mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
-        followed[name] = deepspeed_job.follow(engine, mine, "paci", f"{folder}/{name}")
-    return followed
+    with mock.patch.object(masters, "PIECE", 100):  # masters are gone through in pieces, which changes nothing
+        return follow_all(REPLICATED, folder)
 
 
 @pytest.fixture(scope="module")
@@ -341,18 +402,23 @@ def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update(name, on
             assert all(torch.equal(moment["weights"][key], value) for key, value in truth["weights"].items())
 
 
-def test_an_overflow_spoils_one_update_and_no_prediction(on_two):
-    """Of the stage itself: forwards on a prediction from the infinite part would spoil every update that follows."""
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_an_overflow_spoils_one_update_and_no_prediction(name, on_two):
+    """Of the stage itself: forwards on a prediction from the infinite part would spoil every update that follows.
+
+    A stage with a tied weight skips none.
+    """
     for stage, results in enumerate(on_two):
-        followed, skipped = results["overflow"]
-        assert skipped == (1 if stage == 0 else 0)
+        followed, skipped = results[f"overflow, {name}"]
+        assert skipped == (1 if stage == 0 and "tied" not in name else 0)
         assert all(value.isfinite().all() for value in followed["moments"][-1]["weights"].values())
+        assert all(math.isfinite(moment["loss"]) for moment in followed["moments"][1:-1])
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, "fp16"])
 def test_what_cannot_be_predicted_is_refused_by_name(name, on_two):
     for results in on_two:
-        for words in ['"prediction": \'every\'', '"off"', *REFUSED[name][1]]:
+        for words in ['"prediction": \'every\'', '"off"', *(REFUSED[name][1] if name in REFUSED else ["fp16"])]:
             assert words in results[name]
 
 
@@ -362,6 +428,15 @@ def test_replicas_predict_each_from_its_own_part(name, on_four):
     expected = replica_oracle.run(REPLICATED[name], 2, kind=PredictingReference)
     for replica in range(2):
         deepspeed_job.assert_equal([followed[name] for followed in on_four[replica::2]], expected)
+
+
+def test_predictions_ask_only_the_replicas_of_a_stage(on_four):
+    """Every collective of two steady batches; tied weights have an asynchronous one of their own, in the pipeline."""
+    for rank, followed in enumerate(on_four):
+        for name, result in followed.items():
+            tied = {(rank % 2, 2 + rank % 2)} if "tied" in name else set()
+            spans = {tuple(members) for _, members in result["collectives"] if len(members) > 1}
+            assert spans == {tuple(result["group"]), *tied}, name
 
 
 @pytest.mark.parametrize("value", ["evry", 0, True, 1.5, None], ids=repr)

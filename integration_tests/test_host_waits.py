@@ -114,11 +114,12 @@ def test_deepspeed_s_host_waits_nowhere_that_stock_s_does_not_and_no_more_for_th
         assert paci == reads | {(READS, "links.py", "announce")} | own
 
 
-@pytest.mark.parametrize("name", ["fp32, clipping", "bf16, clipping"])
+@pytest.mark.parametrize("name", ["fp32, clipping", "bf16, clipping", "ZeRO-1, clipping"])
 def test_a_prediction_makes_the_host_wait_nowhere(name):
     """What reads is AdamW, whose count of steps is on the host, as in the update."""
-    plain = dataclasses.replace(JOBS[name], config={"paci": {"clip": "global"}})
-    predicting = dataclasses.replace(plain, config={"paci": {"clip": "global", "prediction": "every"}})
+    config = {**JOBS[name].config, "paci": {"clip": "global"}}
+    plain = dataclasses.replace(JOBS[name], config=config)
+    predicting = dataclasses.replace(plain, config={**config, "paci": {"clip": "global", "prediction": "every"}})
     results = [ranks.run_ranks(waits_of_deepspeed, plain.stages, (job,)) for job in (plain, predicting)]
     for stage, ((_, before), (_, now)) in enumerate(zip(*results, strict=True)):
         assert now - before == ({(READS, "shadow.py", "advance")} if stage < plain.stages - 1 else set())

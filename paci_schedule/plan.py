@@ -3,7 +3,7 @@
 A stage's time is the sum of its layers', cut so that the slowest stage is as fast as possible.  Data-parallel replicas
 average their gradients in a ring when a stage steps.  Memory is weights (bf16), gradients and optimizer state (fp32;
 AdamW's two moments and the master copy, divided over the replicas under ZeRO-1), stashed weights, and the activations
-in flight.
+in flight.  Predicted weights are written over the bf16 ones; replicas gather them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from paci_schedule.report import time_per_micro_batch
 from paci_schedule.schedules.base import Schedule
 from paci_schedule.schedules.registry import SCHEDULES, schedule
 from paci_schedule.spec import PipelineSpec
+from paci_schedule.stale import interval_of, predictions_of_an_update
 
 __all__ = ["Job", "Row", "calibrated", "deepspeed_config", "megatron_flags", "pipeline_module", "plan"]
 
@@ -74,6 +75,9 @@ class Job:
     recompute: Sequence[bool] = (False, True)
     """Whether layers are recomputed in the backward."""
 
+    prediction: str | int = "off"
+    """When PACI's stale forwards predict their weights (`stale.interval_of`)."""
+
     def __post_init__(self) -> None:
         for name in ("devices", "global_batch", "memory", "flops", "bandwidth"):
             if not getattr(self, name) > 0:
@@ -93,6 +97,7 @@ class Job:
                 raise ConfigError(f"micro_batch_size={size}: must divide the global batch of {self.global_batch}")
         for name in self.schedules:
             schedule(name)
+        interval_of(self.prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,10 @@ class Row:
 
     layers: list[int] = field(default_factory=list)
     """How many layers each stage holds."""
+
+    predictions: int = 0
+    """Of weights, by the first stage for an update.  Each takes an optimizer step's time, of which the plan knows only
+    what travels between replicas."""
 
     refused: str = ""
     """Why the row cannot be run; empty where it can."""
@@ -169,6 +178,7 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
     """The DeepSpeed JSON of a row; what else DeepSpeed must know is in `pipeline_module`."""
+    predicts = row.schedule == "paci" and job.prediction != "off"
     return {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
@@ -176,7 +186,7 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": job.zero},
         "pipeline_schedule": row.schedule,
-    }
+    } | ({"paci": {"prediction": job.prediction}} if predicts else {})
 
 
 def pipeline_module(row: Row) -> dict[str, int]:
@@ -241,6 +251,7 @@ def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompu
         accumulation=accumulation,
         recompute=recompute,
         drift=chosen.drift_bound(spec, 0),
+        predictions=predictions_of_an_update(spec, 0, job.prediction) if name == "paci" else 0,
     )
     reason = _impossible(job, chosen, spec, row)
     if reason:
@@ -251,7 +262,7 @@ def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompu
     if memory > job.memory:
         return replace(row, refused=f"needs {memory / _GIB:.1f} GiB of {job.memory / _GIB:.1f}")
     try:
-        seconds = time_per_micro_batch(chosen, spec, _costs(job, row, cut))
+        seconds = time_per_micro_batch(chosen, spec, _costs(job, spec, row, cut))
     except ConfigError as error:  # too many ops to simulate
         return replace(row, refused=str(error))
     samples = replicas * size / seconds
@@ -304,7 +315,10 @@ def _stage_bytes(
     """What one stage needs."""
     parameters = sum(layer.parameters for layer in layers)
     optimizer = _OPTIMIZER / (row.replicas if job.zero else 1)
-    weights = parameters * (_WEIGHT * chosen.weight_versions(spec, stage) + _GRADIENT + optimizer)
+    versions = chosen.weight_versions(spec, stage)
+    if row.predictions and interval_of(job.prediction) != 1 and spec.look_ahead(stage) > spec.accumulation:
+        versions += 1  # a prediction that stands while DeepSpeed's train_batch returns the real weights
+    weights = parameters * (_WEIGHT * versions + _GRADIENT + optimizer)
     held = chosen.in_flight(spec, stage) / chosen.chunks
     if row.recompute:
         kept = held * sum(layer.input_bytes for layer in layers) + max(layer.activation_bytes for layer in layers)
@@ -313,17 +327,27 @@ def _stage_bytes(
     return weights + kept * row.micro_batch_size
 
 
-def _costs(job: Job, row: Row, cut: Sequence[Sequence[Layer]]) -> Costs:
+def _costs(job: Job, spec: PipelineSpec, row: Row, cut: Sequence[Sequence[Layer]]) -> Costs:
     """What things take in this row, in seconds."""
     speed = row.micro_batch_size / job.flops
     forward = [sum(layer.forward for layer in layers) * speed for layers in cut]
     backward = [sum(layer.backward for layer in layers) * speed for layers in cut]
-    ring = 2 * (row.replicas - 1) / row.replicas * _GRADIENT / job.bandwidth
+    turn = (row.replicas - 1) / row.replicas / job.bandwidth  # of one byte of every parameter, around the ring
+    gathers = [_gathers(job, spec, stage) if row.predictions else 0 for stage in range(spec.stages)]
     return Costs(
         forward=forward,
         backward=[late + early * row.recompute for early, late in zip(forward, backward, strict=True)],
-        step=[sum(layer.parameters for layer in layers) * ring for layers in cut],
+        step=[
+            sum(layer.parameters for layer in layers) * turn * (2 * _GRADIENT + _WEIGHT * count)
+            for layers, count in zip(cut, gathers, strict=True)
+        ],
         latency=job.latency,
         bandwidth=job.bandwidth,
         message_bytes=job.model.layers[-1].input_bytes * row.micro_batch_size,
     )
+
+
+def _gathers(job: Job, spec: PipelineSpec, stage: int) -> int:
+    """How often a stage's replicas gather weights for the predictions of an update, and the real ones after them."""
+    made = predictions_of_an_update(spec, stage, job.prediction)
+    return 2 * made if interval_of(job.prediction) == 1 else made + min(made, 1)

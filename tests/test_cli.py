@@ -137,6 +137,13 @@ def test_plan_prints_rows_reasons_and_settings(paci):
     assert {row["schedule"] for row in found["rows"]} >= {"paci", "1f1b", "zb-v"}
 
 
+def test_plan_puts_a_prediction_into_the_settings(paci):
+    line = "plan --model gpt2-medium --devices 8 --memory 9 --global-batch 64 --schedule paci --stages 8 --prediction 3"
+    _, out, _ = paci(*arguments(line))
+    assert "Predictions an update on the first stage: 3." in out  # of 7 stale forwards
+    assert '"paci": {"prediction": 3}' in out
+
+
 def test_plan_fails_where_nothing_can_run(paci):
     code, out, _ = paci(*arguments("plan --model gpt2 --devices 8 --memory 0.01 --global-batch 64"))
     assert (code, "No pipeline can run" in out) == (1, True)
@@ -292,6 +299,7 @@ PLAN = "plan --devices 8 --memory 80 --global-batch 64"
         ),
         (f"{PLAN} --model gpt2 --sequence-length 0", "0 is not in the range x>=1"),
         (f"{PLAN} --model gpt2 --tflops inf", "flops=inf: must be finite"),
+        (f"{PLAN} --model gpt2 --prediction evry", "prediction='evry': must be 'off', 'window'"),
         (f"{PLAN} --model gpt2 --latency inf", "latency=inf: must be a number from 0"),
         (f"{PLAN} --layers none.json --sequence-length 8", "sequence_length=8: the layers were measured"),
         ("trace", "no trace files"),

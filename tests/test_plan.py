@@ -170,6 +170,57 @@ def test_settings_of_a_row():
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
+def predicted(prediction, accumulation=8, **changes):
+    """The row of PACI on four stages of 1e9 parameters each, with so many micro-batches an update."""
+    shape = {"devices": 4, "stages": (4,), "micro_batch_sizes": (1,), "schedules": ("paci",), "max_drift": 3} | changes
+    replicas = shape["devices"] // 4
+    model = uniform(4, forward=1.0, backward=2.0, parameters=1e9, activation_bytes=0.0)
+    (row,) = plan(job(model=model, global_batch=accumulation * replicas, prediction=prediction, **shape))
+    return row
+
+
+@pytest.mark.parametrize(
+    ("prediction", "accumulation", "count"),
+    [("off", 8, 0), ("window", 8, 1), ("every", 8, 3), (2, 8, 2), (3, 8, 1), ("every", 2, 2), ("window", 2, 1)],
+)
+def test_predictions_of_an_update(prediction, accumulation, count):
+    """The first of four stages runs three micro-batches ahead; of two micro-batches an update, all are stale."""
+    row = predicted(prediction, accumulation)
+    assert row.predictions == count
+    settings = deepspeed_config(job(prediction=prediction), row)
+    assert settings.get("paci") == ({"prediction": prediction} if prediction != "off" else None)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "accumulation", "versions"),
+    [("off", 8, 1), ("window", 8, 1), ("every", 8, 1), ("every", 2, 1), ("window", 3, 1), ("window", 2, 2), (2, 1, 2)],
+)
+def test_a_prediction_takes_memory_only_where_it_outlasts_a_call(prediction, accumulation, versions):
+    assert predicted(prediction, accumulation).memory == 1e9 * (2 * versions + 4 + 12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gathers"), [("off", [0, 0, 0, 0]), ("window", [2, 2, 2, 0]), ("every", [6, 4, 2, 0]),
+                                (2, [3, 2, 2, 0])]
+)  # fmt: skip
+def test_replicas_gather_what_they_predict_and_the_real_weights_again(prediction, gathers):
+    """Two replicas, 1 GB/s: an update passes on half of 8 bytes a parameter, a gather half of 2; F and B take 3 s."""
+    row = predicted(prediction, devices=8, bandwidth=1e9)
+    slowest = 8 * 3 + max(0.5 * (8 + 2 * count) for count in gathers)
+    assert row.tokens_per_second == pytest.approx(2 * 8 * 1024 / slowest, rel=1e-4)
+
+
+def test_other_schedules_predict_nothing():
+    rows = plan(job(prediction="every", stages=(8,), micro_batch_sizes=(1,)))
+    assert {row.schedule: row.predictions for row in rows if row.predictions} == {"paci": 7}
+    assert all("paci" not in deepspeed_config(job(prediction="every"), row) for row in rows if row.schedule != "paci")
+
+
+def test_what_is_no_prediction_is_refused():
+    with pytest.raises(ConfigError, match=r"prediction='evry': must be 'off'"):
+        job(prediction="evry")
+
+
 @pytest.mark.parametrize(("name", "millions"), [("gpt2-medium", 406), ("gpt-1.5b", 1640), ("gpt-6.2b", 6450)])
 def test_built_in_sizes(name, millions):
     assert name in built_in()

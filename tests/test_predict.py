@@ -195,6 +195,49 @@ def test_an_optimizer_that_is_not_known_is_refused_by_name():
         check(torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))]))
 
 
+class Counting(torch.optim.Optimizer):
+    """Signs of a mean of gradients, by a rate that falls with the steps, which are counted for the last parameter."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            states = [self.state[parameter] for parameter in group["params"]]
+            states[-1]["steps"] = states[-1].get("steps", 0) + 1
+            for parameter, state in zip(group["params"], states, strict=True):
+                mean = state.setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 0.1)
+                parameter.data.add_(mean.sign(), alpha=-group["lr"] / states[-1]["steps"])
+
+    def expected_gradient(self, group, state, weight):
+        return state["mean"].clone() if state else None
+
+    def state_of(self, group, parameter):
+        state = self.state.get(parameter, {})
+        return {**state, "steps": self.state[group["params"][-1]]["steps"]} if state else state
+
+
+def test_a_class_that_says_what_its_momentum_expects_is_predicted(monkeypatch):
+    monkeypatch.setattr("paci_schedule.predict.shadow._BUCKET", 16)
+    parameters, optimizer = build(Counting, {"lr": 0.1})
+    check(optimizer)
+    for number in range(4):
+        predicted, momentum = copies(parameters), copies(parameters)
+        advance(optimizer, predicted, gradients(parameters, number))
+        expected = {p: expected_gradient(optimizer, group, p, p.detach())
+                    for group in optimizer.param_groups for p in group["params"]}
+        before = copies(parameters)
+        if number:
+            advance(optimizer, momentum, expected)
+        step(optimizer, gradients(parameters, number))
+        assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
+        for parameter in parameters if number else ():
+            kept = torch.sign(before[parameter] - momentum[parameter])
+            assert torch.equal(kept, torch.sign(expected[parameter]))
+
+
 def test_a_subclass_takes_its_own_step():
     class Doubled(torch.optim.AdamW):
         def step(self, closure=None):

@@ -55,6 +55,12 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--stages", type=int, multiple=True, metavar="P", help="Only these; can be repeated.")
 @click.option("--micro-batch-size", "sizes", type=int, multiple=True, metavar="S", help="Only these; can be repeated.")
 @click.option("--recompute", type=click.Choice(["none", "full", "both"]), default="both", help="Search which (both).")
+@click.option(
+    "--prediction",
+    default="off",
+    metavar="WHEN",
+    help="Of paci's weights for stale forwards: off, window, every, or a number k for every k-th (off).",
+)
 @click.option("--top", type=click.IntRange(1), default=10, metavar="N", help="Rows to print of those that run (10).")
 @json_option
 def plan_(
@@ -68,6 +74,7 @@ def plan_(
     schedules: Sequence[str],
     sizes: Sequence[int],
     recompute: str,
+    prediction: str,
     top: int,
     as_json: bool,
     **given: object,
@@ -91,6 +98,7 @@ def plan_(
         schedules=schedules or tuple(SCHEDULES),
         micro_batch_sizes=sizes,
         recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute],
+        prediction=int(prediction) if prediction.isdecimal() else prediction,
         **given,
     )
     if measured is not None:
@@ -152,6 +160,11 @@ def _print_plan(job: Job, rows: Sequence[Row], best: Row | None, top: int) -> No
         for like in reasons.values():
             refused.add_row(*_place(like[0]), str(len(like)), like[0].refused)
         console.print(refused)
+    if best and best.predictions:
+        click.echo(
+            f"\nPredictions an update on the first stage: {best.predictions}. Each computes as long as its optimizer's "
+            "step, which is not in the plan; that replicas gather weights for it is."
+        )
     if best:
         module = ", ".join(f"{key}={value}" for key, value in pipeline_module(best).items())
         click.echo(

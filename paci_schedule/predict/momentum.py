@@ -2,6 +2,10 @@
 
 It is the gradient that would leave the direction of the momentum as it is.  Decay that an optimizer adds to its
 gradients, and the sign that `maximize` turns, are taken out of the momentum, as the step puts them in again.
+
+An optimizer of another class can say itself what it expects, by a method `expected_gradient(group, state, weight)`,
+which returns what the function of that name does, before `maximize` turns its sign.  It must treat every parameter by
+itself, and its `step` be right in another object of its class that holds copies of its state (`predict.shadow`).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from paci_schedule.errors import UnsupportedError
+from paci_schedule.predict.shadow import state_of
 
 __all__ = ["check", "expected_gradient"]
 
@@ -23,8 +28,8 @@ def check(optimizer: Optimizer) -> None:
         names = ", ".join(cls.__name__ for cls in _MOMENTA)
         raise UnsupportedError(
             f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses; switch "
-            "prediction off, take one of these, or add what its momentum expects to paci_schedule/predict/momentum.py "
-            "if it treats every parameter by itself"
+            "prediction off, take one of these, or, if it treats every parameter by itself, give its class a method "
+            "expected_gradient(group, state, weight) (paci_schedule/predict/momentum.py)"
         )
 
 
@@ -40,7 +45,7 @@ def expected_gradient(
         parameter: as the optimizer knows it.
         weight: its value.
     """
-    mean = _momentum_of(optimizer)(group, optimizer.state.get(parameter, {}), weight)
+    mean = _momentum_of(optimizer)(group, state_of(optimizer, group, parameter), weight)
     return mean.neg() if mean is not None and group.get("maximize") else mean
 
 
@@ -76,4 +81,5 @@ _MOMENTA: Mapping[type[Optimizer], _Momentum] = {
 
 
 def _momentum_of(optimizer: Optimizer) -> _Momentum | None:
-    return next((_MOMENTA[cls] for cls in type(optimizer).__mro__ if cls in _MOMENTA), None)
+    own = getattr(optimizer, "expected_gradient", None)
+    return own if own is not None else next((_MOMENTA[cls] for cls in type(optimizer).__mro__ if cls in _MOMENTA), None)

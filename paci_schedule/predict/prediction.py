@@ -18,33 +18,7 @@ from typing import Protocol
 
 import torch
 
-from paci_schedule.errors import ConfigError
-
-__all__ = ["Prediction", "Weights", "interval_of"]
-
-ONCE = 0  # the interval of "window"
-
-
-def interval_of(prediction: object, said: str | None = None) -> int | None:
-    """Stale forwards from one prediction to the next: None for "off", 0 for once a window.
-
-    Args:
-        prediction: what was asked for.
-        said: how it was asked for, for the error.
-
-    Raises:
-        ConfigError: it is none of "off", "window", "every" and the whole numbers of at least 1.
-    """
-    named = {"off": None, "window": ONCE, "every": 1}
-    if isinstance(prediction, str) and prediction in named:
-        return named[prediction]
-    if isinstance(prediction, int) and not isinstance(prediction, bool) and prediction >= 1:
-        return prediction
-    raise ConfigError(
-        f"{said or f'prediction={prediction!r}'}: must be 'off', 'window' (once a window), 'every' (at every stale "
-        "forward) or a whole number k of at least 1 (at every k-th)"
-    )
-
+__all__ = ["Prediction", "Weights"]
 
 class Weights(Protocol):
     """The weights of a stage, which hold a prediction now and then."""

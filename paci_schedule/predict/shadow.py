@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from paci_schedule.predict.copies import copied
 
-__all__ = ["PIECE", "advance", "piece_of"]
+__all__ = ["PIECE", "advance", "piece_of", "state_of"]
 
 PIECE = 1 << 24
 """Elements of a flat parameter to predict at a time."""
@@ -46,7 +46,7 @@ def advance(
     for group in optimizer.param_groups:
         for bucket in _buckets([parameter for parameter in group["params"] if parameter in gradients]):
             moved = [weights[parameter].data for parameter in bucket]
-            states = _copied_states([optimizer.state.get(parameter, {}) for parameter in bucket])
+            states = _copied_states([state_of(optimizer, group, parameter) for parameter in bucket])
             shadow = _shadow(optimizer, {**group, "params": moved}, dict(zip(moved, states, strict=True)))
             parts = [gradients[parameter] for parameter in bucket]
             for left in reversed(range(windows)):
@@ -71,9 +71,19 @@ def piece_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Te
         An optimizer whose parameter and state are views.
     """
     piece = parameter.detach()[cut]
-    state = optimizer.state.get(parameter, {})
+    state = state_of(optimizer, group, parameter)
     views = {name: value[cut] if _is_large(value) else value for name, value in state.items()}
     return _shadow(optimizer, {**group, "params": [piece]}, {piece: views} if state else {})
+
+
+def state_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor) -> Mapping[str, Any]:
+    """What the optimizer keeps for a parameter of the group; nothing before its first step.
+
+    A class that keeps part of it elsewhere, as a count of steps for the whole group, has a method `state_of(group,
+    parameter)` that puts it together.
+    """
+    own = getattr(optimizer, "state_of", None)
+    return optimizer.state.get(parameter, {}) if own is None else own(group, parameter)
 
 
 def _buckets(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

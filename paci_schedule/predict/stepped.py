@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -19,15 +19,23 @@ class SteppedWeights:
 
     Args:
         optimizers: of the stage, each on parameters of its own.  The part of their gradients is in `.grad`.
+        late: parameters whose next update applies another gradient than the one that is being summed; they are
+            predicted from what their momentum expects, as all are where no part is there.
+        clean: what an update does to its gradients, in place, before it clips them.
 
     Raises:
         UnsupportedError: an optimizer cannot be predicted.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        late: Collection[torch.Tensor] = (),
+        clean: Callable[[Iterable[torch.Tensor]], None] | None = None,
+    ) -> None:
         for optimizer in optimizers:
             check(optimizer)
-        self._optimizers = optimizers
+        self._optimizers, self._late, self._clean = optimizers, frozenset(late), clean
         self._real: list[torch.Tensor] | None = None  # while the parameters hold a prediction
 
     def predict(self, windows: int, scale: float, factor: torch.Tensor | None) -> None:
@@ -37,7 +45,7 @@ class SteppedWeights:
         else:
             write(self._parameters(), self._real)
         for optimizer in self._optimizers:
-            gradients = _part(optimizer, scale, factor) if scale else _expected(optimizer)
+            gradients = self._part(optimizer, scale, factor) | self._expected(optimizer, scale)
             advance(optimizer, {parameter: parameter for parameter in gradients}, gradients, windows)
 
     def restore(self) -> None:
@@ -57,22 +65,26 @@ class SteppedWeights:
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         return [parameter for group in groups for parameter in group["params"]]
 
+    def _part(
+        self, optimizer: Optimizer, scale: float, factor: torch.Tensor | None
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        every = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        held = [parameter for parameter in every if parameter.grad is not None and parameter not in self._late]
+        if not (scale and held):
+            return {}
+        parts = torch._foreach_mul([parameter.grad for parameter in held], scale)
+        if self._clean is not None:
+            self._clean(parts)
+        if factor is not None:
+            torch._foreach_mul_(parts, factor)
+        return dict(zip(held, parts, strict=True))
 
-def _part(optimizer: Optimizer, scale: float, factor: torch.Tensor | None) -> dict[torch.Tensor, torch.Tensor]:
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not held:
-        return {}
-    parts = torch._foreach_mul([parameter.grad for parameter in held], scale)
-    if factor is not None:
-        torch._foreach_mul_(parts, factor)
-    return dict(zip(held, parts, strict=True))
-
-
-def _expected(optimizer: Optimizer) -> dict[torch.Tensor, torch.Tensor]:
-    gradients = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = expected_gradient(optimizer, group, parameter, parameter.detach())
-            if gradient is not None:
-                gradients[parameter] = gradient
-    return gradients
+    def _expected(self, optimizer: Optimizer, scale: float) -> dict[torch.Tensor, torch.Tensor]:
+        gradients = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if not scale or parameter in self._late:
+                    gradient = expected_gradient(optimizer, group, parameter, parameter.detach())
+                    if gradient is not None:
+                        gradients[parameter] = gradient
+        return gradients

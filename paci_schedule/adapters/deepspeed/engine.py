@@ -33,7 +33,7 @@ from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.options import PaciOptions
-from paci_schedule.adapters.deepspeed.prediction import build_prediction, note_update
+from paci_schedule.adapters.deepspeed.prediction import build_prediction, check_spec, note_update
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
 from paci_schedule.choice import check_schedule
@@ -119,7 +119,7 @@ class PaciPipelineEngine(PipelineEngine):
         )
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
         gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
-        self._prediction = build_prediction(self, options.prediction, gathering)
+        self._prediction = build_prediction(self, options.prediction, spec, gathering)
         self._runner = StageRunner(
             spec,
             self.stage_id,
@@ -350,10 +350,17 @@ class PaciPipelineEngine(PipelineEngine):
         return super().save_16bit_model(*args, **kwargs)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """As DeepSpeed's, after a `drain`: the number of micro-batches to an update changes."""
+        """As DeepSpeed's, after a `drain`: the number of micro-batches to an update changes.
+
+        Raises:
+            UnsupportedError: predictions cannot go on with so few.
+        """
         self.drain()
+        accumulation = train_batch_size // (self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        spec = replace(self._runner.spec, accumulation=max(1, accumulation))
+        if self._prediction is not None:
+            check_spec(self, spec)
         super().set_train_batch_size(train_batch_size)
-        spec = replace(self._runner.spec, accumulation=self.micro_batches)
         self._runner.respec(spec)
         for name, fresh in self._tied_gradients(spec).items():
             self._tied[name].delay = fresh.delay
@@ -461,6 +468,11 @@ class PaciPipelineEngine(PipelineEngine):
     def ties_across_stages(self) -> list[str]:
         """The names of the ties that several stages share; sorted, for the module's order differs between ranks."""
         return sorted(name for name, tied in self._tied.items() if len(tied.ranks) > 1)
+
+    def late_weights(self) -> list[torch.nn.Parameter]:
+        """This stage's copies of weights that several stages share: what updates apply to them is an older sum."""
+        copies = self._tied_weights()
+        return [copies[name] for name in self.ties_across_stages()]
 
     def _tied_gradient(self, name: str, weight: torch.nn.Parameter) -> torch.Tensor:
         """The gradient of this stage's copy at this update; zeros if no loss depends on it."""

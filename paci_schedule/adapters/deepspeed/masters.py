@@ -1,4 +1,4 @@
-"""Predictions under DeepSpeed's BF16_Optimizer: low-precision weights, whose real values are its fp32 masters.
+"""Predictions where DeepSpeed keeps fp32 masters: BF16_Optimizer and ZeRO stage 1.
 
 A prediction is written into the working weights, cast as an update casts it; the masters stay, so nothing needs to be
 kept.  The masters are flat, and are gone through in pieces, so that no copy of them all is made either.
@@ -6,20 +6,21 @@ kept.  The masters are flat, and are gone through in pieces, so that no copy of 
 Each of a stage's replicas holds a shard of the masters.  It predicts that one, from the part that it has itself, and
 the replicas gather what they have predicted, as they gather what an update leaves.
 
-A step rounds its gradients to the communication's dtype before, even where nobody is communicated with; a prediction
-takes them as they are.
+A step averages its gradients over the replicas in their own dtype, or rounds them to the communication's, before it
+casts them to fp32; a prediction takes this replica's as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch.optim import Optimizer
 
+from paci_schedule.adapters.deepspeed.shards import flat_weights, gather, shards_of
 from paci_schedule.predict import advance, expected_gradient, piece_of
 from paci_schedule.predict.copies import copied, write
 from paci_schedule.predict.shadow import PIECE
@@ -32,40 +33,36 @@ class MasterWeights:
     """The working weights of a stage (`predict.Weights`).
 
     Args:
-        optimizer: of the stage; what it wraps is one that `predict.check` lets pass.
+        optimizer: of the stage.
+        stepped: what it wraps, as one that `predict.check` lets pass.
+        late: parameters that are predicted from what their momentum expects (`predict.SteppedWeights`).
         gathering: within it the stage's replicas wait for each other.
     """
 
-    def __init__(self, optimizer: BF16_Optimizer, gathering: Callable[[], AbstractContextManager[None]]) -> None:
-        self._optimizer, self._gathering = optimizer, gathering
+    def __init__(
+        self,
+        optimizer: BF16_Optimizer | DeepSpeedZeroOptimizer,
+        stepped: Optimizer,
+        late: Collection[torch.nn.Parameter],
+        gathering: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._optimizer, self._stepped, self._late, self._gathering = optimizer, stepped, late, gathering
         self._is_predicted = False
         self._away: list[torch.Tensor] | None = None  # the predicted weights, while the real ones are shown
 
     @torch.no_grad()
     def predict(self, windows: int, scale: float, factor: torch.Tensor | None) -> None:
         """As `Weights.predict`, by the wrapped optimizer's own step."""
-        optimizer, wrapped = self._optimizer, self._optimizer.optimizer
-        for group, shards, master, total in zip(
-            wrapped.param_groups,
-            optimizer.bf16_partitioned_groups,
-            optimizer.fp32_groups_flat_partition,
-            optimizer.fp32_groups_gradient_flat_partition,
-            strict=True,
-        ):
-            working = shards[optimizer.dp_rank]
-            for start in range(0, master.numel(), PIECE):
+        shards = shards_of(self._optimizer, self._late)
+        for group, shard in zip(self._stepped.param_groups, shards, strict=True):
+            for start in range(0, shard.master.numel(), PIECE):
                 cut = slice(start, start + PIECE)
-                piece = piece_of(wrapped, group, master, cut)
-                part = _part(total[cut], scale, factor) if scale else None
-                working.data[cut].copy_(_next(piece, part, windows))
+                piece = piece_of(self._stepped, group, shard.master, cut)
+                part = _part(shard.part(cut), scale, factor) if scale else None
+                predicted = _next(piece, part, _within(cut, shard.late), windows)
+                shard.working.data[cut].copy_(predicted.to(shard.working.dtype))
         with self._gathering():
-            all_gather_dp_groups(
-                groups_flat=optimizer.bf16_groups_flat,
-                partitioned_param_groups=optimizer.bf16_partitioned_groups,
-                dp_process_group=optimizer.real_dp_process_group,
-                start_alignment_factor=optimizer.nccl_start_alignment_factor,
-                allgather_bucket_size=optimizer.allgather_bucket_size,
-            )
+            gather(self._optimizer)
         self._is_predicted = True
 
     def restore(self) -> None:
@@ -77,7 +74,7 @@ class MasterWeights:
 
     def exchange(self) -> None:
         """As `Weights.exchange`."""
-        working = self._optimizer.bf16_groups_flat
+        working = flat_weights(self._optimizer)
         if self._away is not None:
             write(working, self._away)
             self._away, self._is_predicted = None, True
@@ -86,22 +83,48 @@ class MasterWeights:
             self.restore()
 
 
-def _part(total: torch.Tensor, scale: float, factor: torch.Tensor | None) -> torch.Tensor:
-    part = total.to(torch.float32, copy=True).mul_(scale)
+def _within(cut: slice, places: list[slice]) -> list[slice]:
+    """What of these places lies in the cut, counted from its start."""
+    moved = [slice(max(place.start, cut.start) - cut.start, min(place.stop, cut.stop) - cut.start) for place in places]
+    return [place for place in moved if place.start < place.stop]
+
+
+def _part(part: torch.Tensor, scale: float, factor: torch.Tensor | None) -> torch.Tensor:
+    part.mul_(scale)
     if factor is not None:
-        part.mul_(factor)
+        part.mul_(factor.to(part.device))  # that of an offloaded optimizer may have come with a checkpoint
     # The update would be skipped.  A prediction that is not finite would spoil the next window's gradients as well, and
     # through their prediction all that come after them.
     drop_overflow([part])
     return part
 
 
-def _next(piece: Any, part: torch.Tensor | None, windows: int) -> torch.Tensor:
-    """Where the optimizer's next steps take its only parameter, from this part or from what its momentum expects."""
+def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], windows: int) -> torch.Tensor:
+    """Where the optimizer's next steps take its only parameter, from this part or from what its momentum expects.
+
+    Late elements go where the momentum expects; where it expects nothing, they stay.
+    """
     (group,) = piece.param_groups
     (weight,) = group["params"]
-    value = weight.clone()
-    gradient = expected_gradient(piece, group, weight, weight) if part is None else part
-    if gradient is not None:
-        advance(piece, {weight: value}, {weight: gradient}, windows)
+    value, stays = weight.clone(), []
+    if part is None:
+        part = _expected(piece)
+    else:
+        for place in late:
+            expected = _expected(piece_of(piece, group, weight, place))
+            if expected is None:
+                stays.append(place)
+            else:
+                part[place] = expected
+    if part is not None:
+        advance(piece, {weight: value}, {weight: part}, windows)
+    for place in stays:
+        value[place] = weight[place]
     return value
+
+
+def _expected(piece: Optimizer) -> torch.Tensor | None:
+    """What the momentum expects for the optimizer's only parameter."""
+    (group,) = piece.param_groups
+    (weight,) = group["params"]
+    return expected_gradient(piece, group, weight, weight)

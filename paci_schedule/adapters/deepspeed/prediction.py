@@ -8,26 +8,34 @@ from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from paci_schedule.adapters.deepspeed.adam import stepped_as, why_not_ahead
 from paci_schedule.adapters.deepspeed.masters import MasterWeights
 from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor, interval_of
 from paci_schedule.runtime.refusal import refuse_together
+from paci_schedule.runtime.tied import drop_overflow
+from paci_schedule.spec import PipelineSpec
 
 if TYPE_CHECKING:
     from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
 
-__all__ = ["build_prediction", "note_update"]
+__all__ = ["build_prediction", "check_spec", "note_update"]
 
 
 def build_prediction(
-    engine: PaciPipelineEngine, asked: str | int, gathering: Callable[[], AbstractContextManager[None]]
+    engine: PaciPipelineEngine,
+    asked: str | int,
+    spec: PipelineSpec,
+    gathering: Callable[[], AbstractContextManager[None]],
 ) -> Prediction | None:
     """What the option "prediction" asks for; None for "off".  A collective of the job, if it asks for one.
 
     Args:
         engine: with its optimizer.
         asked: the option.
+        spec: of the pipeline.
         gathering: within it the stage's replicas wait for each other.
 
     Raises:
@@ -37,41 +45,53 @@ def build_prediction(
     if interval is None:
         return None
     said = f'"paci": {{"prediction": {asked!r}}} cannot run with this job; change what follows, or use "off"'
-    refuse_together(_reasons(engine), said)
-    optimizer = engine.optimizer
-    has_masters = isinstance(optimizer, BF16_Optimizer)
-    return Prediction(MasterWeights(optimizer, gathering) if has_masters else SteppedWeights([optimizer]), interval)
+    refuse_together(_reasons(engine, spec), said)
+    optimizer, late = engine.optimizer, engine.late_weights()
+    if optimizer is engine.basic_optimizer:
+        # A stage with a tied weight updates without what is not finite; any other is lost with it, predicted or not.
+        weights = SteppedWeights([stepped_as(optimizer)], late, drop_overflow if late else None)
+    else:
+        weights = MasterWeights(optimizer, stepped_as(engine.basic_optimizer), late, gathering)
+    return Prediction(weights, interval)
+
+
+def check_spec(engine: PaciPipelineEngine, spec: PipelineSpec) -> None:
+    """Raises UnsupportedError where predictions that this job has cannot go on with another spec."""
+    reasons = list(why_not_ahead(engine.basic_optimizer, spec))
+    if reasons:
+        raise UnsupportedError("; ".join(reasons))
 
 
 def note_update(engine: PaciPipelineEngine, prediction: Prediction) -> None:
     """Let the next predictions clip as this update did, unless it was skipped."""
-    limit = engine.gradient_clipping()
-    if limit > 0 and not getattr(engine.optimizer, "overflow", False):
+    limit, optimizer = engine.gradient_clipping(), engine.optimizer
+    if limit > 0 and not getattr(optimizer, "overflow", False):
         norm = engine.get_global_grad_norm()
-        if isinstance(engine.optimizer, BF16_Optimizer):  # which does divide a Python number
+        # To the bit as each of them scales.
+        if isinstance(optimizer, BF16_Optimizer):
             prediction.factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            prediction.factor = 1.0 / torch.clamp((norm + 1e-6) / limit, min=1.0)
         else:
             prediction.factor = clip_factor(limit, norm)
 
 
-def _reasons(engine: PaciPipelineEngine) -> Iterator[str]:
-    optimizer, across = engine.optimizer, engine.ties_across_stages()
-    if isinstance(optimizer, BF16_Optimizer):
-        optimizer = optimizer.optimizer
-    elif optimizer is not engine.basic_optimizer:
-        yield (
-            f"{type(optimizer).__name__}: its weights and gradients cannot be predicted yet; use fp32 without ZeRO, or "
-            '"bf16" with "data_types": {"grad_accum_dtype": "fp32"}'
-        )
-        return
+def _reasons(engine: PaciPipelineEngine, spec: PipelineSpec) -> Iterator[str]:
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        if optimizer.dtype == torch.float16:
+            yield 'ZeRO-1 in "fp16": the loss scale in the part is not undone yet; use "bf16", or fp32'
+        if optimizer.low_precision_master_weights_and_grads or optimizer.zenflow:
+            yield (
+                "ZeRO-1 with masters in low precision, or ZenFlow: their updates round otherwise; leave "
+                '"bf16_master_weights_and_grads" and "zenflow" out'
+            )
+    elif not isinstance(optimizer, BF16_Optimizer) and optimizer is not engine.basic_optimizer:
+        yield f'{type(optimizer).__name__}: its weights and gradients cannot be predicted yet; use "bf16", or fp32'
     try:
-        check(optimizer)
+        check(stepped_as(engine.basic_optimizer))
     except UnsupportedError as error:
         yield str(error)
-    if across:
-        yield (
-            f"weights tied across stages ({', '.join(across)}): their gradients are applied later than the part that "
-            "is there; untie them"
-        )
+    yield from why_not_ahead(engine.basic_optimizer, spec)
     if any(getattr(part, "sparse", False) is True for part in engine.module.modules()):
         yield "nn.Embedding(sparse=True): the part of its gradient is sparse; use a dense one"
