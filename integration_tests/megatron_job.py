@@ -138,8 +138,9 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=job.tied,
     ).cuda().to(dtype)
     tied = model.shared_embedding_or_output_weight() if job.tied else None
-    if tied is not None and stage > 0:
-        tied.shared = True  # as in a real last stage: its copy does not count in the norm
+    if tied is not None:  # as in a real pipeline, where it has a bucket of its own, and one copy counts in the norm
+        tied.shared_embedding = True
+        tied.shared = stage > 0
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
