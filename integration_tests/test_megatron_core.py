@@ -58,6 +58,7 @@ def assert_as_the_oracle_says(jobs, oracle=oracle_all):
             assert got.losses == (should.losses if stage == job.stages - 1 else [[]] * job.calls)
             drifts = should.stats["drifts"]
             assert got.stats["version"] == job.calls
+            assert all(got.kept)
             assert got.stats["backwards"] == count == len(drifts)
             assert got.stats["drift_histogram"] == {drift: drifts.count(drift) for drift in set(drifts)}
             assert got.stats["max_drift"] <= got.stats["drift_bound"] == drift_bound(spec, stage)
@@ -361,6 +362,7 @@ REFUSED = {
     "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
+    "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
     "must be True or False": {"paci": {"early_receives": 1}},
     "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
