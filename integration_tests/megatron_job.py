@@ -42,6 +42,8 @@ class GptJob:
     deallocate: bool = True
     recompute: str | None = None
     optimizer: str = "adam"
+    chained: bool = False
+    """The matrices have an optimizer of their own, SGD, in fp32."""
     lr: float = 0.01
     clip_grad: float = 0.0
     tied: bool = False
@@ -181,7 +183,22 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         ),
         [model],
     )
-    return model, optimizer
+    return model, _chained(optimizer, job.lr) if job.chained else optimizer
+
+
+def _chained(optimizer: Any, lr: float) -> Any:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+
+    [whole] = optimizer.chained_optimizers
+    parameters = whole.get_parameters()
+    parts = [
+        torch.optim.SGD([parameter for parameter in parameters if parameter.dim() > 1], lr=lr, momentum=0.9),
+        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() < 2], lr=lr),
+    ]
+    chained = [FP32Optimizer(part, whole.config, whole.init_state_fn) for part in parts]
+    for each in chained:
+        each.grad_stats_parallel_group = whole.grad_stats_parallel_group
+    return ChainedOptimizer(chained)
 
 
 def _layer_norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.LayerNorm:

@@ -116,9 +116,10 @@ class _PredictingStage(Stage):
             return gradient
         group = next(group for group in inner.param_groups if any(weight is other for other in group["params"]))
         state = inner.state.get(weight)
-        if not state or (self.job.optimizer == "sgd" and state.get("momentum_buffer") is None):
+        is_sgd = isinstance(inner, torch.optim.SGD)
+        if not state or (is_sgd and state.get("momentum_buffer") is None):
             return None
-        if self.job.optimizer == "sgd":
+        if is_sgd:
             return state["momentum_buffer"] * (1 - group["momentum"]) - group["weight_decay"] * weight.detach()
         return state["exp_avg"] / (1 - group["betas"][0] ** state["step"])
 

@@ -277,7 +277,7 @@ def models_left(jobs):
 @STOCK
 def test_a_model_is_freed_when_its_training_is_over():
     """Once its pipe is empty: what is parked holds the graph, and the graph the model."""
-    ended = GptJob(tied=True, clip_grad=1.0, paci={"train_iters": 5})
+    ended = GptJob(tied=True, clip_grad=1.0, paci={"train_iters": 5, "prediction": "every"})
     for left in run_ranks(models_left, 2, ([GptJob(schedule="1f1b"), ended, ended],)):
         assert left == [0, 0, 0]
 

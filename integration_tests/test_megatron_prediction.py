@@ -98,6 +98,16 @@ def test_a_run_that_switches_to_the_stock_schedule_and_back_predicts_under_paci_
     assert any(not torch.equal(first[name], weight) for name, weight in unpredicted[0][0].weights.items())
 
 
+@EXACT
+def test_optimizers_in_a_chain_predict_each_its_parameters():
+    """Their norms are taken apart, which the reference does not tell: the weights alone are compared."""
+    job = predicting("every", GptJob(calls=4, accumulation=1, chained=True, lr=0.02))
+    [expected] = run_ranks(predicting_all, 1, ([job],))
+    for stage, [trained] in enumerate(run_ranks(train_all, 2, ([job],))):
+        assert_equal(trained.weights, expected[0][stage].weights, f"stage {stage}, weight")
+        assert trained.stats["predictions"] == (4 if stage == 0 else 0)
+
+
 RESUMED = {"bf16": {"bf16": True}, "tied": {"tied": True}}
 
 
