@@ -25,7 +25,8 @@ class _PredictingStage(Stage):
 
     def __init__(self, job: GptJob, number: int) -> None:
         self._replicas = range(job.data_parallel)
-        self._interval = {"every": 1, "window": 1 << 30}.get(job.paci["prediction"], job.paci["prediction"])
+        asked = job.paci.get("prediction", "off")
+        self._interval = {"off": 0, "every": 1, "window": 1 << 30}.get(asked, asked)
         super().__init__(job, number)
 
     def _restart(self) -> None:
@@ -37,7 +38,7 @@ class _PredictingStage(Stage):
 
     def forward(self, micro: int, replica: int, received: torch.Tensor | None) -> torch.Tensor:
         ahead = micro // self.job.accumulation - self.version
-        if ahead:
+        if ahead and self._interval:
             if self._stale[replica] % self._interval == 0:
                 self.predicted[replica] = self._predict(ahead, replica)
             self._stale[replica] += 1
@@ -125,5 +126,5 @@ class _PredictingStage(Stage):
 
 
 def predicting_all(jobs: list[GptJob]) -> list[list[Trained]]:
-    """As `oracle_all`, of jobs with the option "prediction"."""
+    """As `oracle_all`, of jobs that may have the option "prediction"."""
     return oracle_all(jobs, _PredictingStage)
