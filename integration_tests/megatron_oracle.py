@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from integration_tests.megatron_job import SEQUENCE, GptJob, Trained, build, mean_loss, micro_batch, prepare, set_up
 
-__all__ = ["oracle_all"]
+__all__ = ["Stage", "oracle_all"]
 
 
-class _Stage:
+class Stage:
     """One stage: its weights, and the micro-batches of every replica that are between forward and backward."""
 
     def __init__(self, job: GptJob, number: int) -> None:
@@ -69,7 +70,7 @@ class _Stage:
             self.drifts.append(self.version - self.born.pop(micro))
         return None if received is None else received.grad
 
-    def step(self, stages: list[_Stage], micro: int, emptied: int) -> None:
+    def step(self, stages: list[Stage], micro: int, emptied: int) -> None:
         """The update after the backward before which this stage's latest forward was of `micro`.
 
         Args:
@@ -108,7 +109,7 @@ class _Norms(dist.ProcessGroup):
         self.job, self.stage = job, stage
         self.squares: list[torch.Tensor] = []
 
-    def look_up(self, stages: list[_Stage], update: int, micro: int, emptied: int) -> None:
+    def look_up(self, stages: list[Stage], update: int, micro: int, emptied: int) -> None:
         """The rule, for the stage's `update`."""
         ahead = [self.job.stages - 1 - stage for stage in range(self.job.stages)]
         self.all_late = self.job.tied
@@ -138,31 +139,40 @@ class _Done(dist.Work):
         return True
 
 
-def oracle_all(jobs: list[GptJob]) -> list[list[Trained]]:
-    """For every job, what each of its stages must give (of replica 0)."""
+def oracle_all(jobs: list[GptJob], kind: type[Stage] = Stage) -> list[list[Trained]]:
+    """For every job, what each of its stages must give (of replica 0); `kind` says what a stage is."""
     prepare()
     results = []
     for job in jobs:
         set_up(GptJob(stages=1))
         torch.autograd.set_multithreading_enabled(False)
-        results.append(_oracle(job))
+        results.append(_oracle(job, kind))
     return results
 
 
-def _oracle(job: GptJob) -> list[Trained]:
-    stages = [_Stage(job, number) for number in range(job.stages)]
-    last, count = job.stages - 1, job.calls * job.accumulation
+def _between_drains(job: GptJob) -> Iterator[tuple[int, int]]:
+    """The first call of each part of the stream that ends with an empty pipe, and the first one after it."""
+    every = job.paci.get("drain_interval", job.calls)
+    start = 0
+    for call in range(1, job.calls + 1):
+        flushed = bool(job.schedules) and job.schedules[call - 1] == "1f1b"
+        if call % every == 0 or call == job.calls or flushed:
+            yield start, call
+            start = call
+
+
+def _oracle(job: GptJob, kind: type[Stage]) -> list[Trained]:
+    stages = [kind(job, number) for number in range(job.stages)]
+    last = job.stages - 1
     planned = bool({"drain_interval", "train_iters"} & set(job.paci))
-    drain_every = job.paci.get("drain_interval", job.calls)
-    for start in range(0, job.calls, drain_every):
-        begin = start * job.accumulation
-        end = min(count, begin + drain_every * job.accumulation)
+    for start, stop in _between_drains(job):
+        begin, end = start * job.accumulation, stop * job.accumulation
         gradients: dict[tuple[int, int, int], torch.Tensor | None] = {}
         for turn in range(begin, end + last):
             for replica in range(job.data_parallel):
                 activation = None
                 for stage in stages:
-                    if turn < end:
+                    if turn < end + (0 if planned else last - stage.number):
                         activation = stage.forward(turn, replica, activation)
             for stage in stages:
                 micro = turn - (last - stage.number)

@@ -160,3 +160,17 @@ def test_megatron_s_host_waits_nowhere_that_stock_s_does_not(change):
         ours = {wait for wait in paci - stock if wait[1:] != ("stream.py", "stats")}  # the test asks for the loss
         assert stock
         assert not ours
+
+
+def waits_of_each(jobs):
+    return [waits_of_megatron(job) for job in jobs]
+
+
+def test_a_prediction_on_megatron_makes_the_host_wait_nowhere():
+    """As on DeepSpeed: what reads is AdamW, whose count of steps is on the host."""
+    plain = GptJob(stages=2, accumulation=2, calls=6, clip_grad=0.2, tied=True)
+    jobs = [plain, dataclasses.replace(plain, bf16=True, distributed_optimizer=True)]
+    predicting = [dataclasses.replace(job, paci={"prediction": "every"}) for job in jobs]
+    for stage, waits in enumerate(ranks.run_ranks(waits_of_each, 2, ([*jobs, *predicting],))):
+        for before, now in zip(waits[:2], waits[2:], strict=True):
+            assert now - before == ({(READS, "shadow.py", "advance")} if stage == 0 else set())

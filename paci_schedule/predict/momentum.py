@@ -3,34 +3,49 @@
 It is the gradient that would leave the direction of the momentum as it is.  Decay that an optimizer adds to its
 gradients, and the sign that `maximize` turns, are taken out of the momentum, as the step puts them in again.
 
-An optimizer of another class can say itself what it expects, by a method `expected_gradient(group, state, weight)`,
-which returns what the function of that name does, before `maximize` turns its sign.  It must treat every parameter by
-itself, and its `step` be right in another object of its class that holds copies of its state (`predict.shadow`).
+An optimizer that `momenta` does not know can say itself what it expects, by a method `expected_gradient(group, state,
+weight)`, which returns what the function of that name does, before `maximize` turns its sign.  It must treat every
+parameter by itself, and its `step` be right in another object of its class that holds copies of its state
+(`predict.shadow`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from paci_schedule.errors import UnsupportedError
+from paci_schedule.predict.momenta import MOMENTA
 from paci_schedule.predict.shadow import state_of
 
 __all__ = ["check", "expected_gradient"]
+
+_OTHERWISE = {"capturable", "master_weights", "use_master", "use_decoupled_grad"}  # settings of a FusedAdam
+_STATES = {"exp_avg_dtype", "exp_avg_sq_dtype"}
 
 
 def check(optimizer: Optimizer) -> None:
     """Raises UnsupportedError where the optimizer cannot be predicted."""
     if _momentum_of(optimizer) is None:
-        names = ", ".join(cls.__name__ for cls in _MOMENTA)
+        names = ", ".join(name.rpartition(".")[2] for name in MOMENTA if name.startswith("torch."))
         raise UnsupportedError(
-            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses; switch "
+            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses, for the "
+            "FusedAdam of Apex and Transformer Engine, and for the Muons, Lion and SOAP of emerging_optimizers; switch "
             "prediction off, take one of these, or, if it treats every parameter by itself, give its class a method "
             "expected_gradient(group, state, weight) (paci_schedule/predict/momentum.py)"
         )
+    if any(cls.__module__.startswith(("apex.", "transformer_engine.")) for cls in type(optimizer).__mro__):
+        unlike = sorted(name for name in _OTHERWISE if getattr(optimizer, name, False))
+        unlike += sorted(name for name in _STATES if getattr(optimizer, name, torch.float32) != torch.float32)
+        if unlike:
+            raise UnsupportedError(
+                f"optimizer {type(optimizer).__name__} with {', '.join(unlike)}: prediction is known for states in "
+                "fp32 and masters of the caller's; switch it off, or leave these out"
+            )
 
 
 @torch.no_grad()
@@ -49,37 +64,10 @@ def expected_gradient(
     return mean.neg() if mean is not None and group.get("maximize") else mean
 
 
-def _of_adam(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
-    """The first moment, its bias corrected."""
-    if not state:
-        return None
-    mean = state["exp_avg"] / (1 - group["betas"][0] ** state["step"])
-    return mean if group["decoupled_weight_decay"] else mean.sub_(weight, alpha=group["weight_decay"])
-
-
-def _of_sgd(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
-    """The gradient that leaves the buffer as it is; SGD keeps no count of its steps to correct a bias by."""
-    buffer, undamped = state.get("momentum_buffer"), 1 - group["dampening"]
-    if buffer is None or not undamped:
-        return None
-    return (buffer * ((1 - group["momentum"]) / undamped)).sub_(weight, alpha=group["weight_decay"])
-
-
-def _of_muon(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
-    """The buffer itself: orthogonalisation takes its size away."""
-    return state["momentum_buffer"].clone() if state else None
-
-
-_Momentum = Callable[[Mapping[str, Any], Mapping[str, Any], torch.Tensor], torch.Tensor | None]
-_MOMENTA: Mapping[type[Optimizer], _Momentum] = {
-    torch.optim.Adam: _of_adam,
-    torch.optim.AdamW: _of_adam,
-    torch.optim.NAdam: _of_adam,
-    torch.optim.SGD: _of_sgd,
-    **({torch.optim.Muon: _of_muon} if hasattr(torch.optim, "Muon") else {}),  # since torch 2.9
-}
-
-
-def _momentum_of(optimizer: Optimizer) -> _Momentum | None:
+def _momentum_of(optimizer: Optimizer) -> Callable[..., torch.Tensor | None] | None:
     own = getattr(optimizer, "expected_gradient", None)
-    return own if own is not None else next((_MOMENTA[cls] for cls in type(optimizer).__mro__ if cls in _MOMENTA), None)
+    if own is not None:
+        return own
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(optimizer).__mro__)
+    known = next((MOMENTA[name] for name in names if name in MOMENTA), None)
+    return None if known is None else partial(known, optimizer)

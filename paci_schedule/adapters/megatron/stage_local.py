@@ -17,14 +17,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 
-__all__ = ["StageSums", "is_sharded", "optimizers"]
+__all__ = ["StageSums", "is_sharded", "optimizers", "owner_of"]
 
 logger = logging.getLogger(__name__)
 
 
 def optimizers(config: Any) -> list[MegatronOptimizer]:
     """The optimizers behind a model's config, found through its grad_scale_func; empty where it has none."""
-    owner = _owner(config)
+    owner = owner_of(config)
     return [] if owner is None else list(getattr(owner, "chained_optimizers", None) or [owner])
 
 
@@ -60,7 +60,7 @@ class StageSums:
                 stage = parallel_state.get_tensor_model_parallel_group()
             if norms is not None:
                 # Of the sums over this group, the number of zeros alone is no squared norm.
-                counting = _owner(config)
+                counting = owner_of(config)
                 counting.count_zeros = _over(optimizer, stage, whole, counting.count_zeros)
                 stage = NormGroup(norms, stage, whole)
             self._groups.append((optimizer, stage, whole))
@@ -83,7 +83,8 @@ class StageSums:
                 optimizer.grad_stats_parallel_group = whole if flushing else stage
 
 
-def _owner(config: Any) -> MegatronOptimizer | None:
+def owner_of(config: Any) -> MegatronOptimizer | None:
+    """The optimizer that the training loop steps, a chain or not; None where a model's config does not tell."""
     owner = getattr(config.grad_scale_func, "__self__", None)
     return owner if isinstance(owner, MegatronOptimizer) else None
 
