@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from integration_tests.collectives import recorded
 from integration_tests.megatron_cpu import shim
+from integration_tests.megatron_optimizers import build_optimizer, wrapped
 
 __all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all",
            "train_recorded"]
@@ -38,6 +39,8 @@ class GptJob:
     deallocate: bool = True
     recompute: str | None = None
     optimizer: str = "adam"
+    layer_wise: bool = False
+    """Each replica updates some weights whole, and they are gathered."""
     lr: float = 0.01
     clip_grad: float = 0.0
     tied: bool = False
@@ -116,10 +119,8 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         layers: in the whole of what megatron-core believes to be the pipeline.
     """
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
 
     dtype = torch.bfloat16 if job.bf16 else torch.float32
@@ -147,23 +148,8 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         value = 0.2 * torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(1.0 + value if "norm" in name and name.endswith("weight") else value)
-    model = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=job.distributed_optimizer, overlap_grad_reduce=job.overlap_grad_reduce,
-            grad_reduce_in_fp32=True,
-        ),
-        model,
-    )
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=job.optimizer, lr=job.lr, weight_decay=0.01, clip_grad=job.clip_grad, bf16=job.bf16,
-            params_dtype=dtype, use_distributed_optimizer=job.distributed_optimizer,
-            log_num_zeros_in_grad=job.count_zeros,
-        ),
-        [model],
-    )
-    return model, optimizer
+    model = wrapped(job, config, model)
+    return model, build_optimizer(job, model, dtype)
 
 
 def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:

@@ -11,6 +11,7 @@ out of the script's arguments.
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
     --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
+    --paci-flush-warmup-steps UPDATES  that run 1F1B at the start of training [0]
     --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
     --paci-record FOLDER               write what every rank did there, op by op, for `paci trace`
 """
@@ -68,6 +69,7 @@ def _our_flags() -> argparse.ArgumentParser:
     flags.add_argument("--pipeline-schedule")
     flags.add_argument("--paci-clip", choices=["global", "stage"])
     flags.add_argument("--paci-timeout", type=seconds)
+    flags.add_argument("--paci-flush-warmup-steps", type=updates)
     flags.add_argument("--paci-early-receives", action="store_true", default=argparse.SUPPRESS)
     flags.add_argument("--paci-record")
     return flags
@@ -78,6 +80,13 @@ def seconds(text: str) -> float:
     if not is_timeout(float(text)):
         raise ValueError
     return float(text)
+
+
+def updates(text: str) -> int:
+    """The value of --paci-flush-warmup-steps, named likewise."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 if __name__ == "__main__":

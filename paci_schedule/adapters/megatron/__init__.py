@@ -44,7 +44,8 @@ def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, 
         forwards, backwards: micro-batches done;
         in_flight, peak_in_flight: micro-batches between their forward and backward, now and at most;
         max_drift, drift_bound, drift_histogram: in updates; micro-batches for each drift;
-        loss: mean over the micro-batches finished in the last call, on every stage (waits for the device);
+        loss: mean over the micro-batches finished in the last call, on every stage (waits for the device); NaN after
+        one under 1F1B;
         compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
         that the device has finished).
 
@@ -56,7 +57,7 @@ def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, 
     return stream_of(model).stats()
 
 
-def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, list[Any]]:
+def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:
     """What this rank's stage learns late by design, for a checkpoint of a training loop of your own.
 
     Call it on every rank after ``optimizer.step()``, where the pipe is empty.  Megatron-LM's own checkpoints have it
@@ -64,7 +65,8 @@ def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, list
 
     Returns:
         norms: the squared gradient norms of all stages of the newest updates;
-        tied: the sums of the tied embedding's gradients that wait to be applied.
+        tied: the sums of the tied embedding's gradients that wait to be applied;
+        updates: done so far, for flush_warmup_steps.
 
     Raises:
         ConfigError: the model has not been trained under PACI, or micro-batches are in flight.
