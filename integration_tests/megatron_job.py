@@ -252,7 +252,8 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
             saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), state_dict(model)))
             model, optimizer = _wired(job)
             model.load_state_dict(saved[0])
-            optimizer.load_state_dict(saved[1])
+            # By number: what the layer-wise optimizer takes, and any chain.
+            optimizer.load_state_dict(dict(enumerate(saved[1])) if isinstance(saved[1], list) else saved[1])
             load_state_dict(model, saved[2])
     seen.weights = {name: p.detach().clone().cpu() for name, p in model.module.named_parameters()}
     if job.schedule == "paci" and job.stages > 1:

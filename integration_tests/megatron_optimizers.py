@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,18 +29,17 @@ _PACKAGE = "emerging_optimizers"
 
 def is_main() -> bool:
     """Whether the Megatron-core that is imported here is Megatron-LM's main, not 0.16.1."""
-    return importlib.util.find_spec("megatron.core.optimizer.emerging_optimizers") is not None
+    core = importlib.util.find_spec("megatron.core")  # the module itself wants the CPU to play CUDA
+    return core is not None and Path(core.origin).with_name("optimizer").joinpath("emerging_optimizers.py").is_file()
 
 
-def missing(of_main: bool = False) -> str | None:
-    """Why the emerging optimizers cannot be built here; None if they can.
-
-    Args:
-        of_main: whether they are those that Megatron-LM's main alone has.
-    """
-    if of_main and not is_main():
+def missing(name: str, main: bool) -> str | None:
+    """Why an optimizer cannot be built by 0.16.1, or by Megatron-LM's main; None if it can."""
+    if name not in (*OF_ALL, *OF_MAIN):
+        return None
+    if name in OF_MAIN and not main:
         return "Megatron-LM's main alone has it: put a checkout of it first on PYTHONPATH"
-    wanted = "0.3.0" if is_main() else "0.1.0"
+    wanted = "0.3.0" if main else "0.1.0"
     if importlib.util.find_spec(_PACKAGE) is None:
         return f"{_PACKAGE} {wanted} is not on PYTHONPATH (docs/megatron.md says how to get it)"
     found = importlib.import_module(f"{_PACKAGE}.package_info").__version__

@@ -52,8 +52,8 @@ def assert_as_the_oracle_says(jobs):
         for stage, rank in enumerate(stage_ranks(job)):
             got, should = ranks[rank][number], expected[number][stage]
             assert_equal(got.weights, should.weights, f"{job}, stage {stage}, weight")
-            # Shards of a distributed optimizer add up their squares in another order.
-            sharded = job.distributed_optimizer and job.data_parallel > 1
+            # Shards of an optimizer add up their squares in another order.
+            sharded = (job.distributed_optimizer or job.layer_wise) and job.data_parallel > 1
             assert got.norms == (pytest.approx(should.norms, rel=1e-5) if sharded else should.norms)
             assert got.losses == (should.losses if stage == job.stages - 1 else [[]] * job.calls)
             drifts = should.stats["drifts"]

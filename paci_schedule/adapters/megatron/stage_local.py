@@ -20,7 +20,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 
-__all__ = ["StageSums", "chains", "is_sharded", "optimizers"]
+__all__ = ["StageSums", "chains", "is_sharded", "optimizers", "owner_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class StageSums:
                 if ranks not in carried:
                     carried[ranks] = NormGroup(norms, each.stage, each.whole)
                 each.carried = carried[ranks]
-            owner = _owner(config)
+            owner = owner_of(config)
             owner.count_zeros = self._over_plain_groups(owner.count_zeros)
         clip = max((optimizer.config.clip_grad for optimizer in found), default=0.0)
         if clip > 0 and norms is None and warn:
@@ -142,7 +142,7 @@ def _sums(optimizer: MegatronOptimizer, is_layer_wise: bool) -> _Sums:
 
 
 def _all(config: Any) -> Iterator[MegatronOptimizer]:
-    owner = _owner(config)
+    owner = owner_of(config)
     waiting = [] if owner is None else [owner]
     while waiting:
         optimizer = waiting.pop(0)
@@ -150,6 +150,7 @@ def _all(config: Any) -> Iterator[MegatronOptimizer]:
         waiting[:0] = getattr(optimizer, "chained_optimizers", [])
 
 
-def _owner(config: Any) -> MegatronOptimizer | None:
+def owner_of(config: Any) -> MegatronOptimizer | None:
+    """The optimizer that the training loop steps, a chain or not; None where a model's config does not tell."""
     owner = getattr(config.grad_scale_func, "__self__", None)
     return owner if isinstance(owner, MegatronOptimizer) else None
