@@ -100,7 +100,9 @@ def prepare() -> None:
         shim.install()
     import paci_schedule
 
+    load = torch.storage._load_from_bytes
     paci_schedule.register("megatron")
+    torch.storage._load_from_bytes = load  # Megatron-LM's main puts its own there: who unpickles would import Megatron
 
 
 def micro_batch(index: int, replica: int, vocabulary: int = VOCABULARY) -> torch.Tensor:

@@ -4,14 +4,11 @@ import dataclasses
 
 import pytest
 
-from integration_tests.megatron_job import GptJob, train_all, train_recorded
+from integration_tests.megatron_job import GptJob, build, prepare, set_up, train_all, train_recorded
 from integration_tests.megatron_optimizers import OF_ALL, OF_MAIN, is_main, missing
-from integration_tests.ranks import on_gpus, run_ranks
-from integration_tests.test_megatron_core import STOCK, assert_as_the_oracle_says, assert_equal
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
-EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
+from integration_tests.ranks import run_ranks
+from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_the_oracle_says, assert_equal
+from paci_schedule import PaciError
 
 
 def optimizer(name):
@@ -89,3 +86,40 @@ def test_tensor_parallel_ranks_agree(name):
         ends = (rank % 2, rank % 2 + 2)
         assert all(set(ranks) <= {rank - rank % 2, rank - rank % 2 + 1} or ranks == ends
                    for _, ranks in trained.collectives), trained.collectives
+
+
+def refusals_of_optimizers():
+    """What a job is refused with, by what its optimizer is or has."""
+    prepare()
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    from paci_schedule.adapters.megatron.checks import agree
+    from paci_schedule.adapters.megatron.options import PaciOptions
+
+    class Wrapper(FP32Optimizer):
+        """Another one."""
+
+    job = GptJob(stages=1)
+    set_up(job)
+    said = {}
+    for name in ("grad_norm_skip_threshold", "optimizer_cpu_offload", "Wrapper", ""):
+        model, optimizer = build(job, 0, 1, 1)
+        if name == "Wrapper":
+            optimizer.chained_optimizers[0].__class__ = Wrapper
+        elif name:
+            setattr(optimizer.config, name, 9)
+        model.config.grad_scale_func = optimizer.scale_loss
+        try:
+            agree([model], model.config, PaciOptions(), None, {}, [0])
+            said[name] = ""
+        except PaciError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_what_cannot_run_is_refused_by_name():
+    [said] = run_ranks(refusals_of_optimizers, 1)
+    assert said.pop("") == ""
+    assert "would skip an update that others apply; leave it at inf" in said["grad_norm_skip_threshold"]
+    assert "--optimizer-cpu-offload (optimizer_cpu_offload=9): not tried yet" in said["optimizer_cpu_offload"]
+    assert "Wrapper: not tried yet; use one that --optimizer names" in said["Wrapper"]
