@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from integration_tests.megatron_job import GptJob, build, prepare, set_up, train_all, train_recorded
 from integration_tests.megatron_optimizers import OF_ALL, OF_MAIN, is_main, missing
@@ -86,6 +87,51 @@ def test_tensor_parallel_ranks_agree(name):
         ends = (rank % 2, rank % 2 + 2)
         assert all(set(ranks) <= {rank - rank % 2, rank - rank % 2 + 1} or ranks == ends
                    for _, ranks in trained.collectives), trained.collectives
+
+
+def predictions(jobs):
+    """Of the optimizers of each job: whether predictions from the whole gradient are the steps, and whether a step with
+    the gradient that the momentum expects leaves it as it is."""
+    prepare()
+    from paci_schedule.predict import advance, check, expected_gradient
+
+    said = []
+    for job in jobs:
+        set_up(job)
+        _, chain = build(job, 0, 1, 1)
+        for optimizer in (part.optimizer for part in chain.chained_optimizers):
+            check(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(3):
+                new = {p: torch.randn(p.shape, generator=generator) for p in parameters}
+                predicted = {p: p.detach().clone() for p in parameters}
+                advance(optimizer, predicted, {p: gradient.clone() for p, gradient in new.items()})
+                step(optimizer, new)
+                said.append(all(torch.equal(predicted[p], p) for p in parameters))
+            groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+            expected, again = ({}, {})
+            for found in (expected, again):
+                for p, group in groups.items():
+                    found[p] = expected_gradient(optimizer, group, p, p.detach())
+                step(optimizer, found)
+            said += [torch.allclose(expected[p], again[p], rtol=1e-3, atol=1e-5) for p in groups]
+    return said
+
+
+def step(optimizer, gradients):
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient.clone()
+    optimizer.step()
+
+
+@EXACT
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_prediction_from_the_whole_gradient_is_the_step(name):
+    """Query, key and value of a layer, which Muon orthogonalises each by itself, too."""
+    [said] = run_ranks(predictions, 1, ([GptJob(optimizer=name, stages=1, lr=1e-3)],))
+    assert len(said) > 10
+    assert all(said), said
 
 
 def refusals_of_optimizers():

@@ -7,6 +7,7 @@ gradients, and the sign that `maximize` turns, are taken out of the momentum, as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def check(optimizer: Optimizer) -> None:
     if _momentum_of(optimizer) is None:
         names = ", ".join(cls.__name__ for cls in _MOMENTA)
         raise UnsupportedError(
-            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses; switch "
-            "prediction off, take one of these, or add what its momentum expects to paci_schedule/predict/momentum.py "
-            "if it treats every parameter by itself"
+            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses, and for "
+            "the Muons, Lion and SOAP of emerging_optimizers; switch prediction off, take one of these, or add what "
+            "its momentum expects to paci_schedule/predict/momentum.py if it treats every parameter by itself"
         )
 
 
@@ -65,6 +66,32 @@ def _of_muon(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.T
     return state["momentum_buffer"].clone() if state else None
 
 
+def _of_average(
+    name: str, optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
+) -> torch.Tensor | None:
+    """The moving average of that name itself, where nothing reads its size."""
+    return _undecayed(optimizer, group, state[name].clone(), weight) if state else None
+
+
+def _of_soap(
+    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
+) -> torch.Tensor | None:
+    """The first moment, its bias corrected, out of the basis in which it is kept."""
+    if not state or not state["step"]:
+        return None
+    mean = state["Q_L"] @ state["exp_avg"] @ state["Q_R"].T
+    if optimizer.correct_bias:
+        mean /= 1 - group["betas"][0] ** state["step"]
+    return _undecayed(optimizer, group, mean, weight)
+
+
+def _undecayed(
+    optimizer: Optimizer, group: Mapping[str, Any], mean: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Without the decay that an emerging optimizer adds to its gradients, in place."""
+    return mean.sub_(weight, alpha=group["weight_decay"]) if optimizer.weight_decay_method == "l2" else mean
+
+
 _Momentum = Callable[[Mapping[str, Any], Mapping[str, Any], torch.Tensor], torch.Tensor | None]
 _MOMENTA: Mapping[type[Optimizer], _Momentum] = {
     torch.optim.Adam: _of_adam,
@@ -75,5 +102,21 @@ _MOMENTA: Mapping[type[Optimizer], _Momentum] = {
 }
 
 
+_EMERGING = {
+    "orthogonalized_optimizers.orthogonalized_optimizer.OrthogonalizedOptimizer": partial(
+        _of_average, "momentum_buffer"
+    ),
+    "scalar_optimizers.lion.Lion": partial(_of_average, "exp_avg"),
+    "soap.soap.SOAP": _of_soap,
+}
+"""By name, of NVIDIA's package emerging_optimizers, which is not imported for this.  The first one is Muon's."""
+
+
 def _momentum_of(optimizer: Optimizer) -> _Momentum | None:
-    return next((_MOMENTA[cls] for cls in type(optimizer).__mro__ if cls in _MOMENTA), None)
+    for cls in type(optimizer).__mro__:
+        if cls in _MOMENTA:
+            return _MOMENTA[cls]
+        package, _, module = cls.__module__.partition(".")
+        if package == "emerging_optimizers" and f"{module}.{cls.__qualname__}" in _EMERGING:
+            return partial(_EMERGING[f"{module}.{cls.__qualname__}"], optimizer)
+    return None
