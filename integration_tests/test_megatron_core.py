@@ -365,6 +365,8 @@ REFUSED = {
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
     "must be True or False": {"paci": {"early_receives": 1}},
+    "must be a whole number of updates, 0 or more": {"paci": {"flush_warmup_steps": -1}},
+    "'flush_warmup_steps': True": {"paci": {"flush_warmup_steps": True}},
     "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
     "did you mean 'timeout'?": {"paci": {"timeot": 3}},
