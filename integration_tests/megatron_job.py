@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from integration_tests.collectives import recorded
 from integration_tests.megatron_cpu import shim
+from integration_tests.megatron_optimizers import build_optimizer, wrapped
 
 __all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all",
            "train_recorded"]
@@ -44,6 +45,8 @@ class GptJob:
     optimizer: str = "adam"
     chained: bool = False
     """The matrices have an optimizer of their own, SGD, in fp32."""
+    layer_wise: bool = False
+    """Each replica updates some weights whole, and they are gathered."""
     lr: float = 0.01
     clip_grad: float = 0.0
     tied: bool = False
@@ -105,7 +108,9 @@ def prepare() -> None:
         shim.install()
     import paci_schedule
 
+    load = torch.storage._load_from_bytes
     paci_schedule.register("megatron")
+    torch.storage._load_from_bytes = load  # Megatron-LM's main puts its own there: who unpickles would import Megatron
 
 
 def micro_batch(index: int, replica: int, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -124,10 +129,8 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         layers: in the whole of what megatron-core believes to be the pipeline.
     """
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -167,22 +170,8 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
             values.append(0.2 * torch.randn(shape, generator=generator))
         value = torch.cat(values, parameter.partition_dim if split else 0) if len(values) > 1 else values[0]
         parameter.data.copy_(1.0 + value if "norm" in name and name.endswith("weight") else value)
-    model = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=job.distributed_optimizer, overlap_grad_reduce=job.overlap_grad_reduce,
-            grad_reduce_in_fp32=True,
-        ),
-        model,
-    )
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=job.optimizer, lr=job.lr, weight_decay=0.01, clip_grad=job.clip_grad, bf16=job.bf16,
-            params_dtype=dtype, use_distributed_optimizer=job.distributed_optimizer,
-            log_num_zeros_in_grad=job.count_zeros,
-        ),
-        [model],
-    )
+    model = wrapped(job, config, model)
+    optimizer = build_optimizer(job, model, dtype)
     return model, _chained(optimizer, job.lr) if job.chained else optimizer
 
 
@@ -311,7 +300,8 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
             saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), state_dict(model)))
             model, optimizer = _wired(job)
             model.load_state_dict(saved[0])
-            optimizer.load_state_dict(saved[1])
+            # By number: what the layer-wise optimizer takes, and any chain.
+            optimizer.load_state_dict(dict(enumerate(saved[1])) if isinstance(saved[1], list) else saved[1])
             load_state_dict(model, saved[2])
     seen.weights = {name: p.detach().clone().cpu() for name, p in model.module.named_parameters()}
     if job.schedule == "paci" and job.stages > 1:

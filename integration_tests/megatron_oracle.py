@@ -8,6 +8,7 @@ megatron-core's own, so that equality can be asked for to the last bit.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -24,7 +25,7 @@ class Stage:
 
     def __init__(self, job: GptJob, number: int) -> None:
         self.job, self.number, self.last = job, number, number == job.stages - 1
-        alone = dataclasses.replace(job, overlap_grad_reduce=False)
+        alone = dataclasses.replace(job, overlap_grad_reduce=False, layer_wise=False)
         self.model, self.optimizer = build(alone, number, job.stages, 1)
         self.seen = Trained()
         self.norms = _Norms(job, number)
@@ -78,15 +79,32 @@ class Stage:
             micro: counted since the pipe was last empty.
             emptied: updates done then.
         """
+        self.reduce()
+        self.tie(stages, self.version - -(-(self.job.stages - 1) // self.job.accumulation))
+        self.norms.look_up(stages, self.version, micro, emptied)
+        self.update()
+
+    def reduce(self) -> None:
+        """The mean gradient over the replicas."""
         for parameter, *sums in zip(self.model.parameters(), *self.sums, strict=True):
             parameter.main_grad.copy_(sum(total * (1.0 / self.job.data_parallel) for total in sums))
         if self.tied is not None:
             self.handed.append(self.tied.main_grad.clone())
-            due = self.version - -(-(self.job.stages - 1) // self.job.accumulation)
+
+    def tie(self, stages: list[Stage], due: int) -> None:
+        """The gradient of the tied weight: the sum of that update.  Those of flushed updates wait for no later one."""
+        if self.tied is not None:
             self.tied.main_grad.zero_()
-            if due >= 0:
+            if due >= min(self.version, self.job.paci.get("flush_warmup_steps", 0)):
                 self.tied.main_grad.add_(stages[0].handed[due] + stages[-1].handed[due])
-        self.norms.look_up(stages, self.version, micro, emptied)
+
+    def measure(self) -> None:
+        """Know this stage's norm of the update, before it."""
+        self.norms.begin()
+        self.optimizer.prepare_grads()
+        self.optimizer.get_grad_norm()
+
+    def update(self) -> None:
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.model.parameters())):
             ok, norm, _ = self.optimizer.step()
         self.optimizer.zero_grad()
@@ -109,11 +127,20 @@ class _Norms(dist.ProcessGroup):
         self.job, self.stage = job, stage
         self.squares: list[torch.Tensor] = []
 
+    def begin(self) -> None:
+        """An update begins whose squared norm is yet to be summed."""
+        self.others, self.all_late, self.measured = [], False, False
+
+    def agree(self, stages: list[Stage]) -> None:
+        """Under a flush: every stage has measured its norm of this update, and each takes all of them."""
+        self.measured = True
+        self.others = [other.norms.squares[-1] for other in stages if other.number != self.stage]
+
     def look_up(self, stages: list[Stage], update: int, micro: int, emptied: int) -> None:
         """The rule, for the stage's `update`."""
+        self.begin()
         ahead = [self.job.stages - 1 - stage for stage in range(self.job.stages)]
         self.all_late = self.job.tied
-        self.others = []
         for other in stages:
             if self.all_late:
                 at = update - math.ceil((ahead[0] + 1) / self.job.accumulation)
@@ -128,7 +155,8 @@ class _Norms(dist.ProcessGroup):
     def allreduce(self, tensors: list[torch.Tensor], options: dist.AllreduceOptions) -> dist.Work:
         if options.reduceOp == dist.ReduceOp.SUM:
             own = tensors[0].detach().reshape(()).clone()
-            self.squares.append(own)
+            if not self.measured:
+                self.squares.append(own)
             others = torch.stack(self.others).sum() if self.others else torch.zeros(())
             tensors[0].copy_(others if self.all_late else own + others)
         return _Done()
@@ -150,23 +178,47 @@ def oracle_all(jobs: list[GptJob], kind: type[Stage] = Stage) -> list[list[Train
     return results
 
 
-def _between_drains(job: GptJob) -> Iterator[tuple[int, int]]:
-    """The first call of each part of the stream that ends with an empty pipe, and the first one after it."""
+def _between_drains(job: GptJob) -> Iterator[tuple[int, int, bool]]:
+    """The first call of each part of the stream that ends with an empty pipe, the next after it, if it flushes."""
     every = job.paci.get("drain_interval", job.calls)
     start = 0
     for call in range(1, job.calls + 1):
-        flushed = bool(job.schedules) and job.schedules[call - 1] == "1f1b"
+        named = bool(job.schedules) and job.schedules[call - 1] == "1f1b"
+        flushed = named or call <= job.paci.get("flush_warmup_steps", 0)
         if call % every == 0 or call == job.calls or flushed:
-            yield start, call
+            yield start, call, flushed
             start = call
+
+
+def _flushed(stages: list[Stage], batch: range) -> None:
+    """A batch of the flushed schedule: no weight moves before all of it is done."""
+    replicas = range(stages[0].job.data_parallel)
+    for micro, replica in itertools.product(batch, replicas):
+        passed = None
+        for stage in stages:
+            passed = stage.forward(micro, replica, passed)
+        passed = None
+        for stage in reversed(stages):
+            passed = stage.backward(micro, replica, passed)
+    for stage in stages:
+        stage.reduce()
+    for stage in stages:
+        stage.tie(stages, stage.version)
+        stage.measure()
+    for stage in stages:
+        stage.norms.agree(stages)
+        stage.update()
 
 
 def _oracle(job: GptJob, kind: type[Stage]) -> list[Trained]:
     stages = [kind(job, number) for number in range(job.stages)]
     last = job.stages - 1
     planned = bool({"drain_interval", "train_iters"} & set(job.paci))
-    for start, stop in _between_drains(job):
+    for start, stop, flushed in _between_drains(job):
         begin, end = start * job.accumulation, stop * job.accumulation
+        if flushed:
+            _flushed(stages, range(begin, end))
+            continue
         gradients: dict[tuple[int, int, int], torch.Tensor | None] = {}
         for turn in range(begin, end + last):
             for replica in range(job.data_parallel):

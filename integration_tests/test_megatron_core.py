@@ -15,9 +15,11 @@ from integration_tests.nccl_like import BACKEND as NCCL_LIKE
 from integration_tests.ranks import backend, on_gpus, run_ranks
 from paci_schedule import PipelineSpec, trace
 from paci_schedule.drift import drift_bound, drift_of
+from paci_schedule.registration import exists
 from paci_schedule.schedules import paci
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+if not exists("megatron.core"):  # without an import, for which the CPU may have to play CUDA
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
 
 from integration_tests.megatron_oracle import oracle_all
 
@@ -52,9 +54,10 @@ def assert_as_the_oracle_says(jobs, oracle=oracle_all):
         for stage, rank in enumerate(stage_ranks(job)):
             got, should = ranks[rank][number], expected[number][stage]
             assert_equal(got.weights, should.weights, f"{job}, stage {stage}, weight")
-            # Shards of a distributed optimizer add up their squares in another order.
-            sharded = job.distributed_optimizer and job.data_parallel > 1
-            assert got.norms == (pytest.approx(should.norms, rel=1e-5) if sharded else should.norms)
+            # Shards of an optimizer, and stages under a flush, add up their squares in another order.
+            reordered = (job.distributed_optimizer or job.layer_wise) and job.data_parallel > 1
+            reordered |= job.stages > 2 and "flush_warmup_steps" in job.paci
+            assert got.norms == (pytest.approx(should.norms, rel=1e-5) if reordered else should.norms)
             assert got.losses == (should.losses if stage == job.stages - 1 else [[]] * job.calls)
             drifts = should.stats["drifts"]
             assert got.stats["version"] == job.calls
@@ -364,6 +367,8 @@ REFUSED = {
     "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
     "must be True or False": {"paci": {"early_receives": 1}},
+    "must be a whole number of updates, 0 or more": {"paci": {"flush_warmup_steps": -1}},
+    "'flush_warmup_steps': True": {"paci": {"flush_warmup_steps": True}},
     "no end is known": {"paci": {"record": "runs"}},
     "did you mean 'paci'?": {"schedule": "paki"},
     "did you mean 'timeout'?": {"paci": {"timeot": 3}},

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from integration_tests.megatron_optimizers import missing
 from integration_tests.ranks import on_gpus
 
 CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM_CHECKOUT", "").split(os.pathsep) if path]
@@ -23,6 +24,8 @@ CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM_CHECKOUT", "").split(o
 pytestmark = pytest.mark.skipif(not CHECKOUTS, reason="MEGATRON_LM_CHECKOUT names no Megatron-LM checkout")
 
 ROOT = Path(__file__).resolve().parents[1]
+FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+EMERGING = "megatron/core/optimizer/emerging_optimizers.py"  # which Megatron-LM's main has, and 0.16.1 has not
 MODEL = shlex.split("""
     --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-gradient-accumulation-fusion
     --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused
@@ -34,20 +37,22 @@ MODEL = shlex.split("""
 """)
 
 
-def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None):
+def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None, replicas=1):
     """Run the script; returns what it wrote.  `arguments` may hold spaces between flags and values."""
     flags = [word for argument in arguments for word in argument.split()]
     module = ["paci_schedule.launch"]
-    if not on_gpus(stages):
+    if not on_gpus(stages * replicas):
         module = ["integration_tests.megatron_cpu", *module]
         flags += ["--distributed-backend", "gloo"]
     environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{checkout}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]), "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1", **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
     }
     run = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(stages),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(stages * replicas),
             "-m", *module, str(script or f"{checkout}/pretrain_gpt.py"),
             *(["--pipeline-schedule", schedule] if schedule else []),
             "--pipeline-model-parallel-size", str(stages), *MODEL, *flags,
@@ -138,6 +143,25 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(check
     assert [line[0] for line in (*third.values(), *fourth.values())] == [str(3 * n) for n in range(7, 12)]
 
 
+def test_the_first_updates_run_under_a_flush_and_a_resumed_run_counts_them(checkout, tmp_path):
+    """Of the job, not of the run: until then it is stock, with its tied gradients and norms, and then it is not."""
+    common = ("--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 2 "
+              "--train-iters 6 --save")
+    warmup = "--paci-flush-warmup-steps 3"
+    stock = logged(pretrain(checkout, "1f1b", 2, common, str(tmp_path / "stock")))
+    straight = logged(pretrain(checkout, "paci", 2, warmup, common, str(tmp_path / "whole")))
+    assert [straight[iteration] == stock[iteration] for iteration in range(1, 7)] == [True] * 3 + [False] * 3
+    (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = logged(pretrain(checkout, "paci", 2, warmup, common, f"{tmp_path}/again --load {tmp_path}/whole"))
+    assert {iteration: line[3] for iteration, line in resumed.items()} == {
+        iteration: straight[iteration][3] for iteration in range(3, 7)
+    }
+    for rank in range(2):
+        ours, theirs = (weights(f"{tmp_path}/{name}/iter_0000006/mp_rank_00_{rank:03}") for name in ("whole", "again"))
+        assert len(ours) > 10
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_weights_are_taken_without_the_optimizers_state(checkout, tmp_path):
     """With a learning rate of 0 they are those that the run began with."""
     still = "--lr 0 --min-lr 0 --clip-grad 0 --eval-iters 0 --eval-interval 100 --ckpt-format torch"
@@ -168,6 +192,32 @@ def test_no_collective_of_a_steady_iteration_spans_stages(checkout, stages, tmp_
                  trace=tmp_path / "stock")
         seen = json.loads((tmp_path / "stock.0").read_text())
         assert any(iteration == 3 and ranks == [0, 1] for iteration, _, ranks in seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("muon", ""), ("muon", "--optimizer dist_muon --bf16"), ("muon", "--use-distributed-optimizer --bf16"),
+     ("adaptive_muon", "--use-distributed-optimizer --bf16"), ("lion", ""), ("soap", "")],
+    ids=["muon", "dist_muon", "muon, sharded", "adaptive_muon, sharded", "lion", "soap"],
+)
+def test_nor_does_one_of_the_other_optimizers(checkout, name, flags, tmp_path):
+    """With two replicas, which share the weights out where the optimizer does so."""
+    reason = missing(name, main := Path(checkout, EMERGING).is_file())
+    if reason is None and not main and "--use-distributed-optimizer" in flags:
+        reason = "0.16.1 refuses Muon with --use-distributed-optimizer"
+    if reason is not None:
+        pytest.skip(reason)
+    said = pretrain(checkout, "paci", 2, f"--optimizer {name}", flags, "--global-batch-size 4",
+                    "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100 --log-num-zeros-in-grad",
+                    trace=tmp_path / "paci", replicas=2)
+    assert list(logged(said)) == [1, 2, 3, 4, 5]
+    for rank in range(4):
+        seen = json.loads((tmp_path / f"paci.{rank}").read_text())
+        steady = [ranks for iteration, _, ranks in seen if iteration == 3]
+        stage, ends = {rank - rank % 2, rank - rank % 2 + 1}, [rank % 2, rank % 2 + 2]
+        assert steady.count(sorted(stage)) > 0
+        assert all(set(ranks) <= stage or ranks == ends for ranks in steady), steady
+        assert steady.count(ends) == 1  # of the tied embedding, that nobody waits for
 
 
 def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
@@ -240,7 +290,9 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
     ("flag", "said"),
     [("--paci-clip=none", "argument --paci-clip"), ("--paci-prediction=evry", "argument --paci-prediction: 'evry'"),
      ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
-     ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds")],
+     ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds"),
+     ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: invalid updates"),
+     ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: invalid updates")],
 )
 def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
     assert said in pretrain(checkout, "paci", 1, flag, expect=1)

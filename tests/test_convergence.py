@@ -58,8 +58,9 @@ def study(tmp_path, monkeypatch, capsys):
     text.write_text("so it goes, and goes, and goes. " * 80)
 
     def run(*more):
-        line = f"--results {tmp_path / 'runs.jsonl'} --layers 2 --stages 2 --accumulation 2 --width 12 --micro-batches 8"
-        monkeypatch.setattr(sys, "argv", ["convergence", *line.split(), *more])
+        sizes = "--layers 2 --stages 2 --accumulation 2 --width 12 --micro-batches 8"
+        line = ["convergence", "--results", str(tmp_path / "runs.jsonl"), *sizes.split(), *more]
+        monkeypatch.setattr(sys, "argv", line)
         convergence.main()
         return [json.loads(each) for each in (tmp_path / "runs.jsonl").read_text().splitlines()]
 

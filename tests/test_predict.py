@@ -144,6 +144,24 @@ def test_several_windows_are_as_many_steps_with_the_same_gradient(name, foreach)
     assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
 
 
+def test_a_step_finds_what_is_written_on_its_parameters():
+    """As Megatron's Muon does, which asks a weight along which of its sides tensor-parallel ranks share it."""
+    class Paced(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.mul_(parameter.pace)
+            super().step()
+
+    parameters, optimizer = build(Paced, {"lr": 0.1})
+    for number, parameter in enumerate(parameters):
+        parameter.pace = 1.0 + number
+    predicted = copies(parameters)
+    advance(optimizer, predicted, gradients(parameters, 0))
+    step(optimizer, gradients(parameters, 0))
+    assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
+
+
 def test_buckets_change_nothing(monkeypatch):
     parameters, optimizer = build(*SETTINGS["AdamW"])
     step(optimizer, gradients(parameters, 0))

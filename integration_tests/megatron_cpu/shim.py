@@ -170,7 +170,7 @@ def _patch_cuda() -> None:
 
 
 def _patch_distributed() -> None:
-    barrier, init, new_group = dist.barrier, dist.init_process_group, dist.new_group
+    barrier, init, new_group, gather = dist.barrier, dist.init_process_group, dist.new_group, dist.all_gather
 
     @functools.wraps(barrier)
     def gloo_barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
@@ -189,7 +189,19 @@ def _patch_distributed() -> None:
             kwargs["backend"] = None  # the default group's
         return new_group(*args, **kwargs)
 
+    @functools.wraps(gather)
+    def uneven_gather(tensors: list[Any], tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        """Gloo gathers tensors of one size alone; NCCL takes others as a broadcast from each rank."""
+        if async_op or all(other.shape == tensors[0].shape for other in tensors):
+            return gather(tensors, tensor, group, async_op)
+        tensors[dist.get_rank(group)].copy_(tensor)
+        for rank, other in enumerate(tensors):
+            if other.numel():
+                dist.broadcast(other, group=group, group_src=rank)
+        return None
+
     dist.barrier, dist.init_process_group, dist.new_group = gloo_barrier, gloo_init, gloo_group
+    dist.all_gather = uneven_gather
 
 
 @torch.no_grad()

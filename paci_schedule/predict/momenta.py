@@ -92,7 +92,7 @@ MOMENTA: Mapping[str, Momentum] = MappingProxyType(
         "torch.optim.adamw.AdamW": _of_adam,
         "torch.optim.nadam.NAdam": _of_adam,
         "torch.optim.sgd.SGD": _of_sgd,
-        "torch.optim._muon.Muon": _of_muon,
+        "torch.optim.Muon": _of_muon,
         "apex.optimizers.fused_adam.FusedAdam": _of_fused_adam,
         "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam": _of_fused_adam,
         f"{_EMERGING}.orthogonalized_optimizers.orthogonalized_optimizer.OrthogonalizedOptimizer": partial(

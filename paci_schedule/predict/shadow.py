@@ -46,6 +46,8 @@ def advance(
     for group in optimizer.param_groups:
         for bucket in _buckets([parameter for parameter in group["params"] if parameter in gradients]):
             moved = [weights[parameter].data for parameter in bucket]
+            for weight, parameter in zip(moved, bucket, strict=True):
+                vars(weight).update(vars(parameter))  # what is written on a parameter, as how it is sliced
             states = _copied_states([state_of(optimizer, group, parameter) for parameter in bucket])
             settings = {name: _copied(value) for name, value in group.items() if name != "params"}  # counts among them
             shadow = _shadow(optimizer, {**settings, "params": moved}, dict(zip(moved, states, strict=True)))

@@ -166,6 +166,14 @@ class StageRunner:
             self._links.finish()
         return losses
 
+    def count_flushed(self) -> None:
+        """Count a batch that the framework's own flushed schedule has run, from an empty pipe to an empty one."""
+        for op in one_f_one_b.batch(self.spec).ops(self.stage):
+            self.meter.record(op)
+            self.forwards += op.kind is OpKind.FORWARD
+            self.backwards += op.kind is OpKind.BACKWARD
+            self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
+
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
         self._stopwatch.start()

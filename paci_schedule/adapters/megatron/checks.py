@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -12,14 +13,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from paci_schedule.adapters.megatron.hooks import TESTED
 from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
-from paci_schedule.adapters.megatron.stage_local import optimizers
+from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.runtime.refusal import launch_blocking, refuse_together
 
 __all__ = ["agree"]
@@ -123,6 +125,22 @@ _DDP = (
     ),
 )
 
+_OPTIMIZERS = (
+    FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer, ChainedOptimizer,
+    LayerWiseDistributedOptimizer,
+)
+"""What may be around the optimizers of a stage.  These step the stage's own weights, and each does so by itself."""
+
+_OPTIMIZER = (
+    _Refusal(
+        "grad_norm_skip_threshold",
+        "grad_norm_skip_threshold of the OptimizerConfig",
+        "stages know each other's gradient norms late, so some would skip an update that others apply; leave it at inf",
+        lambda value: value in (None, math.inf),
+    ),
+    _Refusal("optimizer_cpu_offload", "--optimizer-cpu-offload", "not tried yet; leave it off"),
+)
+
 _EVERY_ITERATION = "every rank waits for all the others in every iteration; "
 
 _JOB = (
@@ -211,7 +229,13 @@ def _reasons(
                 yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
-    clips = any(optimizer.config.clip_grad > 0 for optimizer in optimizers(config))
+    for kind in dict.fromkeys(map(type, [*chains(config), *optimizers(config)])):
+        if kind not in _OPTIMIZERS:
+            yield f"the optimizer {kind.__module__}.{kind.__name__}: not tried yet; use one that --optimizer names"
+    settings = [optimizer.config for optimizer in optimizers(config) if type(optimizer) in _OPTIMIZERS]
+    for first in settings[:1]:
+        yield from _refused(_OPTIMIZER, first)
+    clips = any(each.clip_grad > 0 for each in settings)
     ties, _ = tied_embedding(chunks[0])
     if clips and options.clip == "stage" and ties:
         yield (
@@ -222,9 +246,6 @@ def _reasons(
         yield from launch_blocking("config.paci = {'early_receives': True}")
     if getattr(getattr(unwrapped(chunks[0]), "model_type", None), "name", "") == "encoder_and_decoder":
         yield "an encoder-decoder model: PACI runs decoder-only and encoder-only models"
-    for optimizer in optimizers(config):
-        if type(optimizer) not in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
-            yield f"the optimizer {type(optimizer).__name__}: not tried yet; use --optimizer adam or sgd"
     if call.get("adjust_tensor_shapes_fn") is not None:
         yield "adjust_tensor_shapes_fn (distillation): not tried yet"
     groups = call.get("pg_collection")

@@ -69,7 +69,7 @@ class Selector:
         if forward_only or (name == "1f1b" and stream is None):
             return untouched()
         if name == "1f1b":
-            return stream.flush_batch(untouched)
+            return stream.flush_batch(untouched, call["num_microbatches"])
         group = getattr(call.get("pg_collection"), "pp", None) or parallel_state.get_pipeline_model_parallel_group()
         if group.size() == 1:
             return untouched()
@@ -77,8 +77,10 @@ class Selector:
             options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
             stream = ModelStream(_chunks(model), group, options, call)
             if first in self.states:
-                stream.late.load_state(self.states.pop(first))
+                stream.load_state(self.states.pop(first))
             setattr(first, _STREAM, stream)
+        if stream.is_warming_up():
+            return stream.flush_batch(untouched, call["num_microbatches"])
         return stream.train_batch(**call)
 
 

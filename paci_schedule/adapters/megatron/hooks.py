@@ -25,6 +25,7 @@ _HOOKS = {
     "megatron.core.optimizer.optimizer:MegatronOptimizer.get_grad_stats_parallel_group": (),
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_grad_stats_parallel_group": (),
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map": ("param",),
+    "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.get_grad_norm": (),
     "megatron.core.parallel_state:get_tensor_and_data_parallel_group": ("with_context_parallel",),
     "megatron.core.parallel_state:get_embedding_group": ("check_initialized",),
     "torch.distributed.distributed_c10d:_new_process_group_helper": ("backend_options", "device_id", "group_desc"),

@@ -44,6 +44,12 @@ class PaciOptions:
     """Calls between two planned ends of the pipe (say, where checkpoints are saved), after which nothing is parked.
     Megatron-LM's own --save-interval and --exit-interval are known without it."""
 
+    flush_warmup_steps: int = _option(
+        0, "a whole number of updates, 0 or more", lambda value: type(value) is int and value >= 0
+    )
+    """Updates at the start of training that run 1F1B, for the learning-rate warm-up, where delay hurts most.  In
+    Megatron-LM they are iterations of the job, in a training loop of one's own calls."""
+
     early_receives: bool = _option(False, "True or False", lambda value: type(value) is bool)
     """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
     the whole device then hangs (`paci_schedule.lower`)."""

@@ -7,30 +7,60 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from paci_schedule.runtime.norms import CarriedNorms, NormGroup
 
-__all__ = ["StageSums", "is_sharded", "optimizers", "owner_of"]
+__all__ = ["StageSums", "chains", "is_sharded", "optimizers", "owner_of"]
 
 logger = logging.getLogger(__name__)
 
+_OVER_THE_WORLD = ("get_grad_norm", "count_zeros", "has_grad_norm_group", "_get_grad_norm_for_group")
+"""What a layer-wise optimizer sums over the world, whatever groups its parts have."""
+
 
 def optimizers(config: Any) -> list[MegatronOptimizer]:
-    """The optimizers behind a model's config, found through its grad_scale_func; empty where it has none."""
-    owner = owner_of(config)
-    return [] if owner is None else list(getattr(owner, "chained_optimizers", None) or [owner])
+    """The optimizers behind a model's config, found through its grad_scale_func, chains taken apart; empty where it
+    has none."""
+    return [optimizer for optimizer in _all(config) if not isinstance(optimizer, ChainedOptimizer)]
+
+
+def chains(config: Any) -> list[ChainedOptimizer]:
+    """The chains that hold them."""
+    return [optimizer for optimizer in _all(config) if isinstance(optimizer, ChainedOptimizer)]
 
 
 def is_sharded(config: Any) -> bool:
-    """Whether data-parallel ranks each keep a shard of the optimizer, and of the reduced gradients."""
+    """Whether data-parallel ranks each keep a shard of the reduced gradients."""
     return any(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers(config))
+
+
+@dataclass
+class _Sums:
+    """Where an optimizer sums over.
+
+    Attributes:
+        stage: the ranks of this stage that hold a part of its gradients.
+        whole: those of all stages, which Megatron-core sums over.
+        carried: what completes the stage's squared norm with those of the other stages; None to leave it as it is.
+    """
+
+    optimizer: MegatronOptimizer
+    stage: dist.ProcessGroup
+    whole: dist.ProcessGroup
+    carried: NormGroup | None = None
+
+    def be_over(self, group: dist.ProcessGroup) -> None:
+        self.optimizer.grad_stats_parallel_group = group
 
 
 class StageSums:
@@ -51,19 +81,23 @@ class StageSums:
                 "norms over the pipeline, every update waits for all stages; set config.grad_scale_func = "
                 "optimizer.scale_loss"
             )
-        self._groups: list[tuple[MegatronOptimizer, dist.ProcessGroup, dist.ProcessGroup]] = []
-        for optimizer in found:
-            whole = optimizer.get_grad_stats_parallel_group() or dist.group.WORLD
-            if isinstance(optimizer, DistributedOptimizer):
-                stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-            else:
-                stage = parallel_state.get_tensor_model_parallel_group()
-            if norms is not None:
-                # Of the sums over this group, the number of zeros alone is no squared norm.
-                counting = owner_of(config)
-                counting.count_zeros = _over(optimizer, stage, whole, counting.count_zeros)
-                stage = NormGroup(norms, stage, whole)
-            self._groups.append((optimizer, stage, whole))
+        layer_wise = [chain for chain in chains(config) if isinstance(chain, LayerWiseDistributedOptimizer)]
+        for chain in layer_wise:
+            for name in _OVER_THE_WORLD:
+                if hasattr(ChainedOptimizer, name):
+                    setattr(chain, name, MethodType(getattr(ChainedOptimizer, name), chain))
+        parts = {part for chain in layer_wise for part in chain.chained_optimizers}
+        self._sums = [_sums(optimizer, optimizer in parts) for optimizer in found]
+        if norms is not None and found:
+            carried: dict[tuple[tuple[int, ...], ...], NormGroup] = {}
+            for each in self._sums:
+                # One group for all that sum over the same ranks: a chain then takes one norm of all their gradients.
+                ranks = tuple(tuple(dist.get_process_group_ranks(group)) for group in (each.stage, each.whole))
+                if ranks not in carried:
+                    carried[ranks] = NormGroup(norms, each.stage, each.whole)
+                each.carried = carried[ranks]
+            owner = owner_of(config)
+            owner.count_zeros = self._over_plain_groups(owner.count_zeros)
         clip = max((optimizer.config.clip_grad for optimizer in found), default=0.0)
         if clip > 0 and norms is None and warn:
             logger.warning(
@@ -75,32 +109,48 @@ class StageSums:
 
     def flush(self, flushing: bool) -> None:
         """Whether the next update is one of Megatron-core's own schedule, whose sums are over all stages."""
-        for optimizer, stage, whole in self._groups:
-            if isinstance(stage, NormGroup):
-                stage.flushing = flushing
-                optimizer.grad_stats_parallel_group = stage
+        self._flushing = flushing
+        for each in self._sums:
+            if each.carried is not None:
+                each.carried.flushing = flushing
+                each.be_over(each.carried)
             else:
-                optimizer.grad_stats_parallel_group = whole if flushing else stage
+                each.be_over(each.whole if flushing else each.stage)
+
+    def _over_plain_groups(self, count: Callable[..., Any]) -> Callable[..., Any]:
+        """`count`, whose sums alone are no squared norms, without what completes these."""
+
+        @functools.wraps(count)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            for each in self._sums:
+                each.be_over(each.whole if self._flushing else each.stage)
+            try:
+                return count(*args, **kwargs)
+            finally:
+                self.flush(self._flushing)
+
+        return counted
+
+
+def _sums(optimizer: MegatronOptimizer, is_layer_wise: bool) -> _Sums:
+    if isinstance(optimizer, DistributedOptimizer) or is_layer_wise:
+        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    else:
+        stage = parallel_state.get_tensor_model_parallel_group()
+    whole = None if is_layer_wise else optimizer.get_grad_stats_parallel_group()
+    return _Sums(optimizer, stage, whole or dist.group.WORLD)
+
+
+def _all(config: Any) -> Iterator[MegatronOptimizer]:
+    owner = owner_of(config)
+    waiting = [] if owner is None else [owner]
+    while waiting:
+        optimizer = waiting.pop(0)
+        yield optimizer
+        waiting[:0] = getattr(optimizer, "chained_optimizers", [])
 
 
 def owner_of(config: Any) -> MegatronOptimizer | None:
     """The optimizer that the training loop steps, a chain or not; None where a model's config does not tell."""
     owner = getattr(config.grad_scale_func, "__self__", None)
     return owner if isinstance(owner, MegatronOptimizer) else None
-
-
-def _over(
-    optimizer: MegatronOptimizer, stage: dist.ProcessGroup, whole: dist.ProcessGroup, count: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`count`, with a plain group for the sums of `optimizer`: `whole` under a flush, otherwise `stage`."""
-
-    @functools.wraps(count)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        carried = optimizer.grad_stats_parallel_group
-        optimizer.grad_stats_parallel_group = whole if carried.flushing else stage
-        try:
-            return count(*args, **kwargs)
-        finally:
-            optimizer.grad_stats_parallel_group = carried
-
-    return counted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
@@ -79,10 +79,10 @@ class ModelStream:
         self._runner = StageRunner(
             spec, stage, self._compute, links, self._stopwatch, norms, copies, options.early_receives, prediction
         )
-        self._record = options.record
+        self._record, self._warmup = options.record, options.flush_warmup_steps
         self._loss: torch.Tensor | None = None
         self._data: Any = None
-        self._calls = 0
+        self._calls = self._resumed_at = 0
         self._between_calls = ExitStack()
         if args is not None:
             job.make_local(self._config)
@@ -113,10 +113,7 @@ class ModelStream:
         data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         if data is not self._data:
             self._require_empty("another data_iterator than in the call before")
-        if num_microbatches != runner.spec.accumulation:
-            self._require_empty(f"num_microbatches={num_microbatches} after {runner.spec.accumulation}")
-            runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
-            self.late.respec(runner.spec)
+        self._respec(num_microbatches)
         self._stopwatch.start()
         self._data = data
         self._sums.flush(False)
@@ -138,17 +135,25 @@ class ModelStream:
         self._between_calls.enter_context(torch.autograd._unsafe_preserve_version_counter(parameters))
         return reduced
 
-    def flush_batch(self, stock: Callable[[], list[Any]]) -> list[Any]:
-        """One call of Megatron-core's own schedule, `stock`, in between.
+    def is_warming_up(self) -> bool:
+        """Whether the update that comes is one of those at the start of training that run under a flush."""
+        done = job.iteration()
+        return (self._resumed_at + self._calls if done is None else done) < self._warmup
+
+    def flush_batch(self, stock: Callable[[], list[Any]], num_microbatches: int) -> list[Any]:
+        """One call of Megatron-core's own schedule, `stock`, in between, or before the first of ours.
 
         Raises:
             ConfigError: on every rank, if micro-batches are parked.
         """
         self._require_empty("config.pipeline_schedule = '1f1b' after 'paci'")
         self.settle()
+        self._respec(num_microbatches)
         self._sums.flush(True)
         with self.late.exchanging(now=True):
             reduced = stock()
+        self._runner.count_flushed()
+        self._loss = None
         self._end_call()
         return reduced
 
@@ -163,12 +168,24 @@ class ModelStream:
         """See `paci_schedule.adapters.megatron.state_dict`."""
         self._require_empty("state_dict(model)")
         self.settle()
-        return self.late.state()
+        return {**self.late.state(), "updates": self._resumed_at + self._calls}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `paci_schedule.adapters.megatron.load_state_dict`."""
+        self._resumed_at = state.get("updates", 0)
+        self.late.load_state(state)
 
     def stats(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.pipeline_stats`."""
         stats = self._runner.stats()
         return {**stats, "loss": float("nan") if self._loss is None else self._loss.item()}
+
+    def _respec(self, num_microbatches: int) -> None:
+        runner = self._runner
+        if num_microbatches != runner.spec.accumulation:
+            self._require_empty(f"num_microbatches={num_microbatches} after {runner.spec.accumulation}")
+            runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
+            self.late.respec(runner.spec)
 
     def _end_call(self) -> None:
         """What the training loop does next is the update."""
