@@ -4,9 +4,10 @@
         --variants flush,paci,paci:every --results runs.jsonl
     python -m benchmarks.convergence --results runs.jsonl
 
-A *variant* is a schedule, for PACI with its prediction behind a colon.  Every run is a line of the results; a run that
-has a line already is not repeated, so that a study can be interrupted, extended and shared between processes.  Without
-a text nothing is run.  At the end the table of all results is printed, in Markdown.
+A *variant* is a schedule, for PACI with its prediction behind a colon, and the prediction's reach behind another.
+Every run is a line of the results; a run that has a line already is not repeated, so that a study can be interrupted,
+extended and shared between processes.  Without a text nothing is run.  At the end the table of all results is printed,
+in Markdown.
 
 The rate of a variant is chosen by the seeds that all its rates have been run with; all seeds at that rate count.
 """
@@ -31,6 +32,7 @@ from paci_schedule.cli.rehearse import MODELS
 from paci_schedule.rehearse import SCHEDULES
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, run
+from paci_schedule.rehearse.variant import Variant
 
 Run = Mapping[str, Any]
 
@@ -43,7 +45,7 @@ _COLUMNS = (
     *("minus flush's", "sooner at flush's loss", "ideal"),
 )
 _SHOWN = "stages", "accumulation", "optimizer", "dtype"
-_SETTINGS = *_SHAPE, "context", "micro_batch", "schedule", "prediction", "length", "lr", "seed"
+_SETTINGS = *_SHAPE, "context", "micro_batch", "schedule", "prediction", "prediction_reach", "length", "lr", "seed"
 
 
 def main() -> None:
@@ -106,8 +108,8 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     grid = itertools.product(arguments.seeds, arguments.lengths, arguments.rates, arguments.variants)
     for seed, length, rate, variant in grid:
         schedule, _, prediction = variant.partition(":")
-        when = int(prediction) if prediction.isdecimal() else prediction or "off"
-        yield {**common, "schedule": schedule, "prediction": when, "length": length, "lr": rate, "seed": int(seed)}
+        chosen = asdict(Variant.parse(schedule, prediction or "off"))
+        yield {**common, **chosen, "length": length, "lr": rate, "seed": int(seed)}
 
 
 def _train(wanted: Run, path: Path) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _train(wanted: Run, path: Path) -> dict[str, Any]:
     fields = "stages", "accumulation", "layers", "width", "context", "micro_batch", "dtype", "lr", "optimizer", "seed"
     settings = Settings(updates=updates, device="cpu", **{name: wanted[name] for name in fields})
     text = Text(path, settings.context, torch.device("cpu"), wanted["vocabulary"])
-    found = asdict(run(settings, text, wanted["schedule"], wanted["prediction"], updates, lambda: None))
+    found = run(settings, text, _variant(wanted), updates, lambda: None).facts()
     each = -(-len(found["losses"]) // _POINTS)
     curve = [round(statistics.fmean(found["losses"][at : at + each]), 4) for at in range(0, len(found["losses"]), each)]
     return {
@@ -146,8 +148,8 @@ def table(runs: Iterable[Run]) -> Iterator[str]:
 
 def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
     by_variant = _by_variant(runs)
-    flush = _at_best_rate(by_variant.get(("flush", "off"), []))
-    for (schedule, prediction), several in by_variant.items():
+    flush = _at_best_rate(by_variant.get(Variant("flush"), []))
+    for variant, several in by_variant.items():
         best = _at_best_rate(several)
         whole = {each["seed"]: each["validation"] for each in best if each["length"] == 1}
         if not whole:
@@ -155,18 +157,22 @@ def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
         rates = sorted({each["lr"] for each in several})
         losses = list(whole.values())
         spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
-        row = [schedule, prediction, f"{best[0]['lr']:g} ({', '.join(f'{rate:g}' for rate in rates)})"]
+        row = [variant.schedule, variant.when, f"{best[0]['lr']:g} ({', '.join(f'{rate:g}' for rate in rates)})"]
         row += [", ".join(map(str, sorted(whole))), f"{statistics.fmean(losses):.4f}{spread}"]
         base = {each["seed"]: each["validation"] for each in flush if each["length"] == 1}
         both = sorted(set(base) & set(whole))
         row.append(f"{statistics.fmean(whole[seed] - base[seed] for seed in both):+.4f}" if both else "")
-        yield row + (_speed_up(flush, best) if schedule != "flush" else ["1", "1"])
+        yield row + (_speed_up(flush, best) if variant.schedule != "flush" else ["1", "1"])
 
 
-def _by_variant(runs: Iterable[Run]) -> dict[tuple[Any, ...], list[Run]]:
-    by_variant: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+def _variant(run: Run) -> Variant:
+    return Variant(run["schedule"], run["prediction"], run["prediction_reach"])
+
+
+def _by_variant(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
+    by_variant: dict[Variant, list[Run]] = defaultdict(list)
     for each in runs:
-        by_variant[each["schedule"], each["prediction"]].append(each)
+        by_variant[_variant(each)].append(each)
     return by_variant
 
 
@@ -207,10 +213,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     """Write a picture of the training losses against tokens and against ideal time, each variant at its best rate."""
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     tokens, time = figure.subplots(1, 2, sharey=True)
-    for (schedule, prediction), several in _by_variant(runs).items():
+    for variant, several in _by_variant(runs).items():
         best = [each for each in _at_best_rate(several) if each["length"] == 1]
         first = min(best, key=lambda each: each["seed"])
-        label = _NAMES[schedule] + ("" if prediction == "off" else f", prediction \"{prediction}\"")
+        label = _NAMES[variant.schedule] + ("" if variant.prediction == "off" else f", prediction {variant.when}")
         ends = [(number + 1) / len(first["curve"]) for number in range(len(first["curve"]))]
         amount = first["micro_batches"] * first["micro_batch"] * first["context"] * 1e-6
         hours = _ideal_time(first) / first["micro_batches"]

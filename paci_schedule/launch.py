@@ -12,6 +12,7 @@ out of the script's arguments.
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
     --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
     --paci-prediction WHEN             stale forwards run on predicted weights: window, every, or a number k [off]
+    --paci-prediction-reach REACH      how far along the expected update these lie, with "every" [1]
     --paci-flush-warmup-steps UPDATES  that run 1F1B at the start of training [0]
     --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
     --paci-record FOLDER               write what every rank did there, op by op, for `paci trace`
@@ -27,6 +28,7 @@ import sys
 from paci_schedule import ConfigError, register
 from paci_schedule.patience import is_timeout
 from paci_schedule.registration import exists
+from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["main"]
 
@@ -71,6 +73,7 @@ def _our_flags() -> argparse.ArgumentParser:
     flags.add_argument("--paci-clip", choices=["global", "stage"])
     flags.add_argument("--paci-timeout", type=seconds)
     flags.add_argument("--paci-prediction", type=_prediction)
+    flags.add_argument("--paci-prediction-reach", type=_reach)
     flags.add_argument("--paci-flush-warmup-steps", type=updates)
     flags.add_argument("--paci-early-receives", action="store_true", default=argparse.SUPPRESS)
     flags.add_argument("--paci-record")
@@ -86,14 +89,21 @@ def seconds(text: str) -> float:
 
 def _prediction(text: str) -> str | int:
     """The value of --paci-prediction."""
-    from paci_schedule.predict import interval_of
-
     value = int(text) if text.isdecimal() else text
     try:
         interval_of(value, repr(text))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return value
+
+
+def _reach(text: str) -> float:
+    """The value of --paci-prediction-reach; whether it fits the prediction is seen with the other options."""
+    try:
+        check_reach(float(text), "every", repr(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return float(text)
 
 
 def updates(text: str) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from paci_schedule.errors import ConfigError
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["interval_of", "predictions_of_an_update", "stale_forwards"]
+__all__ = ["check_reach", "interval_of", "predictions_of_an_update", "stale_forwards"]
 
 ONCE = 0  # the interval of "window"
+FARTHEST = 4
 
 
 def interval_of(prediction: object, said: str | None = None) -> int | None:
@@ -33,6 +34,24 @@ def interval_of(prediction: object, said: str | None = None) -> int | None:
         f"{said or f'prediction={prediction!r}'}: must be 'off', 'window' (once a window), 'every' (at every stale "
         "forward) or a whole number k of at least 1 (at every k-th)"
     )
+
+
+def check_reach(reach: object, prediction: str | int, said: str | None = None) -> None:
+    """Raises ConfigError where predictions cannot reach so far.
+
+    Args:
+        reach: how far along the expected updates predicted weights lie; 1 is where these end.
+        prediction: as `interval_of` takes it.
+        said: how the reach was asked for, for the error.
+    """
+    said = said or f"prediction_reach={reach!r}"
+    if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= FARTHEST:
+        raise ConfigError(f"{said}: must be a number above 0 and at most {FARTHEST}, where 1 is the next weights")
+    if reach != 1 and interval_of(prediction) != 1:
+        raise ConfigError(
+            f"{said} with prediction={prediction!r}: backwards would run on weights that no update leaves; take "
+            "prediction='every', where forwards alone do, or a reach of 1"
+        )
 
 
 def stale_forwards(spec: PipelineSpec, stage: int) -> int:

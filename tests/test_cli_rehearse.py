@@ -8,9 +8,10 @@ import torch
 
 from paci_schedule import ConfigError, PipelineSpec, cli
 from paci_schedule.rehearse import gpt
-from paci_schedule.rehearse.comparison import batches_of, pairs
+from paci_schedule.rehearse.comparison import batches_of, variants
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings
+from paci_schedule.rehearse.variant import Variant
 
 SIZES = "--stages 3 --accumulation 2 --layers 4 --width 12 --context 8 --micro-batch 2 --updates 6"
 
@@ -118,6 +119,9 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
     ("--schedules pipedream-2bw --accumulation 1", "pipedream-2bw"),
     ("--prediction sometimes", "prediction='sometimes'"),
     ("--prediction 0", "prediction=0"),
+    ("--prediction every:far", "prediction='every:far'"),
+    ("--prediction every:9", "prediction_reach=9.0: must be a number above 0 and at most 4"),
+    ("--prediction window:1.5", "prediction_reach=1.5 with prediction='window'"),
     ("--model huge", "model='huge'"),
     ("--optimizer lion", "optimizer='lion'"),
     ("--stages 5", "layers=4: 5 stages"),
@@ -179,6 +183,7 @@ def test_the_ideal_time_of_a_flush_has_its_bubble_in_it():
 
 def test_predictions_are_for_paci_only():
     spec = PipelineSpec(stages=4, accumulation=4)
-    assert pairs(spec, ["pipedream", "paci"], ["off", "3"]) == [("pipedream", "off"), ("paci", "off"), ("paci", 3)]
+    assert variants(spec, ["pipedream", "paci"], ["off", "3", "every:1.5"]) == [
+        Variant("pipedream"), Variant("paci"), Variant("paci", 3), Variant("paci", "every", 1.5)]
     with pytest.raises(ConfigError):
-        pairs(spec, ["paci"], ["-1"])
+        variants(spec, ["paci"], ["-1"])

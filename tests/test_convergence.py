@@ -14,8 +14,8 @@ SHAPE = {
 
 
 def a_run(validation, schedule="flush", prediction="off", length=1.0, lr=0.01, seed=0, **more):
-    return {**SHAPE, "schedule": schedule, "prediction": prediction, "length": length, "lr": lr, "seed": seed,
-            "validation": validation, "curve": [3.0, validation], **more}
+    return {**SHAPE, "schedule": schedule, "prediction": prediction, "prediction_reach": 1.0, "length": length,
+            "lr": lr, "seed": seed, "validation": validation, "curve": [3.0, validation], **more}
 
 
 def rows(runs):

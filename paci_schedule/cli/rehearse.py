@@ -41,7 +41,8 @@ MODELS = {
     "--prediction",
     default="off,every",
     metavar="WHEN[,WHEN...]",
-    help="Of paci's weights for stale forwards: off, window, every, or a number k for every k-th (off,every).",
+    help="Of paci's weights for stale forwards: off, window, every, a number k for every k-th, or with a reach, as "
+    "every:1.5 (off,every).",
 )
 @click.option("--model", default="tiny", metavar="NAME", help="tiny or small: defaults of the next six (tiny).")
 @click.option("--layers", type=int, metavar="L", help="Blocks.")
@@ -84,16 +85,16 @@ def rehearse(
         import torch
     except ImportError:
         raise UnsupportedError("paci rehearse trains with torch, which is not installed; pip install torch") from None
-    from paci_schedule.rehearse.comparison import batches_of, compare, pairs
+    from paci_schedule.rehearse.comparison import batches_of, compare, variants
     from paci_schedule.rehearse.text import Text
     from paci_schedule.rehearse.trial import Settings
 
-    asked = pairs(spec, schedules.split(","), prediction.split(","))
+    asked = variants(spec, schedules.split(","), prediction.split(","))
     settings = Settings(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **chosen)
     corpus = Text(text, settings.context, _device(settings.device), vocabulary)
     total = 0
-    for name, _ in asked:
-        fewer = batches_of(name, settings)
+    for variant in asked:
+        fewer = batches_of(variant.schedule, settings)
         total += settings.updates + (fewer if fewer != settings.updates else 0)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -104,7 +105,8 @@ def rehearse(
 
         draw(found, settings, output)
     if as_json:
-        print_json({"settings": asdict(settings), "runs": [asdict(each) for each in found]})
+        runs = [{"equal_tokens": each.equal_tokens.facts(), "equal_time": each.equal_time.facts()} for each in found]
+        print_json({"settings": asdict(settings), "runs": runs})
     else:
         screen().print(_table(found))
 
@@ -131,5 +133,5 @@ def _table(found: Sequence[Any]) -> Table:
         losses = (f"{trial.validation:.4f}" for trial in (whole, part))
         counts = (f"{trial.updates:,}" for trial in (whole, part))
         cells = [cell for pair in zip(counts, losses, strict=True) for cell in pair]
-        table.add_row(whole.schedule, str(whole.prediction), *cells, str(max(whole.drift)))
+        table.add_row(whole.variant.schedule, whole.variant.when, *cells, str(max(whole.drift)))
     return table

@@ -9,7 +9,6 @@ from paci_schedule.predict.momentum import check, expected_gradient
 from paci_schedule.predict.prediction import Prediction, Weights
 from paci_schedule.predict.shadow import advance, piece_of, pieces
 from paci_schedule.predict.stepped import SteppedWeights
-from paci_schedule.stale import interval_of
 
 __all__ = [
     "Prediction",
@@ -19,7 +18,6 @@ __all__ = [
     "check",
     "clip_factor",
     "expected_gradient",
-    "interval_of",
     "piece_of",
     "pieces",
 ]

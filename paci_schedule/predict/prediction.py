@@ -10,6 +10,9 @@ the momentum expects (`predict.expected_gradient`).  A real step always starts f
 * "window": once a window, at its first stale forward.  The prediction is left in place until the step, so that
   backwards run on it as well, and nothing is swapped back and forth.
 * k > 1: at every k-th stale forward of a window, left in place until the next or the step.
+
+With a *reach* of more than 1 a prediction goes further than the expected update, in its direction: stale forwards look
+ahead, as Nesterov's momentum does.
 """
 
 from __future__ import annotations
@@ -20,16 +23,18 @@ import torch
 
 __all__ = ["Prediction", "Weights"]
 
+
 class Weights(Protocol):
     """The weights of a stage, which hold a prediction now and then."""
 
-    def predict(self, windows: int, scale: float, factor: torch.Tensor | None) -> None:
+    def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
         """Make them, from the real ones, what the next `windows` steps would leave.
 
         Args:
             windows: how many, at least 1.
             scale: a / j, which makes the mean of the part out of the gradients' sum; 0 where nothing is there.
             factor: the newest clip factor; None for none.
+            reach: how far along these steps, as `advance` has it.
         """
 
     def restore(self) -> None:
@@ -45,16 +50,17 @@ class Prediction:
     Args:
         weights: of the stage.
         interval: as `interval_of` gives it, not None.
+        reach: how far along the expected updates the predicted weights lie; 1 is where these end.
 
     Attributes:
         factor: the newest clip factor, fp32[]; None for none.  Whoever clips sets it.
         made: how many predictions there were.
     """
 
-    def __init__(self, weights: Weights, interval: int) -> None:
+    def __init__(self, weights: Weights, interval: int, reach: float = 1.0) -> None:
         self.factor: torch.Tensor | None = None
         self.made = 0
-        self._weights, self._interval = weights, interval
+        self._weights, self._interval, self._reach = weights, interval, reach
         self._stale = 0  # forwards since the last step
 
     def before_forward(self, windows: int, scale: float) -> None:
@@ -67,7 +73,7 @@ class Prediction:
         if not windows:
             return
         if self._stale % self._interval == 0 if self._interval else self._stale == 0:
-            self._weights.predict(windows, scale, self.factor)
+            self._weights.predict(windows, scale, self.factor, self._reach)
             self.made += 1
         self._stale += 1
 

@@ -32,6 +32,7 @@ def advance(
     weights: Mapping[torch.Tensor, torch.Tensor],
     gradients: Mapping[torch.Tensor, torch.Tensor],
     windows: int = 1,
+    reach: float = 1.0,
 ) -> None:
     """Move `weights` to where the optimizer's next steps would take them.  The optimizer stays as it is.
 
@@ -42,6 +43,8 @@ def advance(
         gradients: parameter -> the gradient of each of these steps, clipped already.  It may be overwritten.  A
             parameter without one stays where it is, as in a step.
         windows: how many steps, all with this gradient and the learning rate of now.
+        reach: how long each of these steps is, beside the optimizer's own.  All that `check` lets pass go as far as
+            their learning rate says, the decay of weights included.
     """
     for group in optimizer.param_groups:
         for bucket in _buckets([parameter for parameter in group["params"] if parameter in gradients]):
@@ -50,6 +53,8 @@ def advance(
                 vars(weight).update(vars(parameter))  # what is written on a parameter, as how it is sliced
             states = _copied_states([state_of(optimizer, group, parameter) for parameter in bucket])
             settings = {name: _copied(value) for name, value in group.items() if name != "params"}  # counts among them
+            if reach != 1:
+                settings["lr"] = settings["lr"] * reach
             shadow = _shadow(optimizer, {**settings, "params": moved}, dict(zip(moved, states, strict=True)))
             parts = [gradients[parameter] for parameter in bucket]
             for left in reversed(range(windows)):

@@ -38,7 +38,7 @@ class SteppedWeights:
         self._optimizers, self._late, self._clean = optimizers, frozenset(late), clean
         self._real: list[torch.Tensor] | None = None  # while the parameters hold a prediction
 
-    def predict(self, windows: int, scale: float, factor: torch.Tensor | None) -> None:
+    def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
         """As `Weights.predict`, by each optimizer's own step."""
         if self._real is None:
             self._real = copied(self._parameters())
@@ -46,7 +46,7 @@ class SteppedWeights:
             write(self._parameters(), self._real)
         for optimizer in self._optimizers:
             gradients = self._part(optimizer, scale, factor) | self._expected(optimizer, scale)
-            advance(optimizer, {parameter: parameter for parameter in gradients}, gradients, windows)
+            advance(optimizer, {parameter: parameter for parameter in gradients}, gradients, windows, reach)
 
     def restore(self) -> None:
         """As `Weights.restore`."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.predict import interval_of
 from paci_schedule.rehearse.run import SCHEDULES
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run
+from paci_schedule.rehearse.variant import Variant
 from paci_schedule.spec import PipelineSpec
 
-__all__ = ["Comparison", "batches_of", "compare", "pairs", "slots"]
+__all__ = ["Comparison", "batches_of", "compare", "slots", "variants"]
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,17 @@ class Comparison:
     equal_time: Trial
 
 
-def pairs(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence[str]) -> list[tuple[str, str | int]]:
+def variants(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence[str]) -> list[Variant]:
     """Every schedule, and "paci" with every prediction.
 
     Raises:
         ConfigError: there is no such schedule or prediction, or it does not exist for this pipeline.
     """
-    for name in schedules:
-        if name not in SCHEDULES:
-            raise ConfigError(f"schedules={name!r}: must be one of {nearest(name, SCHEDULES)}")
-        SCHEDULES[name].schedule.check(spec)
-    asked = [int(each) if each.isdecimal() else each for each in predictions]
-    for prediction in asked:
-        interval_of(prediction)
-    return [(name, each) for name in schedules for each in (asked if name == "paci" else ["off"])]
+    asked = [Variant.parse("paci", each) for each in predictions]
+    found = [each for name in schedules for each in (asked if name == "paci" else [Variant(name)])]
+    for each in found:
+        SCHEDULES[each.schedule].schedule.check(spec)
+    return found
 
 
 def slots(schedule: str, settings: Settings) -> float:
@@ -57,13 +53,13 @@ def batches_of(schedule: str, settings: Settings) -> int:
 
 
 def compare(
-    settings: Settings, text: Text, asked: Sequence[tuple[str, str | int]], tick: Callable[[], None]
+    settings: Settings, text: Text, asked: Sequence[Variant], tick: Callable[[], None]
 ) -> list[Comparison]:
-    """Run what `pairs` has given; `tick` is called once a batch."""
+    """Run what `variants` has given; `tick` is called once a batch."""
     found = []
-    for schedule, prediction in asked:
-        whole = run(settings, text, schedule, prediction, settings.updates, tick)
-        fewer = batches_of(schedule, settings)
-        part = whole if fewer == settings.updates else run(settings, text, schedule, prediction, fewer, tick)
+    for variant in asked:
+        whole = run(settings, text, variant, settings.updates, tick)
+        fewer = batches_of(variant.schedule, settings)
+        part = whole if fewer == settings.updates else run(settings, text, variant, fewer, tick)
         found.append(Comparison(whole, part))
     return found

@@ -26,11 +26,10 @@ def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
     tokens, time = figure.subplots(1, 2, sharey=True)
     batch = settings.accumulation * settings.micro_batch * settings.context
     for each in found:
-        label = each.equal_tokens.schedule
-        if each.equal_tokens.prediction != "off":
-            label += f", prediction {each.equal_tokens.prediction}"
+        variant = each.equal_tokens.variant
+        label = variant.schedule + ("" if variant.prediction == "off" else f", prediction {variant.when}")
         tokens.plot(*_line(each.equal_tokens, batch * 1e-6), label=label)
-        time.plot(*_line(each.equal_time, slots(each.equal_time.schedule, settings)), label=label)
+        time.plot(*_line(each.equal_time, slots(variant.schedule, settings)), label=label)
     tokens.set(xlabel="characters (millions)", ylabel="training loss (nats)", title="the same data")
     time.set(xlabel="time (forward and backward of a micro-batch on a stage)", title="the same ideal time")
     for axis in (tokens, time):

@@ -18,7 +18,7 @@ from torch import nn
 
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 from paci_schedule.ops import Op, OpKind
-from paci_schedule.predict import Prediction, SteppedWeights, interval_of
+from paci_schedule.predict import Prediction, SteppedWeights
 from paci_schedule.rehearse.norms import Norms
 from paci_schedule.rehearse.owners import as_lists, check_owners
 from paci_schedule.rehearse.stage import Stage
@@ -29,6 +29,7 @@ from paci_schedule.schedules.paci import Paci
 from paci_schedule.schedules.pipedream import PipeDream
 from paci_schedule.schedules.pipedream_2bw import PipeDream2BW
 from paci_schedule.spec import PipelineSpec
+from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["SCHEDULES", "Update", "rehearse"]
 
@@ -92,6 +93,7 @@ def rehearse(
     accumulation: int,
     extra_in_flight: int | tuple[int, ...] = 0,
     prediction: str | int = "off",
+    prediction_reach: float = 1.0,
     clip: float = 0.0,
     schedulers: Sequence[Any] | None = None,
 ) -> Iterator[Update]:
@@ -109,6 +111,8 @@ def rehearse(
         extra_in_flight: k, as `PipelineSpec` has it; for "paci" and "paci-stash".
         prediction: of the weights for stale forwards of "paci": "off", "window", "every" or a whole number k
             (`predict.prediction`).
+        prediction_reach: how far along the expected update the predicted weights lie, with "every": 1 is the next
+            weights, 1.5 half an update further.
         clip: the largest global gradient norm, 0 for no clipping.  Under "flush" the norm is exact, otherwise the other
             stages' parts are as old as carried norms are (`rehearse.norms`).
         schedulers: learning-rate schedules, like `optimizers`; stepped after each update.
@@ -131,6 +135,7 @@ def rehearse(
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < float("inf"):
         raise ConfigError(f"clip={clip!r}: must be a number of at least 0, where 0 clips nothing")
     interval = interval_of(prediction)
+    check_reach(prediction_reach, prediction)
     if interval is not None and kind.stash is not None:
         raise UnsupportedError(
             f"prediction={prediction!r} with schedule={schedule!r}: its backwards read the weights of their forwards, "
@@ -152,7 +157,7 @@ def rehearse(
                 per_update,
                 loss_fn if number == len(stages) - 1 else None,
                 None if kind.stash is None else kind.stash(trained),
-                None if interval is None else Prediction(SteppedWeights(owned[number]), interval),
+                None if interval is None else Prediction(SteppedWeights(owned[number]), interval, prediction_reach),
             )
         )
     norms = Norms(replace(spec, accumulation=per_update), kind.schedule.flushes)

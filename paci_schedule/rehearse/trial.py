@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from paci_schedule.rehearse import gpt
 from paci_schedule.rehearse.masters import with_masters
 from paci_schedule.rehearse.run import rehearse
 from paci_schedule.rehearse.text import Text
+from paci_schedule.rehearse.variant import Variant
 
 __all__ = ["Settings", "Trial", "run"]
 
@@ -67,8 +69,7 @@ class Trial:
     """What came of a run.
 
     Attributes:
-        schedule: its schedule.
-        prediction: its prediction.
+        variant: its schedule and prediction.
         updates: batches that it took, of a micro-batches each.
         validation: the mean loss of a character of the validation text, in nats.
         drift: by stage, the largest.
@@ -76,25 +77,28 @@ class Trial:
         losses: by batch, the mean training loss.
     """
 
-    schedule: str
-    prediction: str | int
+    variant: Variant
     updates: int
     validation: float
     drift: list[int]
     seconds: float
     losses: list[float]
 
+    def facts(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        found = asdict(self)
+        return {**found.pop("variant"), **found}
+
 
 def run(
-    settings: Settings, text: Text, schedule: str, prediction: str | int, updates: int, tick: Callable[[], None]
+    settings: Settings, text: Text, variant: Variant, updates: int, tick: Callable[[], None]
 ) -> Trial:
     """Train from the settings' seed, and validate.
 
     Args:
         settings: of the model, the data and the optimizer.
         text: what to train on.
-        schedule: as `rehearse` takes it.
-        prediction: as `rehearse` takes it.
+        variant: the schedule and the prediction.
         updates: batches; the learning rate comes down over so many.
         tick: called once a batch.
 
@@ -108,7 +112,7 @@ def run(
     )
     stages = [stage.to(settings.device, _DTYPES[settings.dtype]) for stage in stages]
     optimizers = [_optimizers(settings, stage) for stage in stages]
-    per_batch = settings.accumulation if schedule == "pipedream" else 1
+    per_batch = settings.accumulation if variant.schedule == "pipedream" else 1
     share = _share(updates * per_batch, _WARM_UP * per_batch // settings.accumulation)
     schedulers = [[torch.optim.lr_scheduler.LambdaLR(each, share) for each in several] for several in optimizers]
     losses, drift = [], [0] * settings.stages
@@ -125,9 +129,8 @@ def run(
         optimizers,
         _loss,
         batches(),
-        schedule=schedule,
         accumulation=settings.accumulation,
-        prediction=prediction,
+        **asdict(variant),
         clip=_CLIP,
         schedulers=schedulers,
     )
@@ -136,8 +139,7 @@ def run(
         drift = update.drift
     means = [sum(losses[at : at + per_batch]) / per_batch for at in range(0, len(losses), per_batch)]
     return Trial(
-        schedule=schedule,
-        prediction=prediction,
+        variant=variant,
         updates=updates,
         validation=_validate(stages, text),
         drift=drift,

@@ -119,7 +119,7 @@ class PaciPipelineEngine(PipelineEngine):
         )
         self._stopwatch = Stopwatch(self.device, records=options.record is not None)
         gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
-        self._prediction = build_prediction(self, options.prediction, spec, gathering)
+        self._prediction = build_prediction(self, options, spec, gathering)
         self._runner = StageRunner(
             spec,
             self.stage_id,

@@ -51,7 +51,7 @@ class MasterWeights:
         self._away: list[torch.Tensor] | None = None  # the predicted weights, while the real ones are shown
 
     @torch.no_grad()
-    def predict(self, windows: int, scale: float, factor: torch.Tensor | None) -> None:
+    def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
         """As `Weights.predict`, by the wrapped optimizer's own step."""
         shards = shards_of(self._optimizer, self._late)
         for group, shard in zip(self._stepped.param_groups, shards, strict=True):
@@ -59,7 +59,7 @@ class MasterWeights:
                 cut = slice(start, start + PIECE)
                 piece = piece_of(self._stepped, group, shard.master, cut)
                 part = _part(shard.part(cut), scale, factor) if scale else None
-                predicted = _next(piece, part, _within(cut, shard.late), windows)
+                predicted = _next(piece, part, _within(cut, shard.late), windows, reach)
                 shard.working.data[cut].copy_(predicted.to(shard.working.dtype))
         with self._gathering():
             gather(self._optimizer)
@@ -99,7 +99,9 @@ def _part(part: torch.Tensor, scale: float, factor: torch.Tensor | None) -> torc
     return part
 
 
-def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], windows: int) -> torch.Tensor:
+def _next(
+    piece: Optimizer, part: torch.Tensor | None, late: list[slice], windows: int, reach: float
+) -> torch.Tensor:
     """Where the optimizer's next steps take its only parameter, from this part or from what its momentum expects.
 
     Late elements go where the momentum expects; where it expects nothing, they stay.
@@ -117,7 +119,7 @@ def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], window
             else:
                 part[place] = expected
     if part is not None:
-        advance(piece, {weight: value}, {weight: part}, windows)
+        advance(piece, {weight: value}, {weight: part}, windows, reach)
     for place in stays:
         value[place] = weight[place]
     return value

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.patience import LONGEST
-from paci_schedule.predict import interval_of
+from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -42,6 +42,9 @@ class PaciOptions(BaseModel):
     prediction: Any = "off"
     """Which stale forwards run on predicted weights: "off", "window", "every" or every k-th (`predict.prediction`)."""
 
+    prediction_reach: Any = 1.0
+    """How far along the expected update these weights lie, with "every"; 1 is the next weights."""
+
     record: str | None = None
     """Folder to record runs in: at every drain, each rank's newest ops with their times, for ``paci trace``."""
 
@@ -71,6 +74,8 @@ class PaciOptions(BaseModel):
             said = f'"paci": {{"{key}": {block[key]!r}}}'
             raise ConfigError(f"{said}: {rule} (default: {field.default!r})") from None
         interval_of(options.prediction, f'"paci": {{"prediction": {options.prediction!r}}}')
+        said = f'"paci": {{"prediction_reach": {options.prediction_reach!r}}}'
+        check_reach(options.prediction_reach, options.prediction, said)
         return options
 
 

@@ -13,20 +13,22 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from paci_schedule.adapters.deepspeed.adam import stepped_as, why_not_ahead
 from paci_schedule.adapters.deepspeed.masters import MasterWeights
 from paci_schedule.errors import UnsupportedError
-from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor, interval_of
+from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor
 from paci_schedule.runtime.refusal import refuse_together
 from paci_schedule.runtime.tied import drop_overflow
 from paci_schedule.spec import PipelineSpec
+from paci_schedule.stale import interval_of
 
 if TYPE_CHECKING:
     from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
+    from paci_schedule.adapters.deepspeed.options import PaciOptions
 
 __all__ = ["build_prediction", "check_spec", "note_update"]
 
 
 def build_prediction(
     engine: PaciPipelineEngine,
-    asked: str | int,
+    options: PaciOptions,
     spec: PipelineSpec,
     gathering: Callable[[], AbstractContextManager[None]],
 ) -> Prediction | None:
@@ -34,25 +36,25 @@ def build_prediction(
 
     Args:
         engine: with its optimizer.
-        asked: the option.
+        options: of the schedule.
         spec: of the pipeline.
         gathering: within it the stage's replicas wait for each other.
 
     Raises:
         UnsupportedError: this job cannot have it; on every rank.
     """
-    interval = interval_of(asked)
+    interval = interval_of(options.prediction)
     if interval is None:
         return None
-    said = f'"paci": {{"prediction": {asked!r}}} cannot run with this job; change what follows, or use "off"'
-    refuse_together(_reasons(engine, spec), said)
+    said = f'"paci": {{"prediction": {options.prediction!r}}} cannot run with this job'
+    refuse_together(_reasons(engine, spec), f'{said}; change what follows, or use "off"')
     optimizer, late = engine.optimizer, engine.late_weights()
     if optimizer is engine.basic_optimizer:
         # A stage with a tied weight updates without what is not finite; any other is lost with it, predicted or not.
         weights = SteppedWeights([stepped_as(optimizer)], late, drop_overflow if late else None)
     else:
         weights = MasterWeights(optimizer, stepped_as(engine.basic_optimizer), late, gathering)
-    return Prediction(weights, interval)
+    return Prediction(weights, interval, options.prediction_reach)
 
 
 def check_spec(engine: PaciPipelineEngine, spec: PipelineSpec) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.patience import LONGEST, is_timeout
-from paci_schedule.predict import interval_of
+from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -57,6 +57,9 @@ class PaciOptions:
     prediction: str | int = "off"
     """Which stale forwards run on predicted weights: "off", "window", "every" or every k-th (`predict.prediction`)."""
 
+    prediction_reach: float = 1.0
+    """How far along the expected update these weights lie, with "every"; 1 is the next weights."""
+
     record: str | None = _option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "")
     """Folder to record runs in: at every planned end, each rank's newest ops with their times, for ``paci trace``."""
 
@@ -69,18 +72,21 @@ class PaciOptions:
         """
         if not isinstance(block, Mapping):
             raise ConfigError(f"config.paci = {block!r}: must be a dictionary of options, like {{'timeout': 60}}")
-        options = {option.name: option for option in fields(cls)}
+        known = {option.name: option for option in fields(cls)}
         for name, value in block.items():
-            if name not in options:
+            if name not in known:
                 raise ConfigError(
-                    f"config.paci = {{{name!r}: ...}}: unknown option; valid are {nearest(name, list(options))}"
+                    f"config.paci = {{{name!r}: ...}}: unknown option; valid are {nearest(name, list(known))}"
                 )
-            if options[name].metadata and not options[name].metadata["holds"](value):
+            if known[name].metadata and not known[name].metadata["holds"](value):
                 raise ConfigError(
-                    f"config.paci = {{{name!r}: {value!r}}}: must be {options[name].metadata['rule']}"
+                    f"config.paci = {{{name!r}: {value!r}}}: must be {known[name].metadata['rule']}"
                 )
         interval_of(block.get("prediction", "off"), f"config.paci = {{'prediction': {block.get('prediction')!r}}}")
-        return cls(**block)
+        options = cls(**block)
+        said = f"config.paci = {{'prediction_reach': {options.prediction_reach!r}}}"
+        check_reach(options.prediction_reach, options.prediction, said)
+        return options
 
 
 def read_schedule(config: Any, default: str) -> str:

@@ -14,7 +14,8 @@ from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import optimizers, owner_of
 from paci_schedule.adapters.megatron.working import KNOWN, WorkingWeights
 from paci_schedule.errors import UnsupportedError
-from paci_schedule.predict import Prediction, check, interval_of
+from paci_schedule.predict import Prediction, check
+from paci_schedule.stale import interval_of
 
 __all__ = ["build_prediction", "reasons"]
 
@@ -34,7 +35,8 @@ def build_prediction(model: torch.nn.Module, config: Any, options: PaciOptions) 
     late = [] if tied is None else [tied]
     slices = parallel_state.get_tensor_model_parallel_group()
     partial = _partial(model, config) if slices.size() > 1 else []
-    prediction = Prediction(WorkingWeights(optimizers(config), late, partial, slices), interval)
+    weights = WorkingWeights(optimizers(config), late, partial, slices)
+    prediction = Prediction(weights, interval, options.prediction_reach)
     _note_norms(config, prediction, next(model.parameters()).device)
     return prediction
 

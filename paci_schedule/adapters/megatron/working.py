@@ -60,7 +60,7 @@ class WorkingWeights:
         self._real: list[torch.Tensor] = []  # of those without a master, while a prediction stands
 
     @torch.no_grad()
-    def predict(self, windows: int, scale: float, factor: torch.Tensor | None) -> None:
+    def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
         """As `Weights.predict`, by the wrapped optimizers' own step."""
         if self._is_predicted:
             write([each.working for each in self._without_master], self._real)
@@ -75,7 +75,7 @@ class WorkingWeights:
                     if not scale or each.parameter in self._late:
                         gradients[stepped] = expected_gradient(stepping, group, stepped, values[stepped])
                 known = {stepped: gradient for stepped, gradient in gradients.items() if gradient is not None}
-                advance(stepping, values, known, windows)
+                advance(stepping, values, known, windows, reach)
                 write([each.working[cut] for each, cut in owned.values()], list(values.values()))
         self._gather()
         self._is_predicted = True
