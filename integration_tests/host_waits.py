@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from integration_tests.megatron_cpu import shim
+
 __all__ = ["HostWaits"]
 
 _HOST = torch.device("cpu", 1)  # of the same type as the CPU that plays the device, yet not equal to it
@@ -87,9 +89,9 @@ class HostWaits(TorchFunctionMode):
         return tree_map_only(torch.Tensor, lambda tensor: self._mark(tensor, self._host), made)
 
     def note(self, what: str) -> None:
-        """Record the caller outside of PyTorch, of the processes' plumbing and of this file."""
+        """Record the caller outside of PyTorch, of the processes' plumbing, of what plays CUDA and of this file."""
         frame = sys._getframe(1)
-        while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+        while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename in (__file__, shim.__file__):
             frame = frame.f_back
         self.seen.add((what, frame.f_code.co_filename.rpartition("/")[2], frame.f_code.co_name))
 

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,9 @@ class GptJob:
     schedule: str = "paci"
     data_parallel: int = 1
     tensor_parallel: int = 1
+    slices: int = 1
+    """Without tensor parallelism: of how many slices' weights a layer is put together."""
+    sequence_parallel: bool = False
     bf16: bool = False
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
@@ -77,6 +81,7 @@ class Trained:
         parked: micro-batches in flight, after each call.
         norms: the gradient norm that each optimizer.step() returned.
         zeros: the number of zero gradients that each returned.
+        kept: whether each call left the weights that it found.
         collectives: name and global ranks of every collective of the last call and the update after it.
     """
 
@@ -89,6 +94,7 @@ class Trained:
     parked: list[int] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
     zeros: list[float | None] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
     collectives: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
@@ -124,6 +130,7 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     dtype = torch.bfloat16 if job.bf16 else torch.float32
     recompute = {"recompute_granularity": job.recompute} if job.recompute else {}
@@ -132,26 +139,45 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
     config = TransformerConfig(
         num_layers=layers, hidden_size=HIDDEN, num_attention_heads=2, attention_dropout=0.0, hidden_dropout=0.0,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        tensor_model_parallel_size=job.tensor_parallel, bf16=job.bf16, params_dtype=dtype,
+        tensor_model_parallel_size=job.tensor_parallel, sequence_parallel=job.sequence_parallel, bf16=job.bf16,
+        params_dtype=dtype,
         pipeline_dtype=dtype, deallocate_pipeline_outputs=job.deallocate, **recompute,
     )
     config.pipeline_schedule, config.paci = job.schedule, job.paci
-    model = GPTModel(
-        config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE,
-        pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=job.tied,
-    ).cuda().to(dtype)
+    with mock.patch.object(WrappedTorchNorm, "__new__", _layer_norm):
+        model = GPTModel(
+            config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE,
+            pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=job.tied,
+        ).cuda().to(dtype)
     tied = model.shared_embedding_or_output_weight() if job.tied else None
-    if tied is not None and stage > 0:
-        tied.shared = True  # as in a real last stage: its copy does not count in the norm
+    if tied is not None:  # as in a real pipeline, where it has a bucket of its own, and one copy counts in the norm
+        tied.shared_embedding = True
+        tied.shared = stage > 0
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
-        seed = f"{'tied' if parameter is tied else f'{stage} {name}'} {tensor_rank if split else 0}"
-        generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-        value = 0.2 * torch.randn(parameter.shape, generator=generator)
+        shape = list(parameter.shape)
+        slices = [0]
+        if split:
+            slices = range(job.slices) if job.tensor_parallel == 1 else [tensor_rank]
+            shape[parameter.partition_dim] //= len(slices)
+        values = []
+        for number in slices:
+            seed = f"{'tied' if parameter is tied else f'{stage} {name}'} {number}"
+            generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+            values.append(0.2 * torch.randn(shape, generator=generator))
+        value = torch.cat(values, parameter.partition_dim if split else 0) if len(values) > 1 else values[0]
         parameter.data.copy_(1.0 + value if "norm" in name and name.endswith("weight") else value)
     model = wrapped(job, config, model)
     return model, build_optimizer(job, model, dtype)
+
+
+def _layer_norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.LayerNorm:
+    """As megatron-core's own without Transformer Engine, but for its refusal of sequence parallelism."""
+    norm = torch.nn.LayerNorm(hidden_size, eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
 
 
 def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
@@ -229,11 +255,13 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
             model.config.pipeline_schedule = job.schedules[call]
         model.zero_grad_buffer()
         optimizer.zero_grad()
+        found = [p.detach().clone() for p in model.parameters()]
         reduced = get_forward_backward_func()(
             forward_step_func=forward_step, model=[model], num_microbatches=accumulation, forward_only=False,
             data_iterator=itertools.islice(data, job.of_each_call) if job.of_each_call else data, **shape,
         )
         seen.losses.append([entry["lm loss"].item() for entry in reduced])
+        seen.kept.append(all(map(torch.equal, found, model.parameters())))
         seen.gradients.append({name: p.main_grad.clone().cpu() for name, p in model.named_parameters()})
         ok, norm, zeros = optimizer.step()
         assert ok

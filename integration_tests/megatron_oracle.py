@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from integration_tests.megatron_job import SEQUENCE, GptJob, Trained, build, mean_loss, micro_batch, prepare, set_up
 
-__all__ = ["oracle_all"]
+__all__ = ["Stage", "oracle_all"]
 
 
-class _Stage:
+class Stage:
     """One stage: its weights, and the micro-batches of every replica that are between forward and backward."""
 
     def __init__(self, job: GptJob, number: int) -> None:
@@ -70,7 +71,7 @@ class _Stage:
             self.drifts.append(self.version - self.born.pop(micro))
         return None if received is None else received.grad
 
-    def step(self, stages: list[_Stage], micro: int, emptied: int) -> None:
+    def step(self, stages: list[Stage], micro: int, emptied: int) -> None:
         """The update after the backward before which this stage's latest forward was of `micro`.
 
         Args:
@@ -90,11 +91,11 @@ class _Stage:
         if self.tied is not None:
             self.handed.append(self.tied.main_grad.clone())
 
-    def tie(self, stages: list[_Stage], due: int) -> None:
+    def tie(self, stages: list[Stage], due: int) -> None:
         """The gradient of the tied weight: the sum of that update.  Those of flushed updates wait for no later one."""
         if self.tied is not None:
             self.tied.main_grad.zero_()
-            if due >= min(self.version, self.job.paci.get("flush_warmup_steps", 0)):
+            if due >= min(self.version, _warmup(self.job)):
                 self.tied.main_grad.add_(stages[0].handed[due] + stages[-1].handed[due])
 
     def measure(self) -> None:
@@ -130,12 +131,12 @@ class _Norms(dist.ProcessGroup):
         """An update begins whose squared norm is yet to be summed."""
         self.others, self.all_late, self.measured = [], False, False
 
-    def agree(self, stages: list[_Stage]) -> None:
+    def agree(self, stages: list[Stage]) -> None:
         """Under a flush: every stage has measured its norm of this update, and each takes all of them."""
         self.measured = True
         self.others = [other.norms.squares[-1] for other in stages if other.number != self.stage]
 
-    def look_up(self, stages: list[_Stage], update: int, micro: int, emptied: int) -> None:
+    def look_up(self, stages: list[Stage], update: int, micro: int, emptied: int) -> None:
         """The rule, for the stage's `update`."""
         self.begin()
         ahead = [self.job.stages - 1 - stage for stage in range(self.job.stages)]
@@ -166,18 +167,18 @@ class _Done(dist.Work):
         return True
 
 
-def oracle_all(jobs: list[GptJob]) -> list[list[Trained]]:
-    """For every job, what each of its stages must give (of replica 0)."""
+def oracle_all(jobs: list[GptJob], kind: type[Stage] = Stage) -> list[list[Trained]]:
+    """For every job, what each of its stages must give (of replica 0); `kind` says what a stage is."""
     prepare()
     results = []
     for job in jobs:
         set_up(GptJob(stages=1))
         torch.autograd.set_multithreading_enabled(False)
-        results.append(_oracle(job))
+        results.append(_oracle(job, kind))
     return results
 
 
-def _flushed(stages: list[_Stage], batch: range) -> None:
+def _flushed(stages: list[Stage], batch: range) -> None:
     """A batch of the flushed schedule: no weight moves before all of it is done."""
     replicas = range(stages[0].job.data_parallel)
     for micro, replica in itertools.product(batch, replicas):
@@ -197,26 +198,36 @@ def _flushed(stages: list[_Stage], batch: range) -> None:
         stage.update()
 
 
-def _oracle(job: GptJob) -> list[Trained]:
-    stages = [_Stage(job, number) for number in range(job.stages)]
-    last, count = job.stages - 1, job.calls * job.accumulation
+def _warmup(job: GptJob) -> int:
+    return job.paci.get("flush_warmup_steps", 0)
+
+
+def _between_drains(job: GptJob) -> Iterator[tuple[int, int]]:
+    """The first call of each part of the stream that ends with an empty pipe, and the first one after it."""
+    every = job.paci.get("drain_interval", job.calls)
+    start = 0
+    for call in range(1, job.calls + 1):
+        flushed = call <= _warmup(job) or (bool(job.schedules) and job.schedules[call - 1] == "1f1b")
+        if call % every == 0 or call == job.calls or flushed:
+            yield start, call
+            start = call
+
+
+def _oracle(job: GptJob, kind: type[Stage]) -> list[Trained]:
+    stages = [kind(job, number) for number in range(job.stages)]
+    last = job.stages - 1
     planned = bool({"drain_interval", "train_iters"} & set(job.paci))
-    drain_every = job.paci.get("drain_interval", job.calls)
-    warmup = min(job.calls, job.paci.get("flush_warmup_steps", 0))
-    for call in range(warmup):
-        _flushed(stages, range(call * job.accumulation, (call + 1) * job.accumulation))
-    for start in range(0, job.calls, drain_every):
-        end = min(count, (start + drain_every) * job.accumulation)
-        start = max(start, warmup)
-        begin = start * job.accumulation
-        if begin >= end:
+    for start, stop in _between_drains(job):
+        begin, end = start * job.accumulation, stop * job.accumulation
+        if start < _warmup(job):
+            _flushed(stages, range(begin, end))
             continue
         gradients: dict[tuple[int, int, int], torch.Tensor | None] = {}
         for turn in range(begin, end + last):
             for replica in range(job.data_parallel):
                 activation = None
                 for stage in stages:
-                    if turn < end:
+                    if turn < end + (0 if planned else last - stage.number):
                         activation = stage.forward(turn, replica, activation)
             for stage in stages:
                 micro = turn - (last - stage.number)

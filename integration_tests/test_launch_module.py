@@ -102,6 +102,17 @@ def test_flags_that_a_script_has_itself_stay_its_own(tmp_path):
     assert launch("paci_schedule.launch", str(script), "--pipeline-schedule", "1f1b", "--x").stdout.strip() == "['--x']"
 
 
+@pytest.mark.parametrize("value", ["evry", "0", "-2", "1.5"])
+def test_a_prediction_that_is_none_is_refused_before_anything_starts(value, tmp_path):
+    script = tmp_path / "prints.py"
+    script.write_text("print('ran')\n")
+    write(tmp_path, {"megatron/training/__init__.py": ""})
+    done = launch("paci_schedule.launch", str(script), f"--paci-prediction={value}")
+    assert (done.returncode, done.stdout) == (2, "")
+    said = done.stderr.strip().splitlines()[-1]
+    assert f"argument --paci-prediction: '{value}': must be 'off', 'window'" in said
+
+
 FRAMEWORKS = {
     "deepspeed": {"deepspeed/__init__.py": "__version__ = '0.1'\n"},
     "megatron": {"megatron/__init__.py": "", "megatron/core/__init__.py": "__version__ = '0.1'\n"},

@@ -108,7 +108,8 @@ def test_with_a_learning_rate_of_0_the_log_is_the_stock_schedules(checkout):
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(checkout, tmp_path):
-    common = "--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 3"
+    common = ("--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 3 "
+              "--paci-prediction every")
     whole, resumed, stock = (str(tmp_path / name) for name in ("whole", "resumed", "stock"))
     straight = logged(pretrain(checkout, "paci", 2, common, "--train-iters 6 --save", whole))
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
@@ -287,7 +288,8 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--paci-clip=none", "argument --paci-clip"), ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
+    [("--paci-clip=none", "argument --paci-clip"), ("--paci-prediction=evry", "argument --paci-prediction: 'evry'"),
+     ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
      ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds"),
      ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: invalid updates"),
      ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: invalid updates")],

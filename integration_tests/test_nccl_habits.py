@@ -83,12 +83,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
 def test_megatron_is_the_reference():
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     from integration_tests.megatron_job import GptJob
+    from integration_tests.predicting_oracle import predicting_all
     from integration_tests.test_megatron_core import assert_as_the_oracle_says
 
-    assert_as_the_oracle_says([
+    sharded = {"bf16": True, "distributed_optimizer": True}
+    jobs = [
         GptJob(stages=2, accumulation=2, clip_grad=1.0),
-        GptJob(stages=2, accumulation=1, clip_grad=0.2, tied=True, bf16=True, distributed_optimizer=True),
-    ])
+        GptJob(stages=2, accumulation=1, clip_grad=0.2, tied=True, **sharded),
+        GptJob(stages=2, accumulation=2, clip_grad=0.2, tied=True, **sharded, paci={"prediction": "window"}),
+    ]
+    assert_as_the_oracle_says(jobs, predicting_all)
 
 
 def train_and_synchronise(job):

@@ -12,6 +12,8 @@ JOBS = [
     GptJob(stages=2, accumulation=1),
     GptJob(stages=2, accumulation=3),
     GptJob(stages=2, accumulation=2, schedule="1f1b"),
+    GptJob(stages=2, accumulation=1, paci={"prediction": "every"}),
+    GptJob(stages=2, accumulation=3, paci={"prediction": "window", "train_iters": 5}),
 ]
 
 
@@ -56,7 +58,8 @@ def rehearsed(jobs):
         pairs = [(tokens[:, :-1], tokens[:, 1:]) for tokens in data]
         batches = [pairs[at:at + job.accumulation] for at in range(0, len(pairs), job.accumulation)]
         updates = list(rehearse(stages, optimizers, loss_fn, batches, accumulation=job.accumulation,
-                                schedule="flush" if job.schedule == "1f1b" else "paci"))
+                                schedule="flush" if job.schedule == "1f1b" else "paci",
+                                prediction=job.paci.get("prediction", "off")))
         weights = [{name: value.detach() for name, value in stage.model.named_parameters()} for stage in stages]
         results.append((weights, [update.loss for update in updates]))
     return results
@@ -72,7 +75,8 @@ def found():
     return ranks.run_ranks(rehearsed, 1, (JOBS,), timeout=280.0)[0]
 
 
-@pytest.mark.parametrize("number", range(len(JOBS)), ids=["P=2 a=1", "P=2 a=3", "P=2 a=2, flush"])
+@pytest.mark.parametrize("number", range(len(JOBS)), ids=["P=2 a=1", "P=2 a=3", "P=2 a=2, flush", "P=2 a=1, every",
+                                                        "P=2 a=3, window"])
 def test_a_rehearsal_of_megatrons_gpt_is_megatrons_training(number, found, expected):
     weights, losses = found[number]
     for stage, (values, trained) in enumerate(zip(weights, expected[number], strict=True)):

@@ -5,6 +5,7 @@
 #
 #   MEGATRON_LM=~/Megatron-LM DATA=~/openwebtext_text_document TOKENIZER=~/gpt2 launch/megatron_gpt2_medium.sh
 #   ... launch/megatron_gpt2_medium.sh --pipeline-schedule 1f1b        the baseline
+#   ... launch/megatron_gpt2_medium.sh --paci-prediction window        stale forwards on predicted weights
 #
 # DATA is what Megatron-LM's tools/preprocess_data.py wrote, without .bin; TOKENIZER is a folder with vocab.json and
 # merges.txt.  Further arguments go to pretrain_gpt.py.

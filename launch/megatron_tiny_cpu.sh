@@ -3,6 +3,7 @@
 #
 #   MEGATRON_LM=~/Megatron-LM launch/megatron_tiny_cpu.sh
 #   MEGATRON_LM=~/Megatron-LM launch/megatron_tiny_cpu.sh --pipeline-schedule 1f1b
+#   MEGATRON_LM=~/Megatron-LM launch/megatron_tiny_cpu.sh --paci-prediction every
 #
 # PYTHON is the interpreter that has torch and megatron-core [python3].  Further arguments go to pretrain_gpt.py.
 set -euo pipefail

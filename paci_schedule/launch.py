@@ -11,6 +11,7 @@ out of the script's arguments.
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
     --paci-timeout SECONDS             that a neighbouring stage may take to answer [600]
+    --paci-prediction WHEN             stale forwards run on predicted weights: window, every, or a number k [off]
     --paci-flush-warmup-steps UPDATES  that run 1F1B at the start of training [0]
     --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
     --paci-record FOLDER               write what every rank did there, op by op, for `paci trace`
@@ -69,6 +70,7 @@ def _our_flags() -> argparse.ArgumentParser:
     flags.add_argument("--pipeline-schedule")
     flags.add_argument("--paci-clip", choices=["global", "stage"])
     flags.add_argument("--paci-timeout", type=seconds)
+    flags.add_argument("--paci-prediction", type=_prediction)
     flags.add_argument("--paci-flush-warmup-steps", type=updates)
     flags.add_argument("--paci-early-receives", action="store_true", default=argparse.SUPPRESS)
     flags.add_argument("--paci-record")
@@ -87,6 +89,18 @@ def updates(text: str) -> int:
     if int(text) < 0:
         raise ValueError
     return int(text)
+
+
+def _prediction(text: str) -> str | int:
+    """The value of --paci-prediction."""
+    from paci_schedule.predict import interval_of
+
+    value = int(text) if text.isdecimal() else text
+    try:
+        interval_of(value, repr(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
 
 
 if __name__ == "__main__":

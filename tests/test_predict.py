@@ -6,7 +6,42 @@ import pytest
 import torch
 
 from paci_schedule.errors import UnsupportedError
-from paci_schedule.predict import advance, check, expected_gradient, piece_of
+from paci_schedule.predict import advance, check, expected_gradient, piece_of, pieces
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """With the attributes, groups and states of Apex's and Transformer Engine's, which run on GPUs alone."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True,
+                 bias_correction=True, **more):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                                  "bias_correction": bias_correction})
+        self.adam_w_mode = int(adam_w_mode)
+        vars(self).update(more)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            first, second = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, gradient = self.state[p], p.grad.float()
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.float32) for _ in "mv")
+                if not self.adam_w_mode:
+                    gradient = gradient + group["weight_decay"] * p
+                state["exp_avg"].mul_(first).add_(gradient, alpha=1 - first)
+                state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+                corrected = [1 - beta ** group["step"] if group["bias_correction"] else 1 for beta in group["betas"]]
+                update = state["exp_avg"] / corrected[0] / ((state["exp_avg_sq"] / corrected[1]).sqrt() + group["eps"])
+                if self.adam_w_mode:
+                    update = update + group["weight_decay"] * p
+                p.sub_((group["lr"] * update).to(p.dtype))
+
+
+FusedAdam.__module__ = "transformer_engine.pytorch.optimizers.fused_adam"
 
 SHAPES = [(5, 3), (4,), (), (2, 7)]
 MATRICES = [(5, 3), (2, 7), (6, 6)]
@@ -20,6 +55,9 @@ SETTINGS = {
     "AdamW": (torch.optim.AdamW, {"lr": 0.03, "betas": (0.8, 0.95), "weight_decay": 0.3}),
     "AdamW, no decay": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.0}),
     "AdamW, amsgrad": (torch.optim.AdamW, {"lr": 0.03, "amsgrad": True, "maximize": True}),
+    "FusedAdam, fused": (FusedAdam, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "FusedAdam, fused, decay in the gradient": (FusedAdam, {"lr": 0.02, "weight_decay": 0.1, "adam_w_mode": False}),
+    "FusedAdam, fused, as it is": (FusedAdam, {"lr": 0.02, "bias_correction": False}),
     "NAdam": (torch.optim.NAdam, {"lr": 0.02, "betas": (0.9, 0.99)}),
     "NAdam, decoupled decay": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.2, "decoupled_weight_decay": True}),
     "NAdam, decay in the gradient": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.2, "momentum_decay": 0.01}),
@@ -197,7 +235,8 @@ def test_what_the_momentum_expects_after_many_equal_gradients_is_that_gradient(n
             if name == "SGD":
                 assert found is None
             else:
-                torch.testing.assert_close(found, constant[parameter], rtol=1e-6, atol=1e-9)
+                near = {"rtol": 1e-6, "atol": 1e-9} if cls is not FusedAdam else {"rtol": 1e-5, "atol": 1e-6}
+                torch.testing.assert_close(found, constant[parameter], check_dtype=False, **near)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -211,6 +250,43 @@ def test_no_momentum_expects_anything_before_the_first_step(name):
 def test_an_optimizer_that_is_not_known_is_refused_by_name():
     with pytest.raises(UnsupportedError, match=r"optimizer Adagrad: .*Adam, AdamW.*momentum\.py"):
         check(torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))]))
+
+
+@pytest.mark.parametrize("how", [{"capturable": True}, {"master_weights": True}, {"use_master": True},
+                                 {"exp_avg_dtype": torch.bfloat16}], ids=lambda how: next(iter(how)))
+def test_a_fused_adam_with_masters_or_states_of_another_kind_is_refused_by_name(how):
+    check(FusedAdam([torch.nn.Parameter(torch.zeros(1))], 0.1))
+    with pytest.raises(UnsupportedError, match=rf"optimizer FusedAdam with {next(iter(how))}: .*leave"):
+        check(FusedAdam([torch.nn.Parameter(torch.zeros(1))], 0.1, **how))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD, Nesterov", "FusedAdam, fused"])
+def test_all_pieces_together_are_predicted_as_the_whole(name, monkeypatch):
+    """Of flat parameters; of others, one at a time is the least."""
+    cls, settings = SETTINGS[name]
+    parameters, optimizer = build(cls, settings)
+    flat = [torch.nn.Parameter(torch.randn(size)) for size in (17, 40)]
+    if cls is not torch.optim.Muon:
+        optimizer.add_param_group({"params": flat, "lr": 0.3 * settings["lr"]})
+        parameters = [*parameters, *flat]
+    monkeypatch.setattr("paci_schedule.predict.shadow.PIECE", 16)
+    monkeypatch.setattr("paci_schedule.predict.shadow._BUCKET", 16)
+    for updates in range(2):
+        new = gradients(parameters, updates)
+        whole, values = copies(parameters), copies(parameters)
+        advance(optimizer, whole, {p: g.clone() for p, g in new.items()}, 2)
+        seen = []
+        for stepping, group, entries in pieces(optimizer):
+            found = {known: known.detach().clone() for known, _, _ in entries}
+            assert all(any(known is each for each in group["params"]) for known in found)
+            assert sum(known.numel() for known in found) <= 16 or len(found) == 1
+            advance(stepping, found, {known: new[of][cut].clone() for known, of, cut in entries}, 2)
+            for known, of, cut in entries:
+                values[of][cut] = found[known]
+                seen.append(known.numel())
+        assert sum(seen) == sum(parameter.numel() for parameter in parameters)
+        assert all(torch.equal(values[parameter], whole[parameter]) for parameter in parameters)
+        step(optimizer, new)
 
 
 def test_a_subclass_takes_its_own_step():

@@ -7,7 +7,7 @@ where no part is there yet, and which optimizers can be predicted.  `Prediction`
 from paci_schedule.predict.clipping import clip_factor
 from paci_schedule.predict.momentum import check, expected_gradient
 from paci_schedule.predict.prediction import Prediction, Weights, interval_of
-from paci_schedule.predict.shadow import advance, piece_of
+from paci_schedule.predict.shadow import advance, piece_of, pieces
 from paci_schedule.predict.stepped import SteppedWeights
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "expected_gradient",
     "interval_of",
     "piece_of",
+    "pieces",
 ]

@@ -2,6 +2,9 @@
 
 It is the gradient that would leave the direction of the momentum as it is.  Decay that an optimizer adds to its
 gradients, and the sign that `maximize` turns, are taken out of the momentum, as the step puts them in again.
+
+Apex's and Transformer Engine's FusedAdam are known by name, as they cannot be imported everywhere.  They count their
+steps in the parameter group (`apex/optimizers/fused_adam.py`, `transformer_engine/pytorch/optimizers/fused_adam.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +26,21 @@ def check(optimizer: Optimizer) -> None:
     if _momentum_of(optimizer) is None:
         names = ", ".join(cls.__name__ for cls in _MOMENTA)
         raise UnsupportedError(
-            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses, and for "
-            "the Muons, Lion and SOAP of emerging_optimizers; switch prediction off, take one of these, or add what "
-            "its momentum expects to paci_schedule/predict/momentum.py if it treats every parameter by itself"
+            f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses, for the "
+            "FusedAdam of Apex and Transformer Engine, and for the Muons, Lion and SOAP of emerging_optimizers; switch "
+            "prediction off, take one of these, or add what its momentum expects to paci_schedule/predict/momentum.py "
+            "if it treats every parameter by itself"
         )
+    if _is_fused(optimizer):
+        unlike = [name for name in ("capturable", "master_weights", "use_master", "use_decoupled_grad")
+                  if getattr(optimizer, name, False)]
+        unlike += [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype")
+                   if getattr(optimizer, name, torch.float32) != torch.float32]
+        if unlike:
+            raise UnsupportedError(
+                f"optimizer {type(optimizer).__name__} with {', '.join(unlike)}: prediction is known for states in "
+                "fp32 and masters of the caller's; switch it off, or leave these out"
+            )
 
 
 @torch.no_grad()
@@ -51,6 +65,16 @@ def _of_adam(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.T
         return None
     mean = state["exp_avg"] / (1 - group["betas"][0] ** state["step"])
     return mean if group["decoupled_weight_decay"] else mean.sub_(weight, alpha=group["weight_decay"])
+
+
+def _of_fused_adam(
+    decoupled: bool, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
+) -> torch.Tensor | None:
+    """As `_of_adam`."""
+    if not state or not group.get("step"):
+        return None
+    mean = state["exp_avg"] / (1 - group["betas"][0] ** group["step"] if group["bias_correction"] else 1)
+    return mean if decoupled else mean.sub_(weight, alpha=group["weight_decay"])
 
 
 def _of_sgd(group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor | None:
@@ -101,6 +125,12 @@ _MOMENTA: Mapping[type[Optimizer], _Momentum] = {
     **({torch.optim.Muon: _of_muon} if hasattr(torch.optim, "Muon") else {}),  # since torch 2.9
 }
 
+_FUSED = ("apex.optimizers.fused_adam.FusedAdam", "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam")
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _FUSED for cls in type(optimizer).__mro__)
+
 
 _EMERGING = {
     "orthogonalized_optimizers.orthogonalized_optimizer.OrthogonalizedOptimizer": partial(
@@ -113,6 +143,8 @@ _EMERGING = {
 
 
 def _momentum_of(optimizer: Optimizer) -> _Momentum | None:
+    if _is_fused(optimizer):
+        return partial(_of_fused_adam, bool(optimizer.adam_w_mode))
     for cls in type(optimizer).__mro__:
         if cls in _MOMENTA:
             return _MOMENTA[cls]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from paci_schedule.predict.copies import copied
 
-__all__ = ["PIECE", "advance", "piece_of"]
+__all__ = ["PIECE", "advance", "piece_of", "pieces"]
 
 PIECE = 1 << 24
 """Elements of a flat parameter to predict at a time."""
@@ -49,7 +49,8 @@ def advance(
             for weight, parameter in zip(moved, bucket, strict=True):
                 vars(weight).update(vars(parameter))  # what is written on a parameter, as how it is sliced
             states = _copied_states([optimizer.state.get(parameter, {}) for parameter in bucket])
-            shadow = _shadow(optimizer, {**group, "params": moved}, dict(zip(moved, states, strict=True)))
+            settings = {name: _copied(value) for name, value in group.items() if name != "params"}  # counts among them
+            shadow = _shadow(optimizer, {**settings, "params": moved}, dict(zip(moved, states, strict=True)))
             parts = [gradients[parameter] for parameter in bucket]
             for left in reversed(range(windows)):
                 # SGD with foreach and Nesterov's momentum writes into its gradients.
@@ -76,6 +77,30 @@ def piece_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Te
     return _shadow(optimizer, {**group, "params": [piece]}, {piece: views} if state else {})
 
 
+def pieces(
+    optimizer: Optimizer,
+) -> Iterator[tuple[Optimizer, Mapping[str, Any], list[tuple[torch.Tensor, torch.Tensor, Any]]]]:
+    """All that the optimizer steps, a limited number of elements at a time.
+
+    Args:
+        optimizer: one that treats every parameter by itself, and every element of a flat one.
+
+    Yields:
+        An optimizer to `advance` with, a group of it, and some of the group's parameters: as that optimizer knows them,
+        the parameter of the given one that they are of, and which elements of that, as an index.
+    """
+    for group in optimizer.param_groups:
+        large = [parameter for parameter in group["params"] if parameter.dim() == 1 and parameter.numel() > PIECE]
+        for parameter in large:
+            for start in range(0, parameter.numel(), PIECE):
+                cut = slice(start, start + PIECE)
+                piece = piece_of(optimizer, group, parameter, cut)
+                (only,) = piece.param_groups
+                yield piece, only, [(only["params"][0], parameter, cut)]
+        for bucket in _buckets([each for each in group["params"] if all(each is not other for other in large)]):
+            yield optimizer, group, [(parameter, parameter, ...) for parameter in bucket]
+
+
 def _buckets(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     bucket: list[torch.Tensor] = []
     for parameter in parameters:
@@ -94,9 +119,13 @@ def _copied_states(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def copy(value: Any) -> Any:
         if _is_large(value):
             return next(large)
-        return value.clone() if isinstance(value, torch.Tensor) else value
+        return _copied(value)
 
     return [{name: copy(value) for name, value in state.items()} for state in states]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _is_large(value: object) -> bool:

@@ -44,6 +44,7 @@ def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, 
         forwards, backwards: micro-batches done;
         in_flight, peak_in_flight: micro-batches between their forward and backward, now and at most;
         max_drift, drift_bound, drift_histogram: in updates; micro-batches for each drift;
+        predictions: of weights, for stale forwards;
         loss: mean over the micro-batches finished in the last call, on every stage (waits for the device); NaN after
         one under 1F1B;
         compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
@@ -66,7 +67,8 @@ def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]
     Returns:
         norms: the squared gradient norms of all stages of the newest updates;
         tied: the sums of the tied embedding's gradients that wait to be applied;
-        updates: done so far, for flush_warmup_steps.
+        updates: done so far, for flush_warmup_steps;
+        factor: what the newest update was clipped by, for the next predictions; None where nothing is predicted.
 
     Raises:
         ConfigError: the model has not been trained under PACI, or micro-batches are in flight.

@@ -6,6 +6,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from paci_schedule.adapters.megatron.hooks import TESTED
 from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
+from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.runtime.refusal import launch_blocking, refuse_together
 
@@ -206,7 +208,7 @@ def agree(
     Raises:
         UnsupportedError: on every rank, with every reason of any of them, so that none is left waiting.
     """
-    reasons = _reasons(chunks, config, options, args, call)
+    reasons = chain(_reasons(chunks, config, options, args, call), prediction_reasons(chunks[0], config, options))
     refuse_together(reasons, "'paci' cannot run this job; change what follows, or use '1f1b'")
     pipelines = [ranks] * dist.get_world_size()
     dist.all_gather_object(pipelines, ranks)

@@ -24,6 +24,7 @@ _HOOKS = {
     "megatron.core.utils:make_viewless_tensor": ("inp", "requires_grad", "keep_graph"),
     "megatron.core.optimizer.optimizer:MegatronOptimizer.get_grad_stats_parallel_group": (),
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_grad_stats_parallel_group": (),
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map": ("param",),
     "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.get_grad_norm": (),
     "megatron.core.parallel_state:get_tensor_and_data_parallel_group": ("with_context_parallel",),
     "megatron.core.parallel_state:get_embedding_group": ("check_initialized",),

@@ -1,9 +1,12 @@
-"""What a stage learns late by design: other stages' gradient norms, and the sums of the tied embedding's gradients."""
+"""What a stage learns late by design: other stages' gradient norms, and the sums of the tied embedding's gradients.
+
+And what it goes on with when it is resumed, which is the clip factor of its predictions as well.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paci_schedule.predict import Prediction
 from paci_schedule.runtime.norms import CarriedNorms
 from paci_schedule.runtime.tied import TiedGradient, delay_between
 from paci_schedule.spec import PipelineSpec
@@ -48,6 +52,8 @@ class Late:
         group: the ranks that hold a copy.
         spec: the pipeline.
         timeout: how long the other stages may take where the pipe is empty.
+        prediction: of this stage's weights; None for none.
+        device: of the stage.
     """
 
     def __init__(
@@ -57,8 +63,11 @@ class Late:
         group: dist.ProcessGroup | None,
         spec: PipelineSpec,
         timeout: timedelta,
+        prediction: Prediction | None,
+        device: torch.device,
     ) -> None:
         self.norms = norms
+        self._prediction, self._device = prediction, device
         self._weight = weight
         self._tied = None if weight is None else TiedGradient(group, delay_between(spec, 0, spec.stages - 1), timeout)
         self._updating = False
@@ -104,16 +113,21 @@ class Late:
         """Start the sum of the embedding's gradients of the update that is over."""
         self._tied.post()
 
-    def state(self) -> dict[str, list[Any]]:
+    def state(self) -> dict[str, Any]:
         """Of an empty pipe, for a checkpoint; see `load_state`."""
+        factor = None if self._prediction is None else self._prediction.factor
         return {
             "norms": [] if self.norms is None else self.norms.state(),
             "tied": [] if self._tied is None else self._tied.pending(),
+            "factor": None if factor is None else factor.item(),
         }
 
-    def load_state(self, state: dict[str, list[Any]]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on as the stage that gave `state`."""
         if self.norms is not None:
             self.norms.load_state(state["norms"])
         if self._tied is not None:
             self._tied.load_pending([total.to(self._weight.main_grad) for total in state["tied"]])
+        if self._prediction is not None:
+            factor = state.get("factor")
+            self._prediction.factor = None if factor is None else torch.full((), factor, device=self._device)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.patience import LONGEST, is_timeout
+from paci_schedule.predict import interval_of
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -53,6 +54,9 @@ class PaciOptions:
     """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
     the whole device then hangs (`paci_schedule.lower`)."""
 
+    prediction: str | int = "off"
+    """Which stale forwards run on predicted weights: "off", "window", "every" or every k-th (`predict.prediction`)."""
+
     record: str | None = _option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "")
     """Folder to record runs in: at every planned end, each rank's newest ops with their times, for ``paci trace``."""
 
@@ -71,10 +75,11 @@ class PaciOptions:
                 raise ConfigError(
                     f"config.paci = {{{name!r}: ...}}: unknown option; valid are {nearest(name, list(options))}"
                 )
-            if not options[name].metadata["holds"](value):
+            if options[name].metadata and not options[name].metadata["holds"](value):
                 raise ConfigError(
                     f"config.paci = {{{name!r}: {value!r}}}: must be {options[name].metadata['rule']}"
                 )
+        interval_of(block.get("prediction", "off"), f"config.paci = {{'prediction': {block.get('prediction')!r}}}")
         return cls(**block)
 
 

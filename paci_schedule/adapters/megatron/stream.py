@@ -18,6 +18,7 @@ from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.late import Late, tied_embedding
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.plan import Plan
+from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.links import Links
@@ -66,7 +67,8 @@ class ModelStream:
         if options.clip == "global":
             norms = CarriedNorms(spec, stage, group, device, agrees=ties, timeout=timeout)
         ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
-        self.late = Late(norms, weight, ends, spec, timeout)
+        prediction = build_prediction(self._model, self._config, options)
+        self.late = Late(norms, weight, ends, spec, timeout, prediction, device)
         self._sums = StageSums(self._config, norms, warn=stage == 0)
         links = Links(
             spec, pipelines, device, timeout, early_receives=options.early_receives, record=options.record
@@ -75,7 +77,7 @@ class ModelStream:
         self._stopwatch = Stopwatch(device, records=options.record is not None)
         copies = [(0, stages - 1)] if ties else []
         self._runner = StageRunner(
-            spec, stage, self._compute, links, self._stopwatch, norms, copies, options.early_receives
+            spec, stage, self._compute, links, self._stopwatch, norms, copies, options.early_receives, prediction
         )
         self._record, self._warmup = options.record, options.flush_warmup_steps
         self._loss: torch.Tensor | None = None

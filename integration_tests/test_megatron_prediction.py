@@ -1,0 +1,229 @@
+"""Predicted weights on the real megatron-core: as other optimizers' steps on copies leave them; never shown."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from integration_tests import megatron_job
+from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
+from integration_tests.ranks import on_gpus, run_ranks
+from integration_tests.test_megatron_core import STOCK, SWITCHED, assert_as_the_oracle_says, assert_equal
+from paci_schedule.drift import drift_of
+from paci_schedule.spec import PipelineSpec
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from integration_tests.megatron_oracle import oracle_all
+from integration_tests.predicting_oracle import predicting_all
+
+EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
+
+
+def predicting(prediction, plain, paci=(), **change):
+    return dataclasses.replace(plain, **{**change, "paci": {"prediction": prediction, **dict(paci)}})
+
+
+THREE = GptJob(stages=3, accumulation=2, calls=4)
+STAGES = [
+    predicting("every", THREE),
+    predicting("window", THREE, clip_grad=0.2, accumulation=1),
+    predicting(2, THREE, accumulation=3, bf16=True, optimizer="sgd"),
+    predicting("window", THREE, bf16=True, clip_grad=0.2, paci={"clip": "stage"}),
+    predicting("every", THREE, recompute="full", bf16=True),
+    predicting("every", THREE, accumulation=3, clip_grad=0.2, paci={"drain_interval": 2}, evaluate_after=(1, 3)),
+]
+TIED = [
+    predicting("every", THREE, tied=True, accumulation=1, clip_grad=0.2, calls=6),
+    predicting("window", THREE, tied=True, accumulation=4, bf16=True, distributed_optimizer=True, clip_grad=0.2),
+]
+TWO_BY_TWO = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
+REPLICATED = [
+    predicting("every", TWO_BY_TWO, clip_grad=0.1),
+    predicting("window", TWO_BY_TWO, bf16=True, overlap_grad_reduce=True),
+    predicting("every", TWO_BY_TWO, distributed_optimizer=True, bf16=True, tied=True),
+    predicting("window", TWO_BY_TWO, distributed_optimizer=True, overlap_grad_reduce=True, align_grad_reduce=True),
+]
+
+
+def assert_as_steps_on_copies(jobs):
+    for job, ranks in zip(jobs, assert_as_the_oracle_says(jobs, predicting_all), strict=True):
+        for rank, trained in enumerate(ranks):
+            stage = rank // job.data_parallel
+            spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation)
+            assert trained.stats["predictions"] == asked(job, spec, stage)
+
+
+def asked(job, spec, stage):
+    """How many predictions a stage has to make, until its last call returns."""
+    interval = {"every": 1, "window": 1 << 30}.get(job.paci["prediction"], job.paci["prediction"])
+    calls = job.paci.get("drain_interval")
+    count = (calls or job.calls) * spec.accumulation
+    between = {}  # updates done before the forward -> stale forwards
+    for micro_batch in range(count if calls else count + spec.look_ahead(stage)):
+        if drift_of(spec, stage, micro_batch):
+            done = max(0, micro_batch - spec.look_ahead(stage)) // spec.accumulation
+            between[done] = between.get(done, 0) + 1
+    return sum(-(-stale // interval) for stale in between.values()) * (job.calls // calls if calls else 1)
+
+
+@EXACT
+def test_stages_predict_as_steps_on_copies():
+    assert_as_steps_on_copies(STAGES)
+
+
+@EXACT
+def test_a_tied_embedding_is_predicted_from_its_momentum_alone():
+    """Its copies apply their gradients' sum later than the part that is there."""
+    assert_as_steps_on_copies(TIED)
+
+
+@EXACT
+def test_replicas_predict_each_from_its_own_part():
+    assert_as_steps_on_copies(REPLICATED)
+
+
+@STOCK
+@EXACT
+def test_a_run_that_switches_to_the_stock_schedule_and_back_predicts_under_paci_alone():
+    job = predicting("window", GptJob(calls=6, schedules=SWITCHED), paci={"drain_interval": 2})
+    [expected], [unpredicted] = (run_ranks(oracle, 1, ([job],)) for oracle in (predicting_all, oracle_all))
+    ranks = run_ranks(train_all, 2, ([job],))
+    for stage, [trained] in enumerate(ranks):
+        assert_equal(trained.weights, expected[0][stage].weights, f"stage {stage}, weight")
+        assert trained.stats["predictions"] == (2 if stage == 0 else 0)
+        assert all(trained.kept)
+    first = ranks[0][0].weights
+    assert any(not torch.equal(first[name], weight) for name, weight in unpredicted[0][0].weights.items())
+
+
+@STOCK
+@EXACT
+def test_flushed_updates_at_the_start_predict_nothing():
+    job = predicting("every", GptJob(calls=5, clip_grad=0.2), paci={"flush_warmup_steps": 2})
+    [(first, last)] = assert_as_the_oracle_says([job], predicting_all)
+    assert (first.stats["predictions"], last.stats["predictions"]) == (3, 0)
+
+
+@EXACT
+def test_optimizers_in_a_chain_predict_each_its_parameters():
+    """Their norms are taken apart, which the reference does not tell: the weights alone are compared."""
+    job = predicting("every", GptJob(calls=4, accumulation=1, optimizer="matrices", lr=0.02))
+    [expected] = run_ranks(predicting_all, 1, ([job],))
+    for stage, [trained] in enumerate(run_ranks(train_all, 2, ([job],))):
+        assert_equal(trained.weights, expected[0][stage].weights, f"stage {stage}, weight")
+        assert trained.stats["predictions"] == (4 if stage == 0 else 0)
+
+
+RESUMED = {"bf16": {"bf16": True}, "tied": {"tied": True}}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update(name):
+    job = predicting("every", GptJob(calls=6, clip_grad=0.2, **RESUMED[name]), paci={"drain_interval": 3})
+    for straight, resumed in run_ranks(train_all, 2, ([job, dataclasses.replace(job, resume_after=3)],)):
+        assert_equal(resumed.weights, straight.weights, "weight")
+        assert resumed.norms == straight.norms
+
+
+# ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
+
+SLICED = [
+    GptJob(stages=2, accumulation=2, calls=4, tensor_parallel=2, optimizer="sgd", lr=0.05, clip_grad=1.0, **change)
+    for change in ({"paci": {"prediction": "every"}},
+                   {"paci": {"prediction": "window"}, "sequence_parallel": True})
+]
+
+
+def whole(slices):
+    """name -> weight of the layers that two ranks hold in slices."""
+    joined = {}
+    for name, one, other in ((name, value, slices[1][name]) for name, value in slices[0].items()):
+        if torch.equal(one, other):
+            joined[name] = one
+        else:
+            across = ("linear_proj.weight", "linear_fc2.weight")
+            joined[name] = torch.cat([one, other], 1 if name.endswith(across) else 0)
+    return joined
+
+
+def test_sliced_layers_predict_as_whole_ones():
+    """In fp32, to rounding; without a prediction, or with one from a slice's part alone, they are far from that."""
+    one_slice = [dataclasses.replace(job, tensor_parallel=1, slices=2, sequence_parallel=False) for job in SLICED]
+    expected = run_ranks(train_all, 2, ([*one_slice, dataclasses.replace(one_slice[0], paci={})],))
+    ranks = run_ranks(train_all, 4, (SLICED,))
+    for number in range(len(SLICED)):
+        for stage in range(2):
+            found = whole([ranks[2 * stage + rank][number].weights for rank in range(2)])
+            for name, weight in expected[stage][number].weights.items():
+                torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5, msg=f"{name}, stage {stage}")
+    predicted, unpredicted = (expected[0][number].weights for number in (0, 2))
+    assert max((weight - unpredicted[name]).abs().max() for name, weight in predicted.items()) > 1e-3
+
+
+# ---- what is communicated, and what is refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sharded", "gathers"), [(False, 0), (True, 2)], ids=["whole", "sharded"])
+def test_a_prediction_speaks_to_the_replicas_of_its_stage_alone_and_only_where_they_hold_shards(sharded, gathers):
+    """They gather its shards, and later the real ones; every call of the first stage has one stale forward."""
+    plain = GptJob(data_parallel=2, calls=3, clip_grad=1.0, distributed_optimizer=sharded)
+    results = [run_ranks(train_recorded, 4, (job,)) for job in (plain, predicting("every", plain))]
+    for rank, (before, now) in enumerate(zip(*results, strict=True)):
+        stage = (0, 1) if rank < 2 else (2, 3)
+        assert {ranks for _, ranks in now.collectives} <= {stage, (rank,)}
+        assert len(now.collectives) - len(before.collectives) == (gathers if rank < 2 else 0)
+
+
+def _offload(optimizer):
+    optimizer.config.optimizer_cpu_offload = True
+
+
+def _precision(optimizer):
+    optimizer.config.use_precision_aware_optimizer = True
+
+
+def _scaled(optimizer):
+    optimizer.chained_optimizers[0].grad_scaler = object()
+
+
+def _unknown(optimizer):
+    wrapped = optimizer.chained_optimizers[0]
+    wrapped.optimizer = torch.optim.Adagrad(wrapped.optimizer.param_groups)
+
+
+REFUSED = {
+    "--optimizer-cpu-offload": (_offload, {}),
+    "--use-precision-aware-optimizer": (_precision, {"bf16": True}),
+    "--loss-scale": (_scaled, {"bf16": True}),
+    "optimizer Adagrad": (_unknown, {}),
+    "LayerWiseDistributedOptimizer": (None, {"optimizer": "matrices", "layer_wise": True}),
+    "config.grad_scale_func = optimizer.scale_loss": (None, {"changes": {"grad_scale_func": None}}),
+}
+
+
+def refusals_of(names):
+    """What each of these jobs is refused with."""
+    wired, said = megatron_job._wired, []
+    for name in names:
+        spoil, change = REFUSED[name]
+
+        def spoiled(job, spoil=spoil):
+            model, optimizer = wired(job)
+            if spoil is not None:
+                spoil(optimizer)
+            return model, optimizer
+
+        with mock.patch.object(megatron_job, "_wired", spoiled):
+            said += refusals([predicting("every", GptJob(calls=1), **change)])
+    return said
+
+
+def test_what_cannot_be_predicted_is_refused_by_name_on_every_rank():
+    first, last = run_ranks(refusals_of, 2, (list(REFUSED),))
+    for name, said, echoed in zip(REFUSED, first, last, strict=True):
+        assert said == echoed
+        assert said.startswith("UnsupportedError")
+        assert name in said
+        assert "'prediction': 'every'} (--paci-prediction)" in said
