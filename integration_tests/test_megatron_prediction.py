@@ -15,7 +15,6 @@ from paci_schedule.spec import PipelineSpec
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from integration_tests.megatron_oracle import oracle_all
 from integration_tests.predicting_oracle import predicting_all
 
 EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
@@ -33,8 +32,7 @@ STAGES = [
     predicting("window", THREE, bf16=True, clip_grad=0.2, paci={"clip": "stage"}),
     predicting("every", THREE, recompute="full", bf16=True),
     predicting("every", THREE, accumulation=3, clip_grad=0.2, paci={"drain_interval": 2}, evaluate_after=(1, 3)),
-]
-TIED = [
+    # Tied copies apply their gradients' sum later than the part that is there: they go by their momentum alone.
     predicting("every", THREE, tied=True, accumulation=1, clip_grad=0.2, calls=6),
     predicting("window", THREE, tied=True, accumulation=4, bf16=True, distributed_optimizer=True, clip_grad=0.2),
 ]
@@ -74,28 +72,33 @@ def test_stages_predict_as_steps_on_copies():
 
 
 @EXACT
-def test_a_tied_embedding_is_predicted_from_its_momentum_alone():
-    """Its copies apply their gradients' sum later than the part that is there."""
-    assert_as_steps_on_copies(TIED)
-
-
-@EXACT
 def test_replicas_predict_each_from_its_own_part():
     assert_as_steps_on_copies(REPLICATED)
 
 
+# Megatron's own schedule, and a chain, take norms otherwise than the reference: the weights alone are compared.
+OTHERS = {
+    "switching": predicting("window", GptJob(calls=6, schedules=SWITCHED), paci={"drain_interval": 2}),
+    "chained": predicting("every", GptJob(calls=4, accumulation=1, optimizer="matrices", lr=0.02)),
+}
+
+
+@pytest.fixture(scope="module")
+def others():
+    """name -> for each stage, what it gave and what the reference gives."""
+    jobs = list(OTHERS.values())
+    [expected] = run_ranks(predicting_all, 1, (jobs,))
+    found = zip(*run_ranks(train_all, 2, (jobs,)), strict=True)
+    return dict(zip(OTHERS, (list(zip(*pair, strict=True)) for pair in zip(found, expected, strict=True)), strict=True))
+
+
 @STOCK
 @EXACT
-def test_a_run_that_switches_to_the_stock_schedule_and_back_predicts_under_paci_alone():
-    job = predicting("window", GptJob(calls=6, schedules=SWITCHED), paci={"drain_interval": 2})
-    [expected], [unpredicted] = (run_ranks(oracle, 1, ([job],)) for oracle in (predicting_all, oracle_all))
-    ranks = run_ranks(train_all, 2, ([job],))
-    for stage, [trained] in enumerate(ranks):
-        assert_equal(trained.weights, expected[0][stage].weights, f"stage {stage}, weight")
+def test_a_run_that_switches_to_the_stock_schedule_and_back_predicts_under_paci_alone(others):
+    for stage, (trained, expected) in enumerate(others["switching"]):
+        assert_equal(trained.weights, expected.weights, f"stage {stage}, weight")
         assert trained.stats["predictions"] == (2 if stage == 0 else 0)
         assert all(trained.kept)
-    first = ranks[0][0].weights
-    assert any(not torch.equal(first[name], weight) for name, weight in unpredicted[0][0].weights.items())
 
 
 @STOCK
@@ -107,24 +110,20 @@ def test_flushed_updates_at_the_start_predict_nothing():
 
 
 @EXACT
-def test_optimizers_in_a_chain_predict_each_its_parameters():
-    """Their norms are taken apart, which the reference does not tell: the weights alone are compared."""
-    job = predicting("every", GptJob(calls=4, accumulation=1, optimizer="matrices", lr=0.02))
-    [expected] = run_ranks(predicting_all, 1, ([job],))
-    for stage, [trained] in enumerate(run_ranks(train_all, 2, ([job],))):
-        assert_equal(trained.weights, expected[0][stage].weights, f"stage {stage}, weight")
+def test_optimizers_in_a_chain_predict_each_its_parameters(others):
+    for stage, (trained, expected) in enumerate(others["chained"]):
+        assert_equal(trained.weights, expected.weights, f"stage {stage}, weight")
         assert trained.stats["predictions"] == (4 if stage == 0 else 0)
 
 
-RESUMED = {"bf16": {"bf16": True}, "tied": {"tied": True}}
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update(name):
-    job = predicting("every", GptJob(calls=6, clip_grad=0.2, **RESUMED[name]), paci={"drain_interval": 3})
-    for straight, resumed in run_ranks(train_all, 2, ([job, dataclasses.replace(job, resume_after=3)],)):
-        assert_equal(resumed.weights, straight.weights, "weight")
-        assert resumed.norms == straight.norms
+def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update():
+    plain = predicting("every", GptJob(calls=6, clip_grad=0.2), paci={"drain_interval": 3})
+    jobs = [dataclasses.replace(plain, **change) for change in ({"bf16": True}, {"tied": True})]
+    again = [dataclasses.replace(job, resume_after=3) for job in jobs]
+    for trained in run_ranks(train_all, 2, ([*jobs, *again],)):
+        for straight, resumed in zip(trained[:2], trained[2:], strict=True):
+            assert_equal(resumed.weights, straight.weights, "weight")
+            assert resumed.norms == straight.norms
 
 
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
@@ -165,15 +164,21 @@ def test_sliced_layers_predict_as_whole_ones():
 # ---- what is communicated, and what is refused -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sharded", "gathers"), [(False, 0), (True, 2)], ids=["whole", "sharded"])
-def test_a_prediction_speaks_to_the_replicas_of_its_stage_alone_and_only_where_they_hold_shards(sharded, gathers):
+def record_all(jobs):
+    return [train_recorded(job).collectives for job in jobs]
+
+
+def test_a_prediction_speaks_to_the_replicas_of_its_stage_alone_and_only_where_they_hold_shards():
     """They gather its shards, and later the real ones; every call of the first stage has one stale forward."""
-    plain = GptJob(data_parallel=2, calls=3, clip_grad=1.0, distributed_optimizer=sharded)
-    results = [run_ranks(train_recorded, 4, (job,)) for job in (plain, predicting("every", plain))]
-    for rank, (before, now) in enumerate(zip(*results, strict=True)):
+    whole = GptJob(data_parallel=2, calls=3, clip_grad=1.0)
+    sharded = dataclasses.replace(whole, distributed_optimizer=True)
+    jobs = [whole, predicting("every", whole), sharded, predicting("every", sharded)]
+    for rank, collectives in enumerate(run_ranks(record_all, 4, (jobs,))):
         stage = (0, 1) if rank < 2 else (2, 3)
-        assert {ranks for _, ranks in now.collectives} <= {stage, (rank,)}
-        assert len(now.collectives) - len(before.collectives) == (gathers if rank < 2 else 0)
+        assert {ranks for each in collectives for _, ranks in each} <= {stage, (rank,)}
+        whole, predicted_whole, sharded, predicted_sharded = map(len, collectives)
+        assert predicted_whole == whole
+        assert predicted_sharded - sharded == (2 if rank < 2 else 0)
 
 
 def _offload(optimizer):

@@ -61,7 +61,7 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
 
 
 def _reasons_of(optimizer: Any) -> Iterator[str]:
-    settings = optimizer.config
+    settings = getattr(optimizer, "config", None)  # which an optimizer in no wrapper has not
     if getattr(settings, "optimizer_cpu_offload", False):
         yield "--optimizer-cpu-offload: the host keeps the masters; leave it off, or use 'off'"
     elif getattr(settings, "use_precision_aware_optimizer", False):

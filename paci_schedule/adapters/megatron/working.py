@@ -11,9 +11,10 @@ All this goes through the parameters in pieces, so that no copy of all masters, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,17 +68,15 @@ class WorkingWeights:
             self._real = copied([each.working for each in self._without_master])
         for optimizer in self._wrapped:
             for stepping, group, entries in pieces(optimizer):
-                parts = self._parts(entries, scale, factor) if scale else {}
-                values, gradients = {}, {}
-                for stepped, whole, _ in entries:
-                    values[stepped] = stepped.detach().clone()
-                    gradient = parts.get(stepped)
-                    if not scale or self._owned[whole].parameter in self._late:
-                        gradient = expected_gradient(stepping, group, stepped, values[stepped])
-                    if gradient is not None:
-                        gradients[stepped] = gradient
-                advance(stepping, values, gradients, windows)
-                write([self._owned[whole].working[cut] for _, whole, cut in entries], list(values.values()))
+                owned = {stepped: (self._owned[whole], cut) for stepped, whole, cut in entries}
+                values = {stepped: stepped.detach().clone() for stepped in owned}
+                gradients = self._parts(owned, scale, factor) if scale else {}
+                for stepped, (each, _) in owned.items():
+                    if not scale or each.parameter in self._late:
+                        gradients[stepped] = expected_gradient(stepping, group, stepped, values[stepped])
+                known = {stepped: gradient for stepped, gradient in gradients.items() if gradient is not None}
+                advance(stepping, values, known, windows)
+                write([each.working[cut] for each, cut in owned.values()], list(values.values()))
         self._gather()
         self._is_predicted = True
 
@@ -96,16 +95,15 @@ class WorkingWeights:
         assert not self._is_predicted
 
     def _parts(
-        self, entries: Sequence[tuple[torch.Tensor, torch.Tensor, object]], scale: float, factor: torch.Tensor | None
-    ) -> dict[torch.Tensor, torch.Tensor]:
+        self, owned: Mapping[torch.Tensor, tuple[_Owned, Any]], scale: float, factor: torch.Tensor | None
+    ) -> dict[torch.Tensor, torch.Tensor | None]:
         """What is there of the gradients, as the mean that stands for the whole window's, clipped; copies."""
-        totals = {stepped: (self._owned[whole], cut) for stepped, whole, cut in entries}
-        totals = {stepped: (each, each.total()[cut]) for stepped, (each, cut) in totals.items()
-                  if each.parameter not in self._late and each.total() is not None}
-        if not totals:
+        there = {stepped: (each, cut) for stepped, (each, cut) in owned.items()
+                 if each.parameter not in self._late and each.total() is not None}
+        if not there:
             return {}
-        parts = torch._foreach_mul([total.float() for _, total in totals.values()], scale)
-        partial = [part for (each, _), part in zip(totals.values(), parts, strict=True)
+        parts = torch._foreach_mul([each.total()[cut].float() for each, cut in there.values()], scale)
+        partial = [part for (each, _), part in zip(there.values(), parts, strict=True)
                    if each.parameter in self._partial]
         if partial:
             flat = _flatten_dense_tensors(partial)
@@ -113,7 +111,7 @@ class WorkingWeights:
             write(partial, _unflatten_dense_tensors(flat, partial))
         if factor is not None:
             torch._foreach_mul_(parts, factor)
-        return dict(zip(totals, parts, strict=True))
+        return dict(zip(there, parts, strict=True))
 
     def _gather(self) -> None:
         """Let the replicas have each other's shards, as after an update."""
