@@ -43,8 +43,6 @@ class GptJob:
     deallocate: bool = True
     recompute: str | None = None
     optimizer: str = "adam"
-    chained: bool = False
-    """The matrices have an optimizer of their own, SGD, in fp32."""
     layer_wise: bool = False
     """Each replica updates some weights whole, and they are gathered."""
     lr: float = 0.01
@@ -171,23 +169,7 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         value = torch.cat(values, parameter.partition_dim if split else 0) if len(values) > 1 else values[0]
         parameter.data.copy_(1.0 + value if "norm" in name and name.endswith("weight") else value)
     model = wrapped(job, config, model)
-    optimizer = build_optimizer(job, model, dtype)
-    return model, _chained(optimizer, job.lr) if job.chained else optimizer
-
-
-def _chained(optimizer: Any, lr: float) -> Any:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
-
-    [whole] = optimizer.chained_optimizers
-    parameters = whole.get_parameters()
-    parts = [
-        torch.optim.SGD([parameter for parameter in parameters if parameter.dim() > 1], lr=lr, momentum=0.9),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() < 2], lr=lr),
-    ]
-    chained = [FP32Optimizer(part, whole.config, whole.init_state_fn) for part in parts]
-    for each in chained:
-        each.grad_stats_parallel_group = whole.grad_stats_parallel_group
-    return ChainedOptimizer(chained)
+    return model, build_optimizer(job, model, dtype)
 
 
 def _layer_norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.LayerNorm:

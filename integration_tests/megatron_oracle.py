@@ -95,7 +95,7 @@ class Stage:
         """The gradient of the tied weight: the sum of that update.  Those of flushed updates wait for no later one."""
         if self.tied is not None:
             self.tied.main_grad.zero_()
-            if due >= min(self.version, self.job.paci.get("flush_warmup_steps", 0)):
+            if due >= min(self.version, _warmup(self.job)):
                 self.tied.main_grad.add_(stages[0].handed[due] + stages[-1].handed[due])
 
     def measure(self) -> None:
@@ -178,13 +178,17 @@ def oracle_all(jobs: list[GptJob], kind: type[Stage] = Stage) -> list[list[Train
     return results
 
 
+def _warmup(job: GptJob) -> int:
+    return job.paci.get("flush_warmup_steps", 0)
+
+
 def _between_drains(job: GptJob) -> Iterator[tuple[int, int, bool]]:
     """The first call of each part of the stream that ends with an empty pipe, the next after it, if it flushes."""
     every = job.paci.get("drain_interval", job.calls)
     start = 0
     for call in range(1, job.calls + 1):
         named = bool(job.schedules) and job.schedules[call - 1] == "1f1b"
-        flushed = named or call <= job.paci.get("flush_warmup_steps", 0)
+        flushed = named or call <= _warmup(job)
         if call % every == 0 or call == job.calls or flushed:
             yield start, call, flushed
             start = call

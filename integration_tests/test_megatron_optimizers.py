@@ -148,10 +148,12 @@ def refusals_of_optimizers():
     job = GptJob(stages=1)
     set_up(job)
     said = {}
-    for name in ("grad_norm_skip_threshold", "optimizer_cpu_offload", "Wrapper", ""):
+    for name in ("grad_norm_skip_threshold", "optimizer_cpu_offload", "Wrapper", "bare", ""):
         model, optimizer = build(job, 0, 1, 1)
         if name == "Wrapper":
             optimizer.chained_optimizers[0].__class__ = Wrapper
+        elif name == "bare":
+            optimizer.chained_optimizers.append(optimizer.chained_optimizers[0].optimizer)
         elif name:
             setattr(optimizer.config, name, 9)
         model.config.grad_scale_func = optimizer.scale_loss
@@ -169,3 +171,4 @@ def test_what_cannot_run_is_refused_by_name():
     assert "would skip an update that others apply; leave it at inf" in said["grad_norm_skip_threshold"]
     assert "--optimizer-cpu-offload (optimizer_cpu_offload=9): not tried yet" in said["optimizer_cpu_offload"]
     assert "Wrapper: not tried yet; use one that --optimizer names" in said["Wrapper"]
+    assert "the optimizer AdamW in no wrapper of Megatron's" in said["bare"]

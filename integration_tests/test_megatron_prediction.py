@@ -79,7 +79,7 @@ def test_replicas_predict_each_from_its_own_part():
 # Megatron's own schedule, and a chain, take norms otherwise than the reference: the weights alone are compared.
 OTHERS = {
     "switching": predicting("window", GptJob(calls=6, schedules=SWITCHED), paci={"drain_interval": 2}),
-    "chained": predicting("every", GptJob(calls=4, accumulation=1, chained=True, lr=0.02)),
+    "chained": predicting("every", GptJob(calls=4, accumulation=1, optimizer="matrices", lr=0.02)),
 }
 
 
@@ -102,6 +102,13 @@ def test_a_run_that_switches_to_the_stock_schedule_and_back_predicts_under_paci_
 
 
 @STOCK
+@EXACT
+def test_flushed_updates_at_the_start_predict_nothing():
+    job = predicting("every", GptJob(calls=5, clip_grad=0.2), paci={"flush_warmup_steps": 2})
+    [(first, last)] = assert_as_the_oracle_says([job], predicting_all)
+    assert (first.stats["predictions"], last.stats["predictions"]) == (3, 0)
+
+
 @EXACT
 def test_optimizers_in_a_chain_predict_each_its_parameters(others):
     for stage, (trained, expected) in enumerate(others["chained"]):
@@ -196,6 +203,7 @@ REFUSED = {
     "--use-precision-aware-optimizer": (_precision, {"bf16": True}),
     "--loss-scale": (_scaled, {"bf16": True}),
     "optimizer Adagrad": (_unknown, {}),
+    "LayerWiseDistributedOptimizer": (None, {"optimizer": "matrices", "layer_wise": True}),
     "config.grad_scale_func = optimizer.scale_loss": (None, {"changes": {"grad_scale_func": None}}),
 }
 

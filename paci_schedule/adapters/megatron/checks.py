@@ -14,7 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
 
 from paci_schedule.adapters.megatron.hooks import TESTED
 from paci_schedule.adapters.megatron.job import REBOUND
@@ -230,7 +235,12 @@ def _reasons(
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
     for kind in dict.fromkeys(map(type, [*chains(config), *optimizers(config)])):
-        if kind not in _OPTIMIZERS:
+        if not issubclass(kind, MegatronOptimizer):
+            yield (
+                f"the optimizer {kind.__name__} in no wrapper of Megatron's, which cannot step it: Megatron-LM's main "
+                "leaves it so in the layer-wise optimizer (--use-distributed-optimizer) without --bf16; use --bf16"
+            )
+        elif kind not in _OPTIMIZERS:
             yield f"the optimizer {kind.__module__}.{kind.__name__}: not tried yet; use one that --optimizer names"
     settings = [optimizer.config for optimizer in optimizers(config) if type(optimizer) in _OPTIMIZERS]
     for first in settings[:1]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
-from paci_schedule.adapters.megatron.stage_local import optimizers, owner_of
+from paci_schedule.adapters.megatron.stage_local import chains, optimizers, owner_of
 from paci_schedule.adapters.megatron.working import KNOWN, WorkingWeights
 from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import Prediction, check
@@ -48,6 +49,11 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
     said = f"config.paci = {{'prediction': {options.prediction!r}}} (--paci-prediction)"
     if owner_of(config) is None:
         yield f"{said} needs the optimizer: set config.grad_scale_func = optimizer.scale_loss, or prediction to 'off'"
+    if any(isinstance(chain, LayerWiseDistributedOptimizer) for chain in chains(config)):
+        yield (
+            f"{said} with LayerWiseDistributedOptimizer: a replica could predict its own share of the weights alone; "
+            "use one that every replica has whole (--optimizer muon without --use-distributed-optimizer), or 'off'"
+        )
     for optimizer in optimizers(config):
         for reason in _reasons_of(optimizer):
             yield f"{said} with {reason}"
@@ -57,7 +63,7 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
 
 
 def _reasons_of(optimizer: Any) -> Iterator[str]:
-    settings = optimizer.config
+    settings = getattr(optimizer, "config", None)  # which an optimizer in no wrapper has not
     if getattr(settings, "optimizer_cpu_offload", False):
         yield "--optimizer-cpu-offload: the host keeps the masters; leave it off, or use 'off'"
     elif getattr(settings, "use_precision_aware_optimizer", False):
