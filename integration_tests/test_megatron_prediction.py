@@ -33,7 +33,7 @@ STAGES = [
     predicting("every", THREE, recompute="full", bf16=True),
     predicting("every", THREE, accumulation=3, clip_grad=0.2, paci={"drain_interval": 2}, evaluate_after=(1, 3)),
     # Tied copies apply their gradients' sum later than the part that is there: they go by their momentum alone.
-    predicting("every", THREE, tied=True, accumulation=1, clip_grad=0.2, calls=6),
+    predicting("every", THREE, tied=True, clip_grad=0.2),
     predicting("window", THREE, tied=True, accumulation=4, bf16=True, distributed_optimizer=True, clip_grad=0.2),
 ]
 TWO_BY_TWO = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
