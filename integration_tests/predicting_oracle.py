@@ -93,6 +93,8 @@ class _PredictingStage(Stage):
                       for group in inner.param_groups]
             fresh = type(inner)(groups, lr=self.job.lr)
             fresh.load_state_dict(copy.deepcopy(inner.state_dict()))
+            for group in fresh.param_groups:
+                group["lr"] *= self.job.paci.get("prediction_reach", 1.0)
             pairs = [(weight, value) for group, mine in zip(inner.param_groups, fresh.param_groups, strict=True)
                      for weight, value in zip(group["params"], mine["params"], strict=True)]
             for _ in range(ahead):

@@ -29,8 +29,8 @@ MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2"
 
 
 def predicting(prediction, stages, accumulation, script=PACI, extra_in_flight=0, by="global", flush_warmup_steps=0,
-               config=(), **more):
-    paci = {"prediction": prediction, "extra_in_flight": extra_in_flight, "clip": by,
+               config=(), reach=1.0, **more):
+    paci = {"prediction": prediction, "prediction_reach": reach, "extra_in_flight": extra_in_flight, "clip": by,
             "flush_warmup_steps": flush_warmup_steps}
     return Job(stages=stages, accumulation=accumulation, script=script, config={"paci": paci, **dict(config)}, **more)
 
@@ -50,6 +50,7 @@ JOBS = {
     "P=4 a=2, every third, slack": predicting(3, 4, 2, extra_in_flight=2, clip=0.7, warmup=True),
     "P=4 a=3, window, groups": predicting("window", 4, 3, optimizer="groups", clip=0.6, warmup=True),
     "P=4 a=4, every": predicting("every", 4, 4, clip=0.6),
+    "P=3 a=2, every, reaching further": predicting("every", 3, 2, clip=0.6, warmup=True, reach=1.5),
 }
 if hasattr(torch.optim, "Muon"):
     JOBS["P=4 a=2, window, Muon"] = predicting("window", 4, 2, model="matrices", optimizer="muon", clip=0.7)
@@ -205,6 +206,8 @@ class _PredictingStage(late_oracle._LateStage):
             {**group, "params": [weight.detach().clone() for weight in group["params"]]}
             for group in updater.optimizer.param_groups])
         optimizer.load_state_dict(copy.deepcopy(updater.optimizer.state_dict()))  # else it shares the tensors
+        for group in optimizer.param_groups:
+            group["lr"] *= self._job.config["paci"]["prediction_reach"]
         copies = [weight for group in optimizer.param_groups for weight in group["params"]]
         originals = [weight for group in updater.optimizer.param_groups for weight in group["params"]]
         flat = {id(master): total for _, master, total in getattr(updater, "_flat", ())}
@@ -245,6 +248,7 @@ REFERENCED = {
     "fp32, window, clipping": predicting("window", 3, 1, MIXED, clip=0.4),
     "fp32, window, clipping by stage": predicting("window", 3, 3, MIXED, clip=0.4, by="stage"),
     "bf16, every": predicting("every", 3, 3, MIXED, precision="bf16", warmup=True),
+    "bf16, every, reaching further": predicting("every", 3, 1, MIXED, precision="bf16", clip=0.6, reach=1.5),
     "bf16, window, clipping": predicting("window", 3, 2, MIXED, precision="bf16", clip=0.6, optimizer="groups"),
     "bf16, every second": predicting(2, 3, 1, MIXED, precision="bf16", clip=0.6),
     "bf16, window, a stage without parameters": predicting("window", 3, 3, MIXED, model="hollow", precision="bf16"),

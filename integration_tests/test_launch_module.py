@@ -113,6 +113,15 @@ def test_a_prediction_that_is_none_is_refused_before_anything_starts(value, tmp_
     assert f"argument --paci-prediction: '{value}': must be 'off', 'window'" in said
 
 
+def test_a_reach_that_is_none_is_refused_before_anything_starts(tmp_path):
+    script = tmp_path / "prints.py"
+    script.write_text("print('ran')\n")
+    write(tmp_path, {"megatron/training/__init__.py": ""})
+    done = launch("paci_schedule.launch", str(script), "--paci-prediction=every", "--paci-prediction-reach=9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "argument --paci-prediction-reach: '9': must be a number above 0" in done.stderr.splitlines()[-1]
+
+
 FRAMEWORKS = {
     "deepspeed": {"deepspeed/__init__.py": "__version__ = '0.1'\n"},
     "megatron": {"megatron/__init__.py": "", "megatron/core/__init__.py": "__version__ = '0.1'\n"},

@@ -30,7 +30,7 @@ STAGES = [
     predicting("window", THREE, clip_grad=0.2, accumulation=1),
     predicting(2, THREE, accumulation=3, bf16=True, optimizer="sgd"),
     predicting("window", THREE, bf16=True, clip_grad=0.2, paci={"clip": "stage"}),
-    predicting("every", THREE, recompute="full", bf16=True),
+    predicting("every", THREE, recompute="full", bf16=True, paci={"prediction_reach": 1.5}),
     predicting("every", THREE, accumulation=3, clip_grad=0.2, paci={"drain_interval": 2}, evaluate_after=(1, 3)),
     # Tied copies apply their gradients' sum later than the part that is there: they go by their momentum alone.
     predicting("every", THREE, tied=True, clip_grad=0.2),
@@ -40,7 +40,7 @@ TWO_BY_TWO = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
 REPLICATED = [
     predicting("every", TWO_BY_TWO, clip_grad=0.1),
     predicting("window", TWO_BY_TWO, bf16=True, overlap_grad_reduce=True),
-    predicting("every", TWO_BY_TWO, distributed_optimizer=True, bf16=True, tied=True),
+    predicting("every", TWO_BY_TWO, distributed_optimizer=True, bf16=True, tied=True, paci={"prediction_reach": 0.5}),
     predicting("window", TWO_BY_TWO, distributed_optimizer=True, overlap_grad_reduce=True, align_grad_reduce=True),
 ]
 

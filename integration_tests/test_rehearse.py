@@ -57,7 +57,8 @@ def rehearsed(job, look=lambda stages: None):
     for update in rehearse(
         stages, optimizers, jobs.loss, batches, schedule="flush" if job.script == FLUSH else "paci",
         accumulation=job.accumulation, extra_in_flight=late_job.options(job).get("extra_in_flight", 0), clip=job.clip,
-        prediction=late_job.options(job).get("prediction", "off"), schedulers=schedulers,
+        prediction=late_job.options(job).get("prediction", "off"),
+        prediction_reach=late_job.options(job).get("prediction_reach", 1.0), schedulers=schedulers,
     ):
         updates.append(update)
         look(stages)

@@ -144,6 +144,19 @@ def test_several_windows_are_as_many_steps_with_the_same_gradient(name, foreach)
     assert all(torch.equal(predicted[parameter], parameter) for parameter in parameters)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_reach_makes_a_step_as_many_times_as_long(name):
+    parameters, optimizer = build(*SETTINGS[name], dtype=torch.float64)
+    step(optimizer, gradients(parameters, 0))
+    new = gradients(parameters, 1)
+    once, far = copies(parameters), copies(parameters)
+    advance(optimizer, once, {p: g.clone() for p, g in new.items()})
+    advance(optimizer, far, {p: g.clone() for p, g in new.items()}, reach=1.5)
+    for parameter in parameters:
+        start = parameter.detach()
+        torch.testing.assert_close(far[parameter] - start, 1.5 * (once[parameter] - start), rtol=1e-6, atol=1e-7)
+
+
 def test_a_step_finds_what_is_written_on_its_parameters():
     """As Megatron's Muon does, which asks a weight along which of its sides tensor-parallel ranks share it."""
     class Paced(torch.optim.SGD):

@@ -364,8 +364,9 @@ class Square(Scale):
         return x * (self.weight * self.weight)
 
 
-@pytest.mark.parametrize(("prediction", "left_in_place"), [("every", False), (1, False), ("window", True), (2, True)])
-def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction, left_in_place):
+@pytest.mark.parametrize(("prediction", "reach", "left_in_place"), [
+    ("every", 1.0, False), ("every", 1.5, False), (1, 0.5, False), ("window", 1.0, True), (2, 1, True)])
+def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction, reach, left_in_place):
     """P = a = 2.  Stage 0 runs F0, F1 B0, F2 B1 STEP: only F2 is stale, and B0 is its part of the gradient."""
     first, second, x = 1.5, -0.75, [0.25, 0.5, 1.0, 0.75]
     modules, stepped, put_out = [Square(first), Scale(second)], [], []
@@ -373,9 +374,10 @@ def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction
     optimizers[0].register_step_post_hook(lambda *_: stepped.append(modules[0].weight.item()))
     modules[0].register_forward_hook(lambda _module, _inputs, output: put_out.append(output.item()))
     pairs = [(torch.tensor(value, dtype=torch.float64), None) for value in x]
-    list(rehearse(modules, optimizers, lambda y, _: y, [pairs[:2], pairs[2:]], accumulation=2, prediction=prediction))
+    list(rehearse(modules, optimizers, lambda y, _: y, [pairs[:2], pairs[2:]], accumulation=2, prediction=prediction,
+                  prediction_reach=reach))
     part = x[0] * second * 2 * first
-    predicted = first - RATE * part
+    predicted = first - reach * RATE * part
     rest = x[1] * second * 2 * (predicted if left_in_place else first)
     real = first - RATE * (part + rest) / 2
     assert stepped[0] == pytest.approx(real, rel=1e-14)
@@ -415,6 +417,11 @@ def asked(**changes):
     ({"schedule": "pacl"}, ConfigError, r"schedule='pacl'.*did you mean 'paci'"),
     ({"prediction": "always"}, ConfigError, r"prediction='always'.*'window'"),
     ({"prediction": 0}, ConfigError, "prediction=0"),
+    ({"prediction": "every", "prediction_reach": 0}, ConfigError, "prediction_reach=0: must be a number above 0"),
+    ({"prediction": "every", "prediction_reach": 4.5}, ConfigError, "prediction_reach=4.5: must be .* at most 4"),
+    ({"prediction": "every", "prediction_reach": "far"}, ConfigError, "prediction_reach='far': must be a number"),
+    ({"prediction": "window", "prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5 with prediction='window'"),
+    ({"prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5 with prediction='off'.*take prediction='every'"),
     ({"prediction": True}, ConfigError, "prediction=True"),
     ({"clip": -1.0}, ConfigError, r"clip=-1\.0"),
     ({"clip": float("nan")}, ConfigError, "clip=nan"),
