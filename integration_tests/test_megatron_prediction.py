@@ -191,11 +191,16 @@ def _unknown(optimizer):
     wrapped.optimizer = torch.optim.Adagrad(wrapped.optimizer.param_groups)
 
 
+def _layer_wise(optimizer):
+    optimizer.__class__ = type("LayerWise", (type(optimizer),), {})
+
+
 REFUSED = {
     "--optimizer-cpu-offload": (_offload, {}),
     "--use-precision-aware-optimizer": (_precision, {"bf16": True}),
     "--loss-scale": (_scaled, {"bf16": True}),
     "optimizer Adagrad": (_unknown, {}),
+    "with LayerWise": (_layer_wise, {}),
     "config.grad_scale_func = optimizer.scale_loss": (None, {"changes": {"grad_scale_func": None}}),
 }
 

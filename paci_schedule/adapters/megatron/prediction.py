@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
@@ -44,8 +45,11 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
     if interval_of(options.prediction) is None:
         return
     said = f"config.paci = {{'prediction': {options.prediction!r}}} (--paci-prediction)"
-    if owner_of(config) is None:
+    owner = owner_of(config)
+    if owner is None:
         yield f"{said} needs the optimizer: set config.grad_scale_func = optimizer.scale_loss, or prediction to 'off'"
+    elif isinstance(owner, ChainedOptimizer) and type(owner) is not ChainedOptimizer:
+        yield f"{said} with {type(owner).__name__}: it spreads weights over replicas in a way of its own; use 'off'"
     for optimizer in optimizers(config):
         for reason in _reasons_of(optimizer):
             yield f"{said} with {reason}"
