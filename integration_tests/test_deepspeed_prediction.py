@@ -258,11 +258,10 @@ REFERENCED = {
     "schedules change on the way": predicting("window", 3, 3, SWITCHING, clip=0.6, flush_warmup_steps=1),
     "schedules change on the way, bf16": predicting("every", 3, 3, SWITCHING, clip=0.6, precision="bf16"),
     "ZeRO-1, fp32, every": predicting("every", 3, 2, MIXED, config=ZERO, warmup=True, optimizer="groups"),
-    "ZeRO-1, fp32, window, clipping": predicting("window", 3, 1, MIXED, config=ZERO, clip=0.4),
+    "ZeRO-1, fp32, window, clipping": predicting("window", 3, 3, MIXED, config=ZERO, clip=0.4),
     "ZeRO-1, bf16, window": predicting("window", 3, 3, MIXED, config=ZERO, precision="bf16-bf16", optimizer="groups"),
     "ZeRO-1, bf16, every second, clipping, a stage without parameters": predicting(
         2, 3, 1, MIXED, model="hollow", config=ZERO, precision="bf16-bf16", clip=0.6),
-    "ZeRO-Offload, fp32, every": predicting("every", 3, 2, config=OFFLOAD),
     "ZeRO-Offload, bf16, window, clipping": predicting("window", 3, 2, config=OFFLOAD, precision="bf16-bf16",
                                                        clip=0.6),
     "ZeRO-Offload, bf16, fp32 sums, every": predicting("every", 3, 2, config=OFFLOAD, precision="bf16"),
