@@ -41,6 +41,8 @@ def assert_refused(error, config=None, *, target=deepspeed_job.build, args=(), s
         ({"paci": {"flush_warmup_steps": True}}, ["flush_warmup_steps", "True"]),
         ({"paci": {"extra_in_flight": [1, -1]}}, ["extra_in_flight", "[1, -1]"]),
         ({"paci": {"early_receives": 1}}, ["early_receives", "1"]),
+        ({"paci": {"prediction": "every", "prediction_reach": 9}}, ["prediction_reach", "9", "at most 4"]),
+        ({"paci": {"prediction": 2, "prediction_reach": 1.5}}, ["prediction_reach", "1.5", "prediction='every'"]),
         ({"paci": {"clip": "globl"}}, ["clip", "'globl'", "did you mean 'global'?"]),
         ({"paci": 7}, ["paci", "7"]),
         ({"pipeline_schedule": "PACI"}, ["'PACI'", "did you mean 'paci'?"]),

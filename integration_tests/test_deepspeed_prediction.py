@@ -98,7 +98,7 @@ def test_predictions_change_the_training(runs):
     """The jobs above would not tell a prediction that never happened from none, were it not for this."""
     for name, job in JOBS.items():
         stages, _ = rehearsed(dataclasses.replace(job, config={"paci": {
-            **late_job.options(job), "prediction": "off"}}))
+            **late_job.options(job), "prediction": "off", "prediction_reach": 1.0}}))
         found = weights_of(job, 0, stages[0])
         assert any((found[key] != value).any() for key, value in runs[name][0]["moments"][-1]["weights"].items())
 

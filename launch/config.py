@@ -16,6 +16,7 @@ def deepspeed_config(
     *,
     pipeline_schedule: str | None = None,
     prediction: str | None = None,
+    prediction_reach: float | None = None,
     micro_batch_size: int | None = None,
     accumulation: int | None = None,
     optimizer: str | None = None,
@@ -27,6 +28,7 @@ def deepspeed_config(
         path: a DeepSpeed configuration.
         pipeline_schedule: "1f1b" or "paci".
         prediction: of the weights for PACI's stale forwards, as the JSON's "paci": {"prediction": ...} has it.
+        prediction_reach: likewise, how far along the expected update they lie.
         micro_batch_size: sequences in a micro-batch.
         accumulation: micro-batches per update.
         optimizer: "adamw" or "nadamw", whose look-ahead in the momentum helps delayed gradients; learning rate, betas,
@@ -45,8 +47,9 @@ def deepspeed_config(
         raise LaunchError(f"--deepspeed-config {str(path)!r}: needs an optimizer with params") from None
     if pipeline_schedule is not None:
         config["pipeline_schedule"] = pipeline_schedule
-    if prediction is not None:
-        config["paci"] = {**config.get("paci", {}), "prediction": prediction}
+    for name, value in (("prediction", prediction), ("prediction_reach", prediction_reach)):
+        if value is not None:
+            config["paci"] = {**config.get("paci", {}), name: value}
     if micro_batch_size is not None:
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
     if accumulation is not None:

@@ -66,6 +66,7 @@ def _train(args: argparse.Namespace) -> None:
         args.deepspeed_config,
         pipeline_schedule=args.pipeline_schedule,
         prediction=args.prediction,
+        prediction_reach=args.prediction_reach,
         micro_batch_size=args.micro_batch_size,
         accumulation=args.accumulation,
         optimizer=args.optimizer,
@@ -182,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--deepspeed-config", "--deepspeed_config", type=Path, default=_DEFAULT_CONFIG, metavar="JSON")
     add("--pipeline-schedule", choices=["1f1b", "paci"], help="instead of the JSON's pipeline_schedule")
     add("--prediction", choices=["off", "window", "every"], help="of the weights for PACI's stale forwards")
+    add("--prediction-reach", type=float, help="how far along the expected update these weights lie, with every")
     add("--stages", type=_positive, help="pipeline stages; the other processes are data-parallel replicas [all]")
     add("--partition", default="parameters", help="parameters, uniform, type:REGEX, or profile: measured and balanced")
     add("--micro-batch-size", type=_positive, help="instead of the JSON's")
