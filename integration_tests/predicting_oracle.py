@@ -1,132 +1,140 @@
-"""The single process of `megatron_oracle`, whose stale forwards run on the weights that other optimizers' steps leave.
-
-A new optimizer of the same kind steps copies of the real weights, from a copy of the state, with what a replica has
-summed so far in the place of the window's gradient; what Megatron's stages predict comes from no such optimizer.
-"""
+"""The reference with predictions: stale forwards on the weights that steps of other optimizers, on copies, leave."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
+from torch import nn
 
-from integration_tests.megatron_job import GptJob, Trained
-from integration_tests.megatron_oracle import Stage, oracle_all
+from integration_tests import jobs, late_oracle, replica_oracle
+from integration_tests.jobs import Job
+from integration_tests.late_oracle import LateReference
 
-__all__ = ["predicting_all"]
+__all__ = ["PredictingReference"]
 
 
-class _PredictingStage(Stage):
-    """A stage whose replicas may each see other weights.
+class PredictingReference(LateReference):
+    """The reference, whose stale forwards run on the weights that new optimizers' steps leave."""
 
-    Attributes:
-        predicted: by replica, the weights that stand in the place of the real ones; None for none.
-    """
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.stages = [_PredictingStage(self, job, number, stage.module) for number, stage in enumerate(self.stages)]
 
-    def __init__(self, job: GptJob, number: int) -> None:
-        self._replicas = range(job.data_parallel)
-        asked = job.paci.get("prediction", "off")
-        self._interval = {"off": 0, "every": 1, "window": 1 << 30}.get(asked, asked)
-        super().__init__(job, number)
 
-    def _restart(self) -> None:
-        super()._restart()
-        self._stale = [0 for _ in self._replicas]
-        self._done = [0 for _ in self._replicas]
-        self.predicted: list[list[torch.Tensor] | None] = [None for _ in self._replicas]
-        self._real = [weight.detach().clone() for weight in self.model.parameters()]
+class _PredictingStage(late_oracle._LateStage):
+    def __init__(self, pipe: PredictingReference, job: Job, number: int, module: nn.Sequential) -> None:
+        super().__init__(pipe, job, number, module)
+        self._job, self._asked = job, job.config["paci"]["prediction"]
+        self._stale = 0
+        self._real = None
 
-    def forward(self, micro: int, replica: int, received: torch.Tensor | None) -> torch.Tensor:
-        ahead = micro // self.job.accumulation - self.version
-        if ahead and self._interval:
-            if self._stale[replica] % self._interval == 0:
-                self.predicted[replica] = self._predict(ahead, replica)
-            self._stale[replica] += 1
-        self._show(self.predicted[replica])
-        output = super().forward(micro, replica, received)
-        if self._interval == 1:
-            self.predicted[replica] = None
-        return output
+    def forward(self, index, batch, labels):
+        ahead = index // self.pipe._accumulation - (self.version - self.pipe.emptied)
+        interval = {"every": 1, "window": 1 << 30}.get(self._asked, self._asked)
+        if ahead and self._updater.optimizer and not self.pipe.flushing:
+            if self._stale % interval == 0:
+                self._predict(ahead)
+            self._stale += 1
+        try:
+            return super().forward(index, batch, labels)
+        finally:
+            if interval == 1:
+                self._restore()
 
-    def backward(self, micro: int, replica: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        self._show(self.predicted[replica])
-        self._done[replica] += 1
-        return super().backward(micro, replica, gradient)
+    def step(self):
+        self._restore()
+        self._stale = 0
+        super().step()
 
-    def step(self, stages: list[Stage], micro: int, emptied: int) -> None:
-        self._show(None)
-        super().step(stages, micro, emptied)
+    def weights(self):
+        """The real ones; those that are there stay."""
+        there, real = [weight.detach().clone() for weight in self.module.parameters()], self._real
+        self._restore()
+        shown = super().weights()
+        self._write(self.module.parameters(), there)
+        self._real = real
+        return shown
 
-    def _show(self, weights: list[torch.Tensor] | None) -> None:
-        for weight, value in zip(self.model.parameters(), self._real if weights is None else weights, strict=True):
+    def _restore(self):
+        if self._real is not None:
+            self._write(self.module.parameters(), self._real)
+            self._real = None
+
+    def _gather(self, predicted, parameters, own):
+        """Every replica's shard as that replica predicts it."""
+        replicas = own._meeting.replicas
+        shard = -(-predicted.numel() // (2 * replicas)) * 2
+        places = list(torch.arange(predicted.numel()).split([
+            *(parameter.numel() for parameter in parameters),
+            predicted.numel() - sum(parameter.numel() for parameter in parameters)]))
+        if self._job.config.get("zero_optimization", {}).get("round_robin_gradients"):
+            places = [place for first in range(replicas) for place in places[:-1][first::replicas]] + places[-1:]
+        mine = torch.cat(places)[own._replica * shard:][:shard]
+        with torch.no_grad():
+            kept = predicted[mine]
+            predicted.zero_()[mine] = kept
+            own._meeting.average(own._replica, [predicted], torch.float32)
+            predicted.mul_(replicas)
+
+    @staticmethod
+    def _write(weights, values):
+        for weight, value in zip(weights, values, strict=True):
             weight.data.copy_(value)
 
-    def _predict(self, ahead: int, replica: int) -> list[torch.Tensor]:
-        """All of it from this replica's part; or every replica's shard from its own."""
-        if not self.job.distributed_optimizer:
-            return self._stepped(ahead, replica)
-        mine = [self._stepped(ahead, each) for each in self._replicas]
-        result = [torch.empty_like(weight) for weight in self._real]
-        numbers = {parameter: number for number, parameter in enumerate(self.model.parameters())}
-        for buffer in self.model.buffers:
-            for bucket in buffer.buckets:
-                size = bucket.grad_data.numel() // len(self._replicas)
-                for parameter in bucket.params_list:
-                    begin = buffer.param_index_map[parameter][0] - bucket.offset
-                    owners = (begin + torch.arange(parameter.numel())) // size
-                    for each in self._replicas:
-                        taken = (owners == each).view(parameter.shape)
-                        result[numbers[parameter]][taken] = mine[each][numbers[parameter]][taken]
-        return result
+    def _expected(self, original):
+        """What Adam's momentum expects for a parameter as the optimizer knows it; None before the first update."""
+        optimizer = self._updater.optimizer
+        state, beta = optimizer.state.get(original), optimizer.param_groups[0]["betas"][0]
+        return state["exp_avg"] / (1 - beta ** state["step"]) if state else None
 
-    def _stepped(self, ahead: int, replica: int) -> list[torch.Tensor]:
-        """The weights after `ahead` steps, in the model's dtype and order."""
-        self._show(None)
-        result = [weight.clone() for weight in self._real]
-        places = {parameter.data_ptr(): number for number, parameter in enumerate(self.model.parameters())}
-        for number, parameter in enumerate(self.model.parameters()):
-            if getattr(parameter, "main_param", None) is not None:
-                places[parameter.main_param.data_ptr()] = number
-        for chained in self.optimizer.chained_optimizers:
-            inner = chained.optimizer
-            groups = [{**group, "params": [weight.detach().clone() for weight in group["params"]]}
-                      for group in inner.param_groups]
-            fresh = type(inner)(groups, lr=self.job.lr)
-            fresh.load_state_dict(copy.deepcopy(inner.state_dict()))
-            for group in fresh.param_groups:
-                group["lr"] *= self.job.paci.get("prediction_reach", 1.0)
-            pairs = [(weight, value) for group, mine in zip(inner.param_groups, fresh.param_groups, strict=True)
-                     for weight, value in zip(group["params"], mine["params"], strict=True)]
-            for _ in range(ahead):
-                for weight, value in pairs:
-                    value.grad = self._gradient(inner, weight, places[weight.data_ptr()], replica)
-                fresh.step()
-            for weight, value in pairs:
-                number = places[weight.data_ptr()]
-                result[number] = value.detach().view(result[number].shape).to(result[number].dtype)
-        return result
+    def _late(self, original):
+        """Which elements of it are of weights that other stages hold as well."""
+        late = [weight for key, weight in self.shared.items() if len(set(self.pipe.holders(key))) > 1]
+        for parameters, master, _ in getattr(self._updater, "_flat", ()):
+            ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
+            for parameter, end in zip(parameters, ends, strict=True):
+                if master is original and any(parameter is weight for weight in late):
+                    yield slice(end - parameter.numel(), end)
+        if any(original is weight for weight in late):
+            yield slice(None)
 
-    def _gradient(
-        self, inner: torch.optim.Optimizer, weight: torch.Tensor, number: int, replica: int
-    ) -> torch.Tensor | None:
-        tied = list(self.model.parameters())[number] is self.tied
-        if self._done[replica] and not tied:
-            gradient = self.sums[replica][number].float().view(weight.shape)
-            gradient = gradient * (self.job.accumulation / self._done[replica])
-            limit, norms = self.job.clip_grad, self.seen.norms
-            if limit and norms and limit / (norms[-1] + 1e-6) < 1:
-                gradient = gradient * (limit / (norms[-1] + 1e-6))
-            return gradient
-        group = next(group for group in inner.param_groups if any(weight is other for other in group["params"]))
-        state = inner.state.get(weight)
-        is_sgd = isinstance(inner, torch.optim.SGD)
-        if not state or (is_sgd and state.get("momentum_buffer") is None):
-            return None
-        if is_sgd:
-            return state["momentum_buffer"] * (1 - group["momentum"]) - group["weight_decay"] * weight.detach()
-        return state["exp_avg"] / (1 - group["betas"][0] ** state["step"])
-
-
-def predicting_all(jobs: list[GptJob]) -> list[list[Trained]]:
-    """As `oracle_all`, of jobs that may have the option "prediction"."""
-    return oracle_all(jobs, _PredictingStage)
+    def _predict(self, ahead):
+        """Steps of an optimizer of its own, on copies, with the part for a gradient or what Adam's momentum expects."""
+        self._restore()
+        self._real = [weight.detach().clone() for weight in self.module.parameters()]
+        updater, done = self._updater, len(self.window)
+        optimizer = jobs.optimizer(self._job)([
+            {**group, "params": [weight.detach().clone() for weight in group["params"]]}
+            for group in updater.optimizer.param_groups])
+        optimizer.load_state_dict(copy.deepcopy(updater.optimizer.state_dict()))  # else it shares the tensors
+        for group in optimizer.param_groups:
+            group["lr"] *= self._job.config["paci"].get("prediction_reach", 1.0)
+        copies = [weight for group in optimizer.param_groups for weight in group["params"]]
+        originals = [weight for group in updater.optimizer.param_groups for weight in group["params"]]
+        flat = {id(master): total for _, master, total in getattr(updater, "_flat", ())}
+        for _ in range(ahead):
+            for weight, original in zip(copies, originals, strict=True):
+                expected = self._expected(original)
+                if done:
+                    total = flat.get(id(original), original.grad)
+                    weight.grad = None if total is None else total.float() * (self.pipe._accumulation / done)
+                    if updater.factors and weight.grad is not None:
+                        weight.grad.mul_(torch.tensor(updater.factors[-1]).clamp(max=1.0))
+                    for place in self._late(original):
+                        weight.grad[place] = 0.0 if expected is None else expected[place]
+                else:
+                    weight.grad = expected
+            optimizer.step()
+        for weight, original in zip(copies, originals, strict=True):
+            for place in self._late(original) if self._expected(original) is None else ():
+                weight.data[place] = original.data[place]
+        if flat and isinstance(updater.reduce, replica_oracle._Reduce):
+            for predicted, (parameters, *_) in zip(copies, updater._flat, strict=True):
+                self._gather(predicted, parameters, updater.reduce)
+        if not flat:
+            self._write(originals, copies)
+        for (parameters, _, _), predicted in zip(getattr(updater, "_flat", ()), copies, strict=False):
+            pieces = updater._pieces(parameters, predicted)
+            self._write(parameters, [piece.view_as(weight) for weight, piece in zip(parameters, pieces, strict=True)])

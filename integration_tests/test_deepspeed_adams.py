@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from integration_tests import deepspeed_job, jobs, late_job, ranks
-from integration_tests.test_deepspeed_prediction import MIXED, OFFLOAD, PredictingReference, predicting
+from integration_tests.predicting_oracle import PredictingReference
+from integration_tests.test_deepspeed_prediction import MIXED, OFFLOAD, predicting
 from paci_schedule.predict import advance, check, expected_gradient, piece_of
 from paci_schedule.spec import PipelineSpec
 from tests.test_predict import assert_same, copies, gradients, step

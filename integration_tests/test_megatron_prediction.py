@@ -15,7 +15,7 @@ from paci_schedule.spec import PipelineSpec
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from integration_tests.predicting_oracle import predicting_all
+from integration_tests.megatron_predicting_oracle import predicting_all
 
 EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
 

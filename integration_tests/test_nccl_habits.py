@@ -83,7 +83,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
 def test_megatron_is_the_reference():
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     from integration_tests.megatron_job import GptJob
-    from integration_tests.predicting_oracle import predicting_all
+    from integration_tests.megatron_predicting_oracle import predicting_all
     from integration_tests.test_megatron_core import assert_as_the_oracle_says
 
     sharded = {"bf16": True, "distributed_optimizer": True}
