@@ -21,7 +21,7 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ _COLUMNS = (
     *("minus flush's", "sooner at flush's loss", "ideal"),
 )
 _SHOWN = "stages", "accumulation", "optimizer", "dtype"
-_SETTINGS = *_SHAPE, "context", "micro_batch", "schedule", "prediction", "prediction_reach", "length", "lr", "seed"
+_VARIANT = "schedule", "prediction", "prediction_reach"
+_SETTINGS = *_SHAPE, "context", "micro_batch", *_VARIANT, "length", "lr", "warm_up", "seed"
 
 
 def main() -> None:
@@ -79,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--variants", type=_words, default=["flush", "paci", "paci:every"])
     parser.add_argument("--lengths", type=_numbers, default=[1.0], help="of a run, relative")
     parser.add_argument("--rates", type=_numbers, default=[4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--warm-up", type=int, default=400, help="micro-batches until the rate is reached")
     parser.add_argument("--seeds", type=_numbers, default=[0])
     parser.add_argument("--plot", type=Path, help="draw the runs of this P, a, optimizer and dtype at their best rates")
     parser.add_argument("--threads", type=int, default=1)
@@ -109,14 +111,15 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, length, rate, variant in grid:
         schedule, _, prediction = variant.partition(":")
         chosen = asdict(Variant.parse(schedule, prediction or "off"))
-        yield {**common, **chosen, "length": length, "lr": rate, "seed": int(seed)}
+        settings = {"length": length, "lr": rate, "warm_up": arguments.warm_up, "seed": int(seed)}
+        yield {**common, **chosen, **settings}
 
 
 def _train(wanted: Run, path: Path) -> dict[str, Any]:
     """Run it; what it came to, beside its settings."""
     updates = round(wanted["micro_batches"] * wanted["length"] / wanted["accumulation"])
-    fields = "stages", "accumulation", "layers", "width", "context", "micro_batch", "dtype", "lr", "optimizer", "seed"
-    settings = Settings(updates=updates, device="cpu", **{name: wanted[name] for name in fields})
+    named = {field.name for field in fields(Settings)} - {"updates", "device"}
+    settings = Settings(updates=updates, device="cpu", **{name: wanted[name] for name in named})
     text = Text(path, settings.context, torch.device("cpu"), wanted["vocabulary"])
     found = run(settings, text, _variant(wanted), updates, lambda: None).facts()
     each = -(-len(found["losses"]) // _POINTS)
@@ -154,10 +157,10 @@ def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
         whole = {each["seed"]: each["validation"] for each in best if each["length"] == 1}
         if not whole:
             continue
-        rates = sorted({each["lr"] for each in several})
+        tried = ", ".join(_named(rate) for rate in sorted({_rate(each) for each in several}))
         losses = list(whole.values())
         spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
-        row = [variant.schedule, variant.when, f"{best[0]['lr']:g} ({', '.join(f'{rate:g}' for rate in rates)})"]
+        row = [variant.schedule, variant.when, f"{_named(_rate(best[0]))} ({tried})"]
         row += [", ".join(map(str, sorted(whole))), f"{statistics.fmean(losses):.4f}{spread}"]
         base = {each["seed"]: each["validation"] for each in flush if each["length"] == 1}
         both = sorted(set(base) & set(whole))
@@ -166,7 +169,7 @@ def _rows(runs: Sequence[Run]) -> Iterator[list[Any]]:
 
 
 def _variant(run: Run) -> Variant:
-    return Variant(run["schedule"], run["prediction"], run["prediction_reach"])
+    return Variant(*(run[name] for name in _VARIANT))
 
 
 def _by_variant(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
@@ -178,15 +181,24 @@ def _by_variant(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
 
 def _at_best_rate(runs: Sequence[Run]) -> list[Run]:
     """Of one variant: the runs with the rate whose mean loss is least on the seeds that all rates have."""
-    seeds: dict[float, dict[int, float]] = defaultdict(dict)
+    seeds: dict[tuple[float, int], dict[int, float]] = defaultdict(dict)
     for each in runs:
         if each["length"] == 1:
-            seeds[each["lr"]][each["seed"]] = each["validation"]
+            seeds[_rate(each)][each["seed"]] = each["validation"]
     if not seeds:
         return []
     common = set.intersection(*(set(found) for found in seeds.values()))
     best = min(seeds, key=lambda rate: statistics.fmean(seeds[rate][seed] for seed in common))
-    return [each for each in runs if each["lr"] == best]
+    return [each for each in runs if _rate(each) == best]
+
+
+def _rate(run: Run) -> tuple[float, int]:
+    """What is chosen for each variant: the highest learning rate and the warm-up."""
+    return run["lr"], run["warm_up"]
+
+
+def _named(rate: tuple[float, int]) -> str:
+    return f"{rate[0]:g}" + ("" if rate[1] == 400 else f" after {rate[1]}")
 
 
 def _speed_up(flush: Sequence[Run], runs: Sequence[Run]) -> list[str]:

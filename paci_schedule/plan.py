@@ -178,7 +178,6 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
     """The DeepSpeed JSON of a row; what else DeepSpeed must know is in `pipeline_module`."""
-    predicts = row.schedule == "paci" and job.prediction != "off"
     return {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
@@ -186,7 +185,7 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": job.zero},
         "pipeline_schedule": row.schedule,
-    } | ({"paci": {"prediction": job.prediction}} if predicts else {})
+    } | ({"paci": {"prediction": job.prediction}} if _predicts(job, row) else {})
 
 
 def pipeline_module(row: Row) -> dict[str, int]:
@@ -206,9 +205,14 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     words = [word for flag, value in flags.items() for word in (flag, str(value))]
     words += ["--untie-embeddings-and-output-weights", "--bf16"]
     words += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
+    words += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
     words += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     return words + recompute * row.recompute
+
+
+def _predicts(job: Job, row: Row) -> bool:
+    return row.schedule == "paci" and job.prediction != "off"
 
 
 def _rank(row: Row) -> tuple[bool, float, float, int]:

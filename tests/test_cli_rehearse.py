@@ -46,8 +46,8 @@ def paci(capsys):
 
 def settings(**changes):
     return Settings(**{"stages": 3, "accumulation": 2, "layers": 4, "width": 12, "context": 8, "micro_batch": 2,
-                       "updates": 6, "lr": 0.004, "optimizer": "adamw", "dtype": "fp32", "seed": 0,
-                       "device": "cpu", **changes})
+                       "updates": 6, "lr": 0.004, "warm_up": 400, "optimizer": "adamw", "dtype": "fp32",
+                       "seed": 0, "device": "cpu", **changes})
 
 
 def test_json_holds_the_runs_at_equal_tokens_and_in_equal_time(paci, text):
@@ -130,6 +130,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
     ("--context 999", "has 1280 tokens"),
     ("--updates 0", "updates=0"),
     ("--lr 0", "lr=0"),
+    ("--warm-up -1", "warm_up=-1"),
     ("--dtype fp8", "dtype='fp8'"),
     ("--vocabulary 100", "vocabulary=100: must be at least 257"),
     ("--device abacus", "device='abacus'"),

@@ -15,7 +15,7 @@ SHAPE = {
 
 def a_run(validation, schedule="flush", prediction="off", length=1.0, lr=0.01, seed=0, **more):
     return {**SHAPE, "schedule": schedule, "prediction": prediction, "prediction_reach": 1.0, "length": length,
-            "lr": lr, "seed": seed, "validation": validation, "curve": [3.0, validation], **more}
+            "lr": lr, "warm_up": 400, "seed": seed, "validation": validation, "curve": [3.0, validation], **more}
 
 
 def rows(runs):

@@ -189,6 +189,8 @@ def test_predictions_of_an_update(prediction, accumulation, count):
     assert row.predictions == count
     settings = deepspeed_config(job(prediction=prediction), row)
     assert settings.get("paci") == ({"prediction": prediction} if prediction != "off" else None)
+    flags = " ".join(megatron_flags(job(prediction=prediction), row))
+    assert (f"--paci-prediction {prediction}" in flags) == (prediction != "off")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ MODELS = {
 @click.option("--micro-batch", type=int, metavar="S", help="Sequences of a micro-batch.")
 @click.option("--updates", type=int, metavar="N", help="Of a run at equal tokens.")
 @click.option("--lr", type=float, metavar="RATE", help="The highest learning rate; Muon's is 5 times it.")
+@click.option("--warm-up", type=int, default=400, metavar="N", help="Micro-batches until that rate is reached (400).")
 @click.option("--optimizer", default="adamw", metavar="NAME", help="adamw, nadam or muon (adamw).")
 @click.option("--dtype", default="fp32", metavar="NAME", help="Of the weights: fp32, or bf16 with fp32 masters (fp32).")
 @click.option(

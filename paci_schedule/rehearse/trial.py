@@ -24,7 +24,7 @@ __all__ = ["Settings", "Trial", "run"]
 _OPTIMIZERS = ("adamw", "nadam", "muon")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VALIDATION_WINDOWS, _VALIDATION_BATCH = 400, 50
-_WARM_UP, _FLOOR = 400, 0.1  # micro-batches until the full rate; share of it that is left in the end
+_FLOOR = 0.1  # share of the highest learning rate that is left in the end
 _BETAS, _DECAY, _CLIP, _MUON_RATE = (0.9, 0.95), 0.1, 1.0, 5.0
 
 
@@ -42,6 +42,8 @@ class Settings:
     """Of the last stage, a micro-batches each."""
     lr: float
     """The highest learning rate; Muon's matrices take 5 times as much."""
+    warm_up: int
+    """Micro-batches until that rate is reached."""
     optimizer: str
     dtype: str
     """Of the weights and activations: "fp32", or "bf16" with fp32 masters and sums of gradients."""
@@ -52,6 +54,8 @@ class Settings:
         for name in ("context", "micro_batch", "updates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be a whole number of at least 1")
+        if self.warm_up < 0:
+            raise ConfigError(f"warm_up={self.warm_up}: must be a whole number of micro-batches, at least 0")
         if not self.lr > 0:
             raise ConfigError(f"lr={self.lr}: must be more than 0")
         if self.optimizer not in _OPTIMIZERS:
@@ -113,7 +117,7 @@ def run(
     stages = [stage.to(settings.device, _DTYPES[settings.dtype]) for stage in stages]
     optimizers = [_optimizers(settings, stage) for stage in stages]
     per_batch = settings.accumulation if variant.schedule == "pipedream" else 1
-    share = _share(updates * per_batch, _WARM_UP * per_batch // settings.accumulation)
+    share = _share(updates * per_batch, settings.warm_up * per_batch // settings.accumulation)
     schedulers = [[torch.optim.lr_scheduler.LambdaLR(each, share) for each in several] for several in optimizers]
     losses, drift = [], [0] * settings.stages
 
