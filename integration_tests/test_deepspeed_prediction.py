@@ -234,7 +234,8 @@ def on_two_ranks(folder):
             results[name] = why_not(late_job.build, refused_job(name))
     engine = late_job.build(OVERFLOWING["ZeRO-1"])
     engine.optimizer.dtype = torch.float16  # a CPU has no fp16 of DeepSpeed's
-    results["fp16"] = why_not(lambda job: build_prediction(engine, "every", spec_of(job), None), REPLICATED["fp32"])
+    options = PaciOptions(prediction="every")
+    results["fp16"] = why_not(lambda job: build_prediction(engine, options, spec_of(job), None), REPLICATED["fp32"])
     return results
 
 
