@@ -9,7 +9,8 @@ Every run is a line of the results; a run that has a line already is not repeate
 extended and shared between processes.  Without a text nothing is run.  At the end the table of all results is printed,
 in Markdown.
 
-The rate of a variant is chosen by the seeds that all its rates have been run with; all seeds at that rate count.
+The rate of a variant, with its warm-up, is chosen by one seed, with which most of its rates have been run; its loss is then
+the mean over all seeds at that rate.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import itertools
 import json
 import platform
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -180,15 +181,16 @@ def _by_variant(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
 
 
 def _at_best_rate(runs: Sequence[Run]) -> list[Run]:
-    """Of one variant: the runs with the rate whose mean loss is least on the seeds that all rates have."""
+    """Of one variant: the runs with the rate whose loss is least with the seed that most rates have been run with."""
     seeds: dict[tuple[float, int], dict[int, float]] = defaultdict(dict)
     for each in runs:
         if each["length"] == 1:
             seeds[_rate(each)][each["seed"]] = each["validation"]
     if not seeds:
         return []
-    common = set.intersection(*(set(found) for found in seeds.values()))
-    best = min(seeds, key=lambda rate: statistics.fmean(seeds[rate][seed] for seed in common))
+    counts = Counter(seed for found in seeds.values() for seed in found)
+    tuned = min(counts, key=lambda seed: (-counts[seed], seed))
+    best = min((rate for rate in seeds if tuned in seeds[rate]), key=lambda rate: seeds[rate][tuned])
     return [each for each in runs if _rate(each) == best]
 
 
@@ -227,6 +229,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     tokens, time = figure.subplots(1, 2, sharey=True)
     for variant, several in _by_variant(runs).items():
         best = [each for each in _at_best_rate(several) if each["length"] == 1]
+        if not best:
+            continue
         first = min(best, key=lambda each: each["seed"])
         label = _NAMES[variant.schedule] + ("" if variant.prediction == "off" else f", prediction {variant.when}")
         ends = [(number + 1) / len(first["curve"]) for number in range(len(first["curve"]))]

@@ -70,7 +70,7 @@ def _milliseconds(width: int, tokens: int, name: str, arguments: argparse.Namesp
             optimizer.step()
 
     def predict() -> None:
-        weights.predict(1, 2.0, None)
+        weights.predict(1, 2.0, None, 1.0)
         weights.restore()
 
     turns: list[list[float]] = [[], [], []]

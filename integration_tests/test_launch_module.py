@@ -113,13 +113,14 @@ def test_a_prediction_that_is_none_is_refused_before_anything_starts(value, tmp_
     assert f"argument --paci-prediction: '{value}': must be 'off', 'window'" in said
 
 
-def test_a_reach_that_is_none_is_refused_before_anything_starts(tmp_path):
+@pytest.mark.parametrize("value", ["9", "far"])
+def test_a_reach_that_is_none_is_refused_before_anything_starts(value, tmp_path):
     script = tmp_path / "prints.py"
     script.write_text("print('ran')\n")
     write(tmp_path, {"megatron/training/__init__.py": ""})
-    done = launch("paci_schedule.launch", str(script), "--paci-prediction=every", "--paci-prediction-reach=9")
+    done = launch("paci_schedule.launch", str(script), "--paci-prediction=every", f"--paci-prediction-reach={value}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "argument --paci-prediction-reach: '9': must be a number above 0" in done.stderr.splitlines()[-1]
+    assert f"argument --paci-prediction-reach: '{value}': must be a number above 0" in done.stderr.splitlines()[-1]
 
 
 FRAMEWORKS = {

@@ -366,7 +366,7 @@ REFUSED = {
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
-    "'prediction_reach': 1.5} with prediction='off'": {"paci": {"prediction_reach": 1.5}},
+    "'prediction_reach': 1.5}: has no effect without a prediction": {"paci": {"prediction_reach": 1.5}},
     "must be True or False": {"paci": {"early_receives": 1}},
     "must be a whole number of updates, 0 or more": {"paci": {"flush_warmup_steps": -1}},
     "'flush_warmup_steps': True": {"paci": {"flush_warmup_steps": True}},

@@ -291,8 +291,8 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
     [("--paci-clip=none", "argument --paci-clip"), ("--paci-prediction=evry", "argument --paci-prediction: 'evry'"),
      ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
      ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds"),
-     ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: invalid updates"),
-     ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: invalid updates")],
+     ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: '-1': must be a whole number"),
+     ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: '1.5': must be a whole number")],
 )
 def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
     assert said in pretrain(checkout, "paci", 1, flag, expect=1)

@@ -181,10 +181,6 @@ def test_a_prediction_speaks_to_the_replicas_of_its_stage_alone_and_only_where_t
         assert predicted_sharded - sharded == (2 if rank < 2 else 0)
 
 
-def _offload(optimizer):
-    optimizer.config.optimizer_cpu_offload = True
-
-
 def _precision(optimizer):
     optimizer.config.use_precision_aware_optimizer = True
 
@@ -199,7 +195,6 @@ def _unknown(optimizer):
 
 
 REFUSED = {
-    "--optimizer-cpu-offload": (_offload, {}),
     "--use-precision-aware-optimizer": (_precision, {"bf16": True}),
     "--loss-scale": (_scaled, {"bf16": True}),
     "optimizer Adagrad": (_unknown, {}),

@@ -74,7 +74,7 @@ def _our_flags() -> argparse.ArgumentParser:
     flags.add_argument("--paci-timeout", type=seconds)
     flags.add_argument("--paci-prediction", type=_prediction)
     flags.add_argument("--paci-prediction-reach", type=_reach)
-    flags.add_argument("--paci-flush-warmup-steps", type=updates)
+    flags.add_argument("--paci-flush-warmup-steps", type=_updates)
     flags.add_argument("--paci-early-receives", action="store_true", default=argparse.SUPPRESS)
     flags.add_argument("--paci-record")
     return flags
@@ -100,16 +100,20 @@ def _prediction(text: str) -> str | int:
 def _reach(text: str) -> float:
     """The value of --paci-prediction-reach; whether it fits the prediction is seen with the other options."""
     try:
-        check_reach(float(text), "every", repr(text))
+        reach = float(text)
+    except ValueError:
+        reach = text
+    try:
+        check_reach(reach, "every", repr(text))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return float(text)
+    return reach
 
 
-def updates(text: str) -> int:
-    """The value of --paci-flush-warmup-steps, named likewise."""
-    if int(text) < 0:
-        raise ValueError
+def _updates(text: str) -> int:
+    """The value of --paci-flush-warmup-steps."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of updates, at least 0")
     return int(text)
 
 

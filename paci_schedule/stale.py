@@ -47,10 +47,13 @@ def check_reach(reach: object, prediction: str | int, said: str | None = None) -
     said = said or f"prediction_reach={reach!r}"
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= FARTHEST:
         raise ConfigError(f"{said}: must be a number above 0 and at most {FARTHEST}, where 1 is the next weights")
-    if reach != 1 and interval_of(prediction) != 1:
+    interval = interval_of(prediction)
+    if reach != 1 and interval is None:
+        raise ConfigError(f"{said}: has no effect without a prediction; take prediction='every', or leave it out")
+    if reach != 1 and interval != 1:
         raise ConfigError(
-            f"{said} with prediction={prediction!r}: backwards would run on weights that no update leaves; take "
-            "prediction='every', where forwards alone do, or a reach of 1"
+            f"{said} with prediction={prediction!r}: backwards, too, would run on weights that no update leaves; take "
+            "prediction='every', where only forwards do, or a reach of 1"
         )
 
 

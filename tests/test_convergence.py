@@ -23,7 +23,7 @@ def rows(runs):
     return [dict(zip(head, line, strict=True)) for line in lines]
 
 
-def test_each_variant_has_its_own_best_rate_chosen_by_the_seeds_that_all_rates_have():
+def test_each_variant_has_its_own_best_rate_chosen_by_one_seed():
     flush = [a_run(2.0, lr=0.01), a_run(1.9, lr=0.02), a_run(1.8, lr=0.02, seed=1), a_run(1.0, lr=0.01, seed=2)]
     paci = [a_run(1.95, "paci", lr=0.01), a_run(2.1, "paci", lr=0.02)]
     first, second = rows(flush + paci)
@@ -31,6 +31,16 @@ def test_each_variant_has_its_own_best_rate_chosen_by_the_seeds_that_all_rates_h
     assert first["seeds"] == "0, 1"
     assert first["validation loss"] == "1.8500 (1.8000 to 1.9000)"
     assert (second["rate (of)"], second["minus flush's"]) == ("0.01 (0.01, 0.02)", "+0.0500")
+
+
+def test_a_study_of_which_no_two_rates_share_a_seed_is_shown():
+    (row,) = rows([a_run(2.0, lr=0.01), a_run(1.9, lr=0.02, seed=1)])
+    assert row["rate (of)"].endswith("(0.01, 0.02)")
+
+
+def test_a_warm_up_belongs_to_the_rate():
+    (row,) = rows([a_run(2.0), a_run(1.9, warm_up=1600)])
+    assert row["rate (of)"] == "0.01 after 1600 (0.01, 0.01 after 1600)"
 
 
 def test_a_loss_is_compared_on_the_same_seeds():

@@ -157,6 +157,22 @@ def test_a_reach_makes_a_step_as_many_times_as_long(name):
         torch.testing.assert_close(far[parameter] - start, 1.5 * (once[parameter] - start), rtol=1e-6, atol=1e-7)
 
 
+def test_a_reach_needs_a_learning_rate_that_a_step_follows():
+    class Fixed(torch.optim.Optimizer):
+        def expected_gradient(self, group, state, weight):
+            return None
+
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    check(Fixed(weight, {}))
+    with pytest.raises(UnsupportedError, match=r"Fixed with prediction_reach=1\.5: .*\"lr\".*take a reach of 1"):
+        check(Fixed(weight, {}), 1.5)
+    apart = Fixed(weight, {"lr": 0.1})
+    check(apart, 1.5)
+    apart.weight_decay_method = "independent"
+    with pytest.raises(UnsupportedError, match=r"independent weight decay .*a reach of 1"):
+        check(apart, 1.5)
+
+
 def test_a_step_finds_what_is_written_on_its_parameters():
     """As Megatron's Muon does, which asks a weight along which of its sides tensor-parallel ranks share it."""
     class Paced(torch.optim.SGD):

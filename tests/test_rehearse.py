@@ -421,7 +421,7 @@ def asked(**changes):
     ({"prediction": "every", "prediction_reach": 4.5}, ConfigError, "prediction_reach=4.5: must be .* at most 4"),
     ({"prediction": "every", "prediction_reach": "far"}, ConfigError, "prediction_reach='far': must be a number"),
     ({"prediction": "window", "prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5 with prediction='window'"),
-    ({"prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5 with prediction='off'.*take prediction='every'"),
+    ({"prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5: has no effect without.*take prediction='every'"),
     ({"prediction": True}, ConfigError, "prediction=True"),
     ({"clip": -1.0}, ConfigError, r"clip=-1\.0"),
     ({"clip": float("nan")}, ConfigError, "clip=nan"),

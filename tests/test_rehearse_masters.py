@@ -63,6 +63,15 @@ def test_a_prediction_from_the_whole_gradient_is_the_step(name):
         assert expected_gradient(optimizer, optimizer.param_groups[0], parameter, parameter).shape == parameter.shape
 
 
+def test_weights_in_fp32_beside_others_keep_their_gradients():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = with_masters(torch.optim.AdamW)([weight])
+    give_gradients([weight], 0)
+    optimizer.step()
+    assert weight.grad is not None
+    assert torch.equal(weight, optimizer.state[weight]["master"])
+
+
 def test_gradients_are_summed_in_fp32():
     (weight,) = parameters(torch.bfloat16)[:1]
     with_masters(torch.optim.AdamW)([weight])

@@ -81,7 +81,11 @@ def _undecayed(
     optimizer: Optimizer, group: Mapping[str, Any], mean: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """Without the decay that an emerging optimizer adds to its gradients, in place."""
-    return mean.sub_(weight, alpha=group["weight_decay"]) if optimizer.weight_decay_method == "l2" else mean
+    return mean.sub_(weight, alpha=group["weight_decay"]) if _decay_of(optimizer) == "l2" else mean
+
+
+def _decay_of(optimizer: Optimizer) -> str:
+    return getattr(optimizer, "weight_decay_method", "l2")  # as the package has it
 
 
 _EMERGING = "emerging_optimizers"  # NVIDIA's package

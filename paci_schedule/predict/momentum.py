@@ -24,19 +24,20 @@ from paci_schedule.predict.shadow import state_of
 
 __all__ = ["check", "expected_gradient"]
 
-_OTHERWISE = {"capturable", "master_weights", "use_master", "use_decoupled_grad"}  # settings of a FusedAdam
+_OTHERWISE = {"capturable", "master_weights", "use_master", "use_decoupled_grad"}  # a FusedAdam must have these off
 _STATES = {"exp_avg_dtype", "exp_avg_sq_dtype"}
 
 
-def check(optimizer: Optimizer) -> None:
-    """Raises UnsupportedError where the optimizer cannot be predicted."""
+def check(optimizer: Optimizer, reach: float = 1.0) -> None:
+    """Raises UnsupportedError where the optimizer cannot be predicted, or not so far (`stale.check_reach`)."""
     if _momentum_of(optimizer) is None:
         names = ", ".join(name.rpartition(".")[2] for name in MOMENTA if name.startswith("torch."))
         raise UnsupportedError(
             f"optimizer {type(optimizer).__name__}: prediction is known for {names} and their subclasses, for the "
-            "FusedAdam of Apex and Transformer Engine, and for the Muons, Lion and SOAP of emerging_optimizers; switch "
-            "prediction off, take one of these, or, if it treats every parameter by itself, give its class a method "
-            "expected_gradient(group, state, weight) (paci_schedule/predict/momentum.py)"
+            "FusedAdam of Apex and Transformer Engine, for the Muons, Lion and SOAP of emerging_optimizers, and in "
+            "DeepSpeed's engine for its FusedAdam and DeepSpeedCPUAdam; switch prediction off, take one of these, or, "
+            "if it treats every parameter by itself, give its class a method expected_gradient(group, state, weight) "
+            "(paci_schedule/predict/momentum.py)"
         )
     if any(cls.__module__.startswith(("apex.", "transformer_engine.")) for cls in type(optimizer).__mro__):
         unlike = sorted(name for name in _OTHERWISE if getattr(optimizer, name, False))
@@ -46,6 +47,18 @@ def check(optimizer: Optimizer) -> None:
                 f"optimizer {type(optimizer).__name__} with {', '.join(unlike)}: prediction is known for states in "
                 "fp32 and masters of the caller's; switch it off, or leave these out"
             )
+    if reach == 1:
+        return
+    if not all(isinstance(group.get("lr"), int | float | torch.Tensor) for group in optimizer.param_groups):
+        raise UnsupportedError(
+            f"optimizer {type(optimizer).__name__} with prediction_reach={reach}: a reach lengthens a step by the "
+            "learning rate \"lr\" of every parameter group, which one of them does not have; take a reach of 1"
+        )
+    if getattr(optimizer, "weight_decay_method", None) == "independent":
+        raise UnsupportedError(
+            f"optimizer {type(optimizer).__name__} with prediction_reach={reach}: its independent weight decay does "
+            "not follow the learning rate, by which a reach lengthens a step; take another decay, or a reach of 1"
+        )
 
 
 @torch.no_grad()

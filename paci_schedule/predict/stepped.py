@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from paci_schedule.predict.copies import copied, write
 from paci_schedule.predict.momentum import check, expected_gradient
-from paci_schedule.predict.shadow import advance
+from paci_schedule.predict.shadow import advance, pieces
 
 __all__ = ["SteppedWeights"]
 
@@ -45,8 +46,14 @@ class SteppedWeights:
         else:
             write(self._parameters(), self._real)
         for optimizer in self._optimizers:
-            gradients = self._part(optimizer, scale, factor) | self._expected(optimizer, scale)
-            advance(optimizer, {parameter: parameter for parameter in gradients}, gradients, windows, reach)
+            for stepping, group, entries in pieces(optimizer):
+                gradients = self._part(entries, scale, factor)
+                for known, of, _ in entries:
+                    if not scale or of in self._late:
+                        gradient = expected_gradient(stepping, group, known, known.detach())
+                        if gradient is not None:
+                            gradients[known] = gradient
+                advance(stepping, {known: known for known in gradients}, gradients, windows, reach)
 
     def restore(self) -> None:
         """As `Weights.restore`."""
@@ -66,25 +73,15 @@ class SteppedWeights:
         return [parameter for group in groups for parameter in group["params"]]
 
     def _part(
-        self, optimizer: Optimizer, scale: float, factor: torch.Tensor | None
+        self, entries: Sequence[tuple[torch.Tensor, torch.Tensor, Any]], scale: float, factor: torch.Tensor | None
     ) -> dict[torch.Tensor, torch.Tensor]:
-        every = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        held = [parameter for parameter in every if parameter.grad is not None and parameter not in self._late]
+        """The part of the gradients that is there, by `pieces`' entries, as the mean of the whole window's, clipped."""
+        held = [(known, of.grad[cut]) for known, of, cut in entries if of.grad is not None and of not in self._late]
         if not (scale and held):
             return {}
-        parts = torch._foreach_mul([parameter.grad for parameter in held], scale)
+        parts = torch._foreach_mul([gradient for _, gradient in held], scale)
         if self._clean is not None:
             self._clean(parts)
         if factor is not None:
             torch._foreach_mul_(parts, factor)
-        return dict(zip(held, parts, strict=True))
-
-    def _expected(self, optimizer: Optimizer, scale: float) -> dict[torch.Tensor, torch.Tensor]:
-        gradients = {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if not scale or parameter in self._late:
-                    gradient = expected_gradient(optimizer, group, parameter, parameter.detach())
-                    if gradient is not None:
-                        gradients[parameter] = gradient
-        return gradients
+        return {known: part for (known, _), part in zip(held, parts, strict=True)}

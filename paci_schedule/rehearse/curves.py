@@ -30,7 +30,7 @@ def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
         label = variant.schedule + ("" if variant.prediction == "off" else f", prediction {variant.when}")
         tokens.plot(*_line(each.equal_tokens, batch * 1e-6), label=label)
         time.plot(*_line(each.equal_time, slots(variant.schedule, settings)), label=label)
-    tokens.set(xlabel="characters (millions)", ylabel="training loss (nats)", title="the same data")
+    tokens.set(xlabel="tokens (millions)", ylabel="training loss (nats)", title="the same data")
     time.set(xlabel="time (forward and backward of a micro-batch on a stage)", title="the same ideal time")
     for axis in (tokens, time):
         axis.grid(alpha=0.3)

@@ -39,7 +39,7 @@ def with_masters(base: type[Optimizer]) -> type[Optimizer]:
                     parameter.grad_dtype = torch.float32
 
         @torch.no_grad()
-        def step(self, closure: None = None) -> None:
+        def step(self) -> None:
             kept, self.state = self.state, defaultdict(dict)
             working = [group["params"] for group in self.param_groups]
             for group, parameters in zip(self.param_groups, working, strict=True):
@@ -58,7 +58,7 @@ def with_masters(base: type[Optimizer]) -> type[Optimizer]:
             state = dict(kept[parameter])
             master = state.pop("master", None)
             if master is None:
-                master = parameter.float()
+                master = parameter.to(torch.float32, copy=True)
             master.grad = parameter.grad
             if state:
                 self.state[master] = state

@@ -6,10 +6,10 @@ both gives what a pipeline of real ranks gives.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 from paci_schedule.ops import Op, OpKind
-from paci_schedule.predict import Prediction, SteppedWeights
+from paci_schedule.predict import Prediction, SteppedWeights, check
 from paci_schedule.rehearse.norms import Norms
 from paci_schedule.rehearse.owners import as_lists, check_owners
 from paci_schedule.rehearse.stage import Stage
@@ -144,6 +144,8 @@ def rehearse(
     owned = as_lists("optimizers", optimizers, len(stages))
     check_owners(stages, owned)
     stepped = as_lists("schedulers", [[]] * len(stages) if schedulers is None else schedulers, len(stages))
+    for optimizer in itertools.chain(*owned) if interval is not None else ():
+        check(optimizer, prediction_reach)
     per_update = kind.schedule.micro_batches_per_update(spec)
     built = []
     for number, module in enumerate(stages):
@@ -192,7 +194,7 @@ class _Rehearsal:
     def _after(self, count: int, stage: int) -> Iterator[Iterable[Op]]:
         """What is left to do for a stage when `count` batches have been run."""
         calls = () if self._schedule.flushes else self._schedule.calls(self._spec, stage, count)
-        return islice(calls, count, None)
+        return itertools.islice(calls, count, None)
 
     def _admit(self, batch: Sequence[tuple[Any, Any]], number: int) -> None:
         pairs = list(batch)

@@ -74,7 +74,9 @@ def _characters(text: str) -> tuple[_Encode, int]:
 
 def _bytes_pairs(text: str, vocabulary: int) -> tuple[_Encode, int]:
     if vocabulary < _LEAST:
-        raise ConfigError(f"vocabulary={vocabulary}: must be at least {_LEAST}, the bytes and one pair; 0: characters")
+        raise ConfigError(
+            f"vocabulary={vocabulary}: must be at least {_LEAST} (256 bytes and one pair), or 0 for characters"
+        )
     try:
         from tokenizers import ByteLevelBPETokenizer
     except ImportError:

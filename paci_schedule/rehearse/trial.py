@@ -75,7 +75,7 @@ class Trial:
     Attributes:
         variant: its schedule and prediction.
         updates: batches that it took, of a micro-batches each.
-        validation: the mean loss of a character of the validation text, in nats.
+        validation: the mean loss of a token of the validation text, in nats.
         drift: by stage, the largest.
         seconds: that the run took, in this process.
         losses: by batch, the mean training loss.

@@ -47,7 +47,7 @@ def build_prediction(
     if interval is None:
         return None
     said = f'"paci": {{"prediction": {options.prediction!r}}} cannot run with this job'
-    refuse_together(_reasons(engine, spec), f'{said}; change what follows, or use "off"')
+    refuse_together(_reasons(engine, options, spec), f'{said}; change what follows, or use "off"')
     optimizer, late = engine.optimizer, engine.late_weights()
     if optimizer is engine.basic_optimizer:
         # A stage with a tied weight updates without what is not finite; any other is lost with it, predicted or not.
@@ -78,7 +78,7 @@ def note_update(engine: PaciPipelineEngine, prediction: Prediction) -> None:
             prediction.factor = clip_factor(limit, norm)
 
 
-def _reasons(engine: PaciPipelineEngine, spec: PipelineSpec) -> Iterator[str]:
+def _reasons(engine: PaciPipelineEngine, options: PaciOptions, spec: PipelineSpec) -> Iterator[str]:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         if optimizer.dtype == torch.float16:
@@ -91,7 +91,7 @@ def _reasons(engine: PaciPipelineEngine, spec: PipelineSpec) -> Iterator[str]:
     elif not isinstance(optimizer, BF16_Optimizer) and optimizer is not engine.basic_optimizer:
         yield f'{type(optimizer).__name__}: its weights and gradients cannot be predicted yet; use "bf16", or fp32'
     try:
-        check(stepped_as(engine.basic_optimizer))
+        check(stepped_as(engine.basic_optimizer), options.prediction_reach)
     except UnsupportedError as error:
         yield str(error)
     yield from why_not_ahead(engine.basic_optimizer, spec)

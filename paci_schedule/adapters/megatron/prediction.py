@@ -51,31 +51,29 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
         yield f"{said} needs the optimizer: set config.grad_scale_func = optimizer.scale_loss, or prediction to 'off'"
     if any(isinstance(chain, LayerWiseDistributedOptimizer) for chain in chains(config)):
         yield (
-            f"{said} with LayerWiseDistributedOptimizer: a replica could predict its own share of the weights alone; "
+            f"{said} with LayerWiseDistributedOptimizer: a replica could predict only its own share of the weights; "
             "use one that every replica has whole (--optimizer muon without --use-distributed-optimizer), or 'off'"
         )
     for optimizer in optimizers(config):
-        for reason in _reasons_of(optimizer):
+        for reason in _reasons_of(optimizer, options.prediction_reach):
             yield f"{said} with {reason}"
     averaged = (getattr(each, "average_gradients_across_tp_domain", False) for each in model.parameters())
     if parallel_state.get_tensor_model_parallel_world_size() > 1 and any(averaged):
         yield f"{said} with gradients that are averaged over tensor-parallel ranks: not tried yet; use 'off'"
 
 
-def _reasons_of(optimizer: Any) -> Iterator[str]:
-    settings = getattr(optimizer, "config", None)  # which an optimizer in no wrapper has not
-    if getattr(settings, "optimizer_cpu_offload", False):
-        yield "--optimizer-cpu-offload: the host keeps the masters; leave it off, or use 'off'"
-    elif getattr(settings, "use_precision_aware_optimizer", False):
-        yield "--use-precision-aware-optimizer: masters and states are not those of its arguments; leave it off"
+def _reasons_of(optimizer: Any, reach: float) -> Iterator[str]:
+    settings = getattr(optimizer, "config", None)  # a bare torch optimizer has none
+    if getattr(settings, "use_precision_aware_optimizer", False):
+        yield "--use-precision-aware-optimizer: its masters and states lie inside of FusedAdam; leave it off"
     elif type(optimizer) not in KNOWN:
         names = ", ".join(known.__name__ for known in KNOWN)
-        yield f"{type(optimizer).__name__}: weights are known of {names}; use one of these, or 'off'"
+        yield f"{type(optimizer).__name__}: weights can be predicted with {names}; use one of these, or 'off'"
     elif getattr(optimizer, "grad_scaler", None) is not None:
-        yield "--loss-scale: an update may be skipped where the part that is there does not say so; leave it off"
+        yield "--loss-scale: an overflow elsewhere may skip the update, which this stage does not see; leave it off"
     elif not optimizer.is_stub_optimizer:
         try:
-            check(optimizer.optimizer)
+            check(optimizer.optimizer, reach)
         except UnsupportedError as error:
             yield str(error)
 
