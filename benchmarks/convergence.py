@@ -9,8 +9,8 @@ Every run is a line of the results; a run that has a line already is not repeate
 extended and shared between processes.  Without a text nothing is run.  At the end the table of all results is printed,
 in Markdown.
 
-The rate of a variant, with its warm-up, is chosen by one seed, with which most of its rates have been run; its loss is then
-the mean over all seeds at that rate.
+The rate of a variant, with its warm-up, is chosen by one seed, with which most of its rates have been run; its loss is
+then the mean over all seeds at that rate.
 """
 
 from __future__ import annotations

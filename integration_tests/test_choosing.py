@@ -40,7 +40,7 @@ def test_the_programme_compares_schedules_at_their_own_rates(capsys):
              "evaluate": evaluate, "batches": batches}
     exec(block("python"), names)
     found = names["found"]
-    assert len(found) == 3 * 3 * 2
+    assert len(found) == 4 * 3 * 2
     assert len(set(found.values())) == len(found)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(found)  # the first update of each

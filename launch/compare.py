@@ -201,9 +201,10 @@ def _ideal(run: RunSummary) -> float:
     return ideal_speed_up(run.start["stages"], run.start["accumulation"])
 
 
-def _prediction(run: RunSummary) -> str | int | None:
-    """Which stale forwards ran on predicted weights; None where there are none."""
-    return run.start.get("prediction")
+def _prediction(run: RunSummary) -> str | None:
+    """Which stale forwards ran on predicted weights, and how far along the update these were; None without any."""
+    prediction, reach = run.start.get("prediction"), run.start.get("prediction_reach", 1.0)
+    return prediction if prediction is None or reach == 1 else f"{prediction}, reach {reach:g}"
 
 
 def _seconds(seconds: float | None) -> str:

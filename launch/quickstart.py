@@ -26,7 +26,7 @@ _TRAIN = Path(__file__).resolve().parent / "train_gpt.py"
 _RUNS = {
     "1f1b": ["--pipeline-schedule", "1f1b"],
     "paci": ["--pipeline-schedule", "paci"],
-    "paci-prediction": ["--pipeline-schedule", "paci", "--prediction", "every"],
+    "paci-prediction": ["--pipeline-schedule", "paci", "--prediction", "every", "--prediction-reach", "1.5"],
 }
 
 

@@ -85,9 +85,11 @@ def _train(args: argparse.Namespace) -> None:
         "accumulation": engine.gradient_accumulation_steps(),
         "replicas": world // stages,
     }
+    options = config.get("paci", {})
     facts = {
         "schedule": schedule,
-        "prediction": config.get("paci", {}).get("prediction", "off") if schedule == "paci" else None,
+        "prediction": options.get("prediction", "off") if schedule == "paci" else None,
+        "prediction_reach": options.get("prediction_reach", 1.0),
         "stages": stages,
         **batch,
         "sequence_length": args.sequence_length,

@@ -16,7 +16,7 @@ def write(folder, schedule, seconds, losses, stages, *, accumulation=3):
     log = RunLog(folder)
     log.rewind(0)
     facts = {"stages": len(stages), "replicas": 1, "accumulation": accumulation, "optimizer": "AdamW"}
-    facts["prediction"] = "every" if schedule == "paci" else None
+    facts |= {"prediction": "every", "prediction_reach": 1.5} if schedule == "paci" else {"prediction": None}
     log.write("start", schedule=schedule, device="cpu", model="tiny", parameters=3_000_000, data="text", **facts)
     for number, (at, loss) in enumerate(zip(seconds, losses, strict=True), start=1):
         where = {"update": 10 * number, "tokens": 10 * number * TOKENS, "seconds": at}
@@ -52,7 +52,7 @@ def test_the_tables_figures(folders):
     assert table["ideal, (a + P - 1) / a"] == ["", "1.333"]
     assert table["training time"] == ["33.0 s", "24.0 s"]
     assert table["updates"] == ["40", "40"]
-    assert table["prediction"] == ["", "every"]
+    assert table["prediction"] == ["", "every, reach 1.5"]
     assert table["tokens"] == ["40,000", "40,000"]
     assert table["training loss"] == ["2.2500", "2.1500"]
     assert table["validation loss"] == ["2.0000", "1.9000"]
