@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,12 @@ def test_other_models_and_texts_are_other_tables():
     runs = [a_run(2.0), a_run(1.0, accumulation=4), a_run(2.2, "paci"), a_run(1.1, "paci", accumulation=4)]
     assert [(row["a"], row["minus flush's"], row["ideal"]) for row in rows(runs) if row["schedule"] == "paci"] == [
         ("8", "+0.2000", "1.875"), ("4", "+0.1000", "2.750")]
+
+
+def test_the_document_has_the_table_of_its_results():
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    table = "\n".join(convergence.table(convergence._read(docs / "convergence.jsonl")))
+    assert table in (docs / "convergence.md").read_text()
 
 
 @pytest.fixture

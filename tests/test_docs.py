@@ -43,6 +43,14 @@ def test_the_grids_in_the_documents_are_up_to_date():
         assert rebuild.rebuilt(block) == block
 
 
+def test_links_between_documents_lead_somewhere():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    links = [(document, link) for document in documents
+             for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()) if "://" not in link]
+    assert len(links) > 50
+    assert [(document.name, link) for document, link in links if not (document.parent / link).exists()] == []
+
+
 def test_every_row_of_what_works_names_tests_that_exist():
     """A name without a file is of the file named before it; "the same" is the row before it."""
     text = (ROOT / "docs" / "what-works.md").read_text()
