@@ -235,9 +235,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         label = _NAMES[variant.schedule] + ("" if variant.prediction == "off" else f", prediction {variant.when}")
         ends = [(number + 1) / len(first["curve"]) for number in range(len(first["curve"]))]
         amount = first["micro_batches"] * first["micro_batch"] * first["context"] * 1e-6
-        hours = _ideal_time(first) / first["micro_batches"]
+        duration = _ideal_time(first) / first["micro_batches"]
         tokens.plot([end * amount for end in ends], first["curve"], label=label)
-        time.plot([end * hours for end in ends], first["curve"], label=label)
+        time.plot([end * duration for end in ends], first["curve"], label=label)
     lowest = min(min(each["curve"]) for each in runs)
     tokens.set(xlabel="tokens (millions)", ylabel="training loss (nats)", ylim=(lowest - 0.05, lowest + 1))
     time.set(xlabel="ideal time (PACI's whole run is 1)")

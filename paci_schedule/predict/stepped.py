@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from paci_schedule.predict.copies import copied, write
-from paci_schedule.predict.momentum import check, expected_gradient
+from paci_schedule.predict.momentum import expected_gradient
 from paci_schedule.predict.shadow import advance, pieces
 
 __all__ = ["SteppedWeights"]
@@ -19,13 +19,11 @@ class SteppedWeights:
     """The parameters of a stage's optimizers (`prediction.Weights`).
 
     Args:
-        optimizers: of the stage, each on parameters of its own.  The part of their gradients is in `.grad`.
+        optimizers: of the stage, each on parameters of its own; `momentum.check` lets them pass.  The part of their
+            gradients is in `.grad`.
         late: parameters whose next update applies another gradient than the one that is being summed; they are
             predicted from what their momentum expects, as all are where no part is there.
         clean: what an update does to its gradients, in place, before it clips them.
-
-    Raises:
-        UnsupportedError: an optimizer cannot be predicted.
     """
 
     def __init__(
@@ -34,8 +32,6 @@ class SteppedWeights:
         late: Collection[torch.Tensor] = (),
         clean: Callable[[Iterable[torch.Tensor]], None] | None = None,
     ) -> None:
-        for optimizer in optimizers:
-            check(optimizer)
         self._optimizers, self._late, self._clean = optimizers, frozenset(late), clean
         self._real: list[torch.Tensor] | None = None  # while the parameters hold a prediction
 
