@@ -39,8 +39,13 @@ Run = Mapping[str, Any]
 
 _POINTS = 100  # of a run's training curve that are kept
 _SHAPE = "text", "vocabulary", "stages", "accumulation", "layers", "width", "micro_batches", "dtype", "optimizer"
-_NAMES = {"flush": "1F1B with flush", "paci": "PACI", "paci-stash": "PACI with a stash", "pipedream": "PipeDream",
-          "pipedream-2bw": "PipeDream-2BW"}
+_NAMES = {
+    "flush": "1F1B with flush",
+    "paci": "PACI",
+    "paci-stash": "PACI with a stash",
+    "pipedream": "PipeDream",
+    "pipedream-2bw": "PipeDream-2BW",
+}
 _COLUMNS = (
     *("text", "P", "a", "optimizer", "dtype", "schedule", "prediction", "rate (of)", "seeds", "validation loss"),
     *("minus flush's", "sooner at flush's loss", "ideal"),

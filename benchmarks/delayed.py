@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from paci_schedule.runtime.staged import StagedGroup
+from paci_schedule.runtime.shared_gpu import StagedGroup
 
 __all__ = ["use_delayed_links"]
 

@@ -54,7 +54,10 @@ def _paced_model(schedule: str, stages: int, forward: float, backward: float, ti
             return Pace.apply(values * self.weight, forward, backward)
 
     config = TransformerConfig(
-        num_layers=stages, hidden_size=SHAPE[-1], num_attention_heads=1, pipeline_model_parallel_size=stages,
+        num_layers=stages,
+        hidden_size=SHAPE[-1],
+        num_attention_heads=1,
+        pipeline_model_parallel_size=stages,
         pipeline_dtype=torch.float32,
     )
     config.pipeline_schedule = schedule
@@ -87,8 +90,13 @@ def _worker(stages: int, accumulation: int, forward: float, backward: float, tie
                 model.zero_grad_buffer()
                 optimizer.zero_grad()
                 get_forward_backward_func()(
-                    forward_step_func=_step, data_iterator=None, model=[model], num_microbatches=accumulation,
-                    seq_length=SHAPE[0], micro_batch_size=SHAPE[1], forward_only=False,
+                    forward_step_func=_step,
+                    data_iterator=None,
+                    model=[model],
+                    num_microbatches=accumulation,
+                    seq_length=SHAPE[0],
+                    micro_batch_size=SHAPE[1],
+                    forward_only=False,
                 )
                 optimizer.step()
                 if call >= 2:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.engines import SCHEDULES, engine_for
 from integration_tests.ranks import run_ranks
-from paci_schedule.runtime.live_bytes import LiveBytes
+from paci_schedule.measure.live_bytes import LiveBytes
 
 _WIDTH, _TOKENS = 128, 256
 

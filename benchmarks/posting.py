@@ -5,7 +5,7 @@
 A transfer begins when the message is sent and its receive posted, as on NCCL, and then takes `--latency`.  The default
 order and `early_receives` run in the same processes, in turns, with and without a round of slack on each link; on equal
 stages, and with the second stage 1.25 times as slow as the others.  Beside each time stands the simulator's
-(`paci_schedule.transfers`).
+(`paci_schedule.simulate.transfers`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.paced import PacedLayer
 from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
-from paci_schedule.costs import Costs
-from paci_schedule.transfers import simulate_transfers
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.transfers import simulate_transfers
 
 _SLOWER = 1.25
 _ORDERS = {"default": False, "early": True}

@@ -34,8 +34,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=11)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    shown = Table("width", "tokens", "optimizer", "F + B", "step", "prediction", "every", "window",
-                  title=f"milliseconds, {arguments.device}, {arguments.dtype}")
+    shown = Table(
+        "width",
+        "tokens",
+        "optimizer",
+        "F + B",
+        "step",
+        "prediction",
+        "every",
+        "window",
+        title=f"milliseconds, {arguments.device}, {arguments.dtype}",
+    )
     for width in map(int, arguments.widths.split(",")):
         for tokens in map(int, arguments.tokens.split(",")):
             for name in ("adamw", "muon"):

@@ -28,9 +28,9 @@ from benchmarks.engines import engine_for
 from benchmarks.paced import PacedLayer
 from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
-from paci_schedule.costs import Costs
-from paci_schedule.report import time_per_micro_batch
-from paci_schedule.schedules.registry import schedule
+from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.figures import time_per_micro_batch
 
 TOLERANCE = 0.05
 WARM_UP = 2

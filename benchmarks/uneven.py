@@ -30,7 +30,7 @@ from integration_tests.ranks import run_ranks
 from launch.gpt2 import gpt2_config, gpt2_layers, next_token_loss
 from paci_schedule import PipelineSpec
 from paci_schedule.adapters.deepspeed import layer_costs
-from paci_schedule.balance import Cut, LayerCost, balance, evaluate
+from paci_schedule.plan.partition import Cut, LayerCost, balance, evaluate
 
 _HEADS = 4
 

@@ -116,7 +116,10 @@ def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None =
 
 
 def train(
-    job: Job, schedule: str | None = "paci", folder: str | None = None, load: bool = False,
+    job: Job,
+    schedule: str | None = "paci",
+    folder: str | None = None,
+    load: bool = False,
     inspect: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
     """What a rank does: build the engine, load a checkpoint if told to, and `follow` the script.
@@ -148,8 +151,7 @@ def follow(engine: Any, job: Job, schedule: str | None, folder: str | None) -> d
 
 def _moment(engine: Any, action: str, loss: float, schedule: str | None) -> dict[str, Any]:
     stats = engine.pipeline_stats() if schedule == "paci" else {"version": engine.global_steps}
-    return {"action": action, "loss": loss, "weights": weights(engine), "stats": stats,
-            "rate": engine.get_lr()[0]}
+    return {"action": action, "loss": loss, "weights": weights(engine), "stats": stats, "rate": engine.get_lr()[0]}
 
 
 def run(job: Job, schedule: str | None = "paci", *, timeout: float = 120.0, **options: Any) -> list[dict[str, Any]]:
@@ -187,12 +189,27 @@ def assert_equal(
                 assert moment["rate"] == truth.rate[stage], f"{at}: rate {moment['rate']}, not {truth.rate[stage]}"
             if counters:
                 stats, drift = moment["stats"], truth.drift[stage]
-                counted = {key: stats[key] for key in ("stage", "stages", "version", "forwards", "backwards",
-                                                       "in_flight", "peak_in_flight", "max_drift")}
+                counted = {
+                    key: stats[key]
+                    for key in (
+                        "stage",
+                        "stages",
+                        "version",
+                        "forwards",
+                        "backwards",
+                        "in_flight",
+                        "peak_in_flight",
+                        "max_drift",
+                    )
+                }
                 assert counted == {
-                    "stage": stage, "stages": len(results), "version": truth.version[stage],
-                    "forwards": len(drift) + truth.live[stage], "backwards": len(drift),
-                    "in_flight": truth.live[stage], "peak_in_flight": truth.peak[stage],
+                    "stage": stage,
+                    "stages": len(results),
+                    "version": truth.version[stage],
+                    "forwards": len(drift) + truth.live[stage],
+                    "backwards": len(drift),
+                    "in_flight": truth.live[stage],
+                    "peak_in_flight": truth.peak[stage],
                     "max_drift": max(drift, default=0),
                 }, at
 

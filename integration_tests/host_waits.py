@@ -129,6 +129,8 @@ class _Reads(TorchDispatchMode):
 def _is_conversion(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether such a call of `to` names only a dtype, or another tensor."""
     named = [*args[1:], *kwargs.values()]
-    return "device" not in kwargs and bool(named) and all(
-        isinstance(value, (torch.dtype, torch.Tensor, bool)) for value in named
+    return (
+        "device" not in kwargs
+        and bool(named)
+        and all(isinstance(value, (torch.dtype, torch.Tensor, bool)) for value in named)
     )

@@ -150,7 +150,7 @@ def layers(model: str) -> list[nn.Module]:
     middle = range(LAYERS // 3, 2 * LAYERS // 3)
     widths = list(_WIDTHS)
     if model == "hollow":
-        widths[middle.start:middle.stop + 1] = [_WIDTHS[middle.start]] * (len(middle) + 1)
+        widths[middle.start : middle.stop + 1] = [_WIDTHS[middle.start]] * (len(middle) + 1)
     embed, mix, head = (_PairEmbed, _PairMix, _PairHead) if model == "pairs" else (_Embed, _Mix, nn.Linear)
     built = []
     with torch.random.fork_rng(devices=[]):

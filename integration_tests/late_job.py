@@ -112,8 +112,7 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
     with in_place_of_jobs(_tied_specs):
         # The engine's default, which the other tests' jobs do without.
         options = {"clip": "global", **job.config.get("paci", {})}
-        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule,
-                        **module_options)
+        engine = _BUILD(dataclasses.replace(job, config={**job.config, "paci": options}), schedule, **module_options)
     for parameter in engine.module.parameters():
         parameter.model_parallel = job.config.get("sliced", False)
     if poison(job):
@@ -130,9 +129,7 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
     return engine
 
 
-def train(
-    job: Job, schedule: str | None = "paci", folder: str | None = None, load: bool = False
-) -> dict[str, Any]:
+def train(job: Job, schedule: str | None = "paci", folder: str | None = None, load: bool = False) -> dict[str, Any]:
     """As `deepspeed_job.train`; "norm" holds the engine's gradient norm after every action, NaN before the first."""
     engine = build(job, schedule)
     norms = []
@@ -175,8 +172,10 @@ class Runs:
         if name not in self._results:
             stages = self._calls[name][0].stages
             together = [other for other, (job, *_) in self._calls.items() if job.stages == stages]
-            calls = [(*(*self._calls[other], "paci")[:2], str(self._folder / str(number)))
-                     for number, other in enumerate(together)]
+            calls = [
+                (*(*self._calls[other], "paci")[:2], str(self._folder / str(number)))
+                for number, other in enumerate(together)
+            ]
             self._results.update(zip(together, run(*calls), strict=True))
         return self._results[name]
 

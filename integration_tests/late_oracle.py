@@ -85,8 +85,11 @@ class LateReference(Reference):
 
     @property
     def waits(self) -> dict[str, int]:
-        return {key: math.ceil((self._behind(first) - self._behind(last)) / self._accumulation)
-                for key in self.ties for first, *_, last in [self.holders(key)]}
+        return {
+            key: math.ceil((self._behind(first) - self._behind(last)) / self._accumulation)
+            for key in self.ties
+            for first, *_, last in [self.holders(key)]
+        }
 
     @property
     def ties(self) -> dict[str, tuple[int, ...]]:
@@ -212,8 +215,11 @@ class _LateStage(oracle._Stage):
             for gradient in updater.gradients():
                 gradient[~gradient.isfinite()] = 0
         replicated = [weight for key, weight in self.shared.items() if self.pipe.holders(key)[0] != self.number]
-        counted = [self._gradient(weight) for weight in updater.parameters
-                   if all(weight is not other for other in replicated) and self._gradient(weight) is not None]
+        counted = [
+            self._gradient(weight)
+            for weight in updater.parameters
+            if all(weight is not other for other in replicated) and self._gradient(weight) is not None
+        ]
         dtype = torch.float64 if isinstance(updater, _ZeroUpdater) else torch.float32
         norms = [gradient.to(dtype).norm(2.0) for gradient in counted]
         self.pipe.squares[self.number, self.version] = (

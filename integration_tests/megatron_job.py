@@ -17,8 +17,18 @@ from integration_tests.collectives import recorded
 from integration_tests.megatron_cpu import shim
 from integration_tests.megatron_optimizers import build_optimizer, wrapped
 
-__all__ = ["GptJob", "Trained", "build", "mean_loss", "micro_batch", "prepare", "refusals", "set_up", "train_all",
-           "train_recorded"]
+__all__ = [
+    "GptJob",
+    "Trained",
+    "build",
+    "mean_loss",
+    "micro_batch",
+    "prepare",
+    "refusals",
+    "set_up",
+    "train_all",
+    "train_recorded",
+]
 
 VOCABULARY, SEQUENCE, HIDDEN = 24, 6, 16
 
@@ -137,18 +147,35 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
     if job.recompute == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     config = TransformerConfig(
-        num_layers=layers, hidden_size=HIDDEN, num_attention_heads=2, attention_dropout=0.0, hidden_dropout=0.0,
+        num_layers=layers,
+        hidden_size=HIDDEN,
+        num_attention_heads=2,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        tensor_model_parallel_size=job.tensor_parallel, sequence_parallel=job.sequence_parallel, bf16=job.bf16,
+        tensor_model_parallel_size=job.tensor_parallel,
+        sequence_parallel=job.sequence_parallel,
+        bf16=job.bf16,
         params_dtype=dtype,
-        pipeline_dtype=dtype, deallocate_pipeline_outputs=job.deallocate, **recompute,
+        pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=job.deallocate,
+        **recompute,
     )
     config.pipeline_schedule, config.paci = job.schedule, job.paci
     with mock.patch.object(WrappedTorchNorm, "__new__", _layer_norm):
-        model = GPTModel(
-            config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE,
-            pre_process=stage == 0, post_process=stage == stages - 1, share_embeddings_and_output_weights=job.tied,
-        ).cuda().to(dtype)
+        model = (
+            GPTModel(
+                config,
+                get_gpt_layer_local_spec(),
+                VOCABULARY,
+                SEQUENCE,
+                pre_process=stage == 0,
+                post_process=stage == stages - 1,
+                share_embeddings_and_output_weights=job.tied,
+            )
+            .cuda()
+            .to(dtype)
+        )
     tied = model.shared_embedding_or_output_weight() if job.tied else None
     if tied is not None:  # as in a real pipeline, where it has a bucket of its own, and one copy counts in the norm
         tied.shared_embedding = True
@@ -257,8 +284,12 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
         optimizer.zero_grad()
         found = [p.detach().clone() for p in model.parameters()]
         reduced = get_forward_backward_func()(
-            forward_step_func=forward_step, model=[model], num_microbatches=accumulation, forward_only=False,
-            data_iterator=itertools.islice(data, job.of_each_call) if job.of_each_call else data, **shape,
+            forward_step_func=forward_step,
+            model=[model],
+            num_microbatches=accumulation,
+            forward_only=False,
+            data_iterator=itertools.islice(data, job.of_each_call) if job.of_each_call else data,
+            **shape,
         )
         seen.losses.append([entry["lm loss"].item() for entry in reduced])
         seen.kept.append(all(map(torch.equal, found, model.parameters())))
@@ -273,8 +304,12 @@ def train(job: GptJob, begins: Callable[[int], Any] = lambda call: None) -> Trai
             model.eval()
             with torch.no_grad():
                 reduced = get_forward_backward_func()(
-                    forward_step_func=forward_step, data_iterator=validation, model=[model], num_microbatches=2,
-                    forward_only=True, **shape,
+                    forward_step_func=forward_step,
+                    data_iterator=validation,
+                    model=[model],
+                    num_microbatches=2,
+                    forward_only=True,
+                    **shape,
                 )
             model.train()
             seen.evaluations.append([entry["lm loss"].item() for entry in reduced])

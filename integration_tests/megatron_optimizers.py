@@ -51,7 +51,8 @@ def wrapped(job: GptJob, config: Any, model: torch.nn.Module) -> torch.nn.Module
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=job.distributed_optimizer, overlap_grad_reduce=job.overlap_grad_reduce,
+        use_distributed_optimizer=job.distributed_optimizer,
+        overlap_grad_reduce=job.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
     )
     layout = {}
@@ -80,9 +81,15 @@ def build_optimizer(job: GptJob, model: torch.nn.Module, dtype: torch.dtype) -> 
     emerging = job.optimizer in (*OF_ALL, *OF_MAIN)
     settings = {"use_layer_wise_distributed_optimizer": True} if emerging and job.layer_wise and is_main() else {}
     config = core.OptimizerConfig(
-        optimizer="adam" if job.optimizer == "matrices" else job.optimizer, lr=job.lr, weight_decay=0.01,
-        clip_grad=job.clip_grad, bf16=job.bf16, params_dtype=dtype, log_num_zeros_in_grad=job.count_zeros,
-        use_distributed_optimizer=job.distributed_optimizer and not job.layer_wise, **settings,
+        optimizer="adam" if job.optimizer == "matrices" else job.optimizer,
+        lr=job.lr,
+        weight_decay=0.01,
+        clip_grad=job.clip_grad,
+        bf16=job.bf16,
+        params_dtype=dtype,
+        log_num_zeros_in_grad=job.count_zeros,
+        use_distributed_optimizer=job.distributed_optimizer and not job.layer_wise,
+        **settings,
     )
     if emerging and not is_main():
         from megatron.core.optimizer.muon import get_megatron_muon_optimizer

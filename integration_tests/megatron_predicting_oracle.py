@@ -89,14 +89,19 @@ class _PredictingStage(Stage):
                 places[parameter.main_param.data_ptr()] = number
         for chained in self.optimizer.chained_optimizers:
             inner = chained.optimizer
-            groups = [{**group, "params": [weight.detach().clone() for weight in group["params"]]}
-                      for group in inner.param_groups]
+            groups = [
+                {**group, "params": [weight.detach().clone() for weight in group["params"]]}
+                for group in inner.param_groups
+            ]
             fresh = type(inner)(groups, lr=self.job.lr)
             fresh.load_state_dict(copy.deepcopy(inner.state_dict()))
             for group in fresh.param_groups:
                 group["lr"] *= self.job.paci.get("prediction_reach", 1.0)
-            pairs = [(weight, value) for group, mine in zip(inner.param_groups, fresh.param_groups, strict=True)
-                     for weight, value in zip(group["params"], mine["params"], strict=True)]
+            pairs = [
+                (weight, value)
+                for group, mine in zip(inner.param_groups, fresh.param_groups, strict=True)
+                for weight, value in zip(group["params"], mine["params"], strict=True)
+            ]
             for _ in range(ahead):
                 for weight, value in pairs:
                     value.grad = self._gradient(inner, weight, places[weight.data_ptr()], replica)

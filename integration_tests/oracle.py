@@ -316,7 +316,7 @@ class _MasterUpdater(_Updater):
 
     def _pieces(self, parameters: list[nn.Parameter], flat: torch.Tensor) -> list[torch.Tensor]:
         sizes = [parameter.numel() for parameter in parameters]
-        return list(flat[:sum(sizes)].split(sizes))
+        return list(flat[: sum(sizes)].split(sizes))
 
     def accumulate(self) -> None:
         for parameters, _, total in self._flat:

@@ -66,12 +66,17 @@ class _PredictingStage(late_oracle._LateStage):
         """Every replica's shard as that replica predicts it."""
         replicas = own._meeting.replicas
         shard = -(-predicted.numel() // (2 * replicas)) * 2
-        places = list(torch.arange(predicted.numel()).split([
-            *(parameter.numel() for parameter in parameters),
-            predicted.numel() - sum(parameter.numel() for parameter in parameters)]))
+        places = list(
+            torch.arange(predicted.numel()).split(
+                [
+                    *(parameter.numel() for parameter in parameters),
+                    predicted.numel() - sum(parameter.numel() for parameter in parameters),
+                ]
+            )
+        )
         if self._job.config.get("zero_optimization", {}).get("round_robin_gradients"):
             places = [place for first in range(replicas) for place in places[:-1][first::replicas]] + places[-1:]
-        mine = torch.cat(places)[own._replica * shard:][:shard]
+        mine = torch.cat(places)[own._replica * shard :][:shard]
         with torch.no_grad():
             kept = predicted[mine]
             predicted.zero_()[mine] = kept
@@ -105,9 +110,12 @@ class _PredictingStage(late_oracle._LateStage):
         self._restore()
         self._real = [weight.detach().clone() for weight in self.module.parameters()]
         updater, done = self._updater, len(self.window)
-        optimizer = jobs.optimizer(self._job)([
-            {**group, "params": [weight.detach().clone() for weight in group["params"]]}
-            for group in updater.optimizer.param_groups])
+        optimizer = jobs.optimizer(self._job)(
+            [
+                {**group, "params": [weight.detach().clone() for weight in group["params"]]}
+                for group in updater.optimizer.param_groups
+            ]
+        )
         optimizer.load_state_dict(copy.deepcopy(updater.optimizer.state_dict()))  # else it shares the tensors
         for group in optimizer.param_groups:
             group["lr"] *= self._job.config["paci"].get("prediction_reach", 1.0)

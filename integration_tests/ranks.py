@@ -91,8 +91,12 @@ def _shared_gpu(rank: int) -> dict[str, str]:
     """What lets NCCL take a rank on a GPU that has another rank."""
     return {
         "LOCAL_RANK": str(rank % torch.cuda.device_count()),
-        "NCCL_HOSTID": f"rank{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1",
-        "NCCL_MNNVL_ENABLE": "0", "NCCL_MAX_P2P_NCHANNELS": "1",
+        "NCCL_HOSTID": f"rank{rank}",
+        "NCCL_NET": "Socket",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_MNNVL_ENABLE": "0",
+        "NCCL_MAX_P2P_NCHANNELS": "1",
     }
 
 
@@ -122,10 +126,17 @@ def run_ranks(
     if failed:
         first = min(failed, key=lambda outcome: (["died", "raised", "killed"].index(outcome.ended), outcome.seconds))
         others = [f"rank {other.rank}: {other.error.splitlines()[-1]}" for other in failed if other is not first]
-        raise RankError("\n".join([
-            f"rank {first.rank} of {world_size} failed after {first.seconds:.1f} s:", first.error,
-            "--- its output ---", first.output[-4000:], *others,
-        ]))
+        raise RankError(
+            "\n".join(
+                [
+                    f"rank {first.rank} of {world_size} failed after {first.seconds:.1f} s:",
+                    first.error,
+                    "--- its output ---",
+                    first.output[-4000:],
+                    *others,
+                ]
+            )
+        )
     return [outcome.value for outcome in outcomes]
 
 
@@ -158,8 +169,11 @@ def _fork_context() -> multiprocessing.context.BaseContext:
 
 
 _BASE_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "DS_BUILD_OPS": "0",
+    "DS_ACCELERATOR": "cpu",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
 }
 
@@ -178,8 +192,12 @@ def _run(target, world_size, args, timeout, env, grace) -> list[Outcome]:
             settings = {
                 **_BASE_ENVIRONMENT,
                 "DS_ACCELERATOR": "cuda" if gpus else "cpu",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
                 **(_shared_gpu(rank) if gpus and torch.cuda.device_count() < world_size else {}),
                 **(env or {}),
             }
@@ -257,9 +275,7 @@ def _rank(target, args, settings, backend, timeout, writer, folder) -> None:
             nccl_like.install(rank)
         patience = datetime.timedelta(seconds=timeout + 60)  # the parent ends this rank before
         store = TCPStore("127.0.0.1", int(settings["MASTER_PORT"]), world_size, is_master=False, timeout=patience)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=patience
-        )
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
         _meet(store, "connected", rank, world_size)
         message = pickle.dumps(("returned", target(*args), "", ()))
         returned = True

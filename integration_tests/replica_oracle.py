@@ -122,8 +122,16 @@ class ZeroUpdater:
     """
 
     def __init__(
-        self, job: Job, module: nn.Module, meeting: _Meeting, replica: int, *, norm_dtype: torch.dtype = torch.float64,
-        scale_dtype: torch.dtype = torch.float32, reciprocal: bool = True, loss_scale: float = 1.0,
+        self,
+        job: Job,
+        module: nn.Module,
+        meeting: _Meeting,
+        replica: int,
+        *,
+        norm_dtype: torch.dtype = torch.float64,
+        scale_dtype: torch.dtype = torch.float32,
+        reciprocal: bool = True,
+        loss_scale: float = 1.0,
     ) -> None:
         self._meeting, self._replica, self._clip = meeting, replica, job.clip
         self._norm_dtype, self._scale_dtype, self._reciprocal = norm_dtype, scale_dtype, reciprocal

@@ -36,8 +36,14 @@ def test_the_programme_compares_schedules_at_their_own_rates(capsys):
     def batches(seed):
         return [list(zip(*pair, strict=True)) for pair in data.swapaxes(0, 1)]
 
-    names = {"torch": torch, "ACCUMULATION": 3, "loss_fn": torch.nn.functional.mse_loss, "build_stages": build_stages,
-             "evaluate": evaluate, "batches": batches}
+    names = {
+        "torch": torch,
+        "ACCUMULATION": 3,
+        "loss_fn": torch.nn.functional.mse_loss,
+        "build_stages": build_stages,
+        "evaluate": evaluate,
+        "batches": batches,
+    }
     exec(block("python"), names)
     found = names["found"]
     assert len(found) == 4 * 3 * 2
@@ -61,6 +67,9 @@ def test_the_flags_of_megatron_are_ours(flag):
     (line,) = re.findall(r"pretrain_gpt\.py \\\n(.*?)\n\n", DOCUMENT, re.DOTALL)
     ours, _ = launch._our_flags().parse_known_args(shlex.split(line.replace("\\\n", " ").replace("...", "")))
     wanted = json.loads(block("json"))
-    expected = {"pipeline_schedule": wanted["pipeline_schedule"], "paci_prediction": wanted["paci"]["prediction"],
-                "paci_prediction_reach": wanted["paci"]["prediction_reach"]}
+    expected = {
+        "pipeline_schedule": wanted["pipeline_schedule"],
+        "paci_prediction": wanted["paci"]["prediction"],
+        "paci_prediction_reach": wanted["paci"]["prediction_reach"],
+    }
     assert getattr(ours, flag) == expected[flag]

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from integration_tests.ranks import on_gpus, run_ranks
-from paci_schedule.ops import Op, OpKind
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime import communicators
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.waiting import WATCHDOG_MARGIN
-from paci_schedule.spec import PipelineSpec
 
 TIMEOUT = timedelta(seconds=30)
 CPU = torch.device("cpu")
@@ -49,9 +49,7 @@ def calls_of(rank, world, jobs, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
-@pytest.mark.parametrize(
-    ("stages", "replicas", "steps"), [(1, 3, 0), (2, 1, 3), (3, 1, 5), (5, 2, 5), (16, 16, 5)]
-)
+@pytest.mark.parametrize(("stages", "replicas", "steps"), [(1, 3, 0), (2, 1, 3), (3, 1, 5), (5, 2, 5), (16, 16, 5)])
 def test_the_number_of_steps_does_not_grow_with_the_job(stages, replicas, steps, backend, monkeypatch):
     world, jobs = stages * replicas, pipelines(stages, replicas)
     made, seen = [], Counter()

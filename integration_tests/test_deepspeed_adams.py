@@ -16,8 +16,8 @@ import torch
 from integration_tests import deepspeed_job, jobs, late_job, ranks
 from integration_tests.predicting_oracle import PredictingReference
 from integration_tests.test_deepspeed_prediction import MIXED, OFFLOAD, predicting
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import advance, check, expected_gradient, piece_of
-from paci_schedule.spec import PipelineSpec
 from tests.test_predict import assert_same, copies, gradients, step
 
 pytestmark = pytest.mark.slow
@@ -56,8 +56,13 @@ def test_the_prediction_from_the_whole_gradient_is_the_step_and_disturbs_no_late
     for updates in range(12):
         for _ in range(2):
             predicted, kept = copies(parameters), optimizer.state_dict()
-            kept = {"state": {key: {name: torch.as_tensor(value).clone() for name, value in values.items()}
-                              for key, values in kept["state"].items()}, "param_groups": kept["param_groups"]}
+            kept = {
+                "state": {
+                    key: {name: torch.as_tensor(value).clone() for name, value in values.items()}
+                    for key, values in kept["state"].items()
+                },
+                "param_groups": kept["param_groups"],
+            }
             advance(stepped, predicted, gradients(parameters, updates))
             assert_same(optimizer.state_dict(), kept)
         step(optimizer, gradients(parameters, updates))
@@ -126,8 +131,9 @@ def test_two_steps_ahead_the_kernel_does_lose_count():
 JOBS = {
     "ZeRO-Offload, bf16, every": predicting("every", 2, 3, MIXED, config=OFFLOAD, precision="bf16-bf16"),
     "ZeRO-Offload, fp32, window": predicting("window", 2, 2, MIXED, config=OFFLOAD),
-    "ZeRO-Offload, bf16, tied, window": predicting("window", 2, 2, MIXED, config=OFFLOAD, precision="bf16-bf16",
-                                                   model="tied"),
+    "ZeRO-Offload, bf16, tied, window": predicting(
+        "window", 2, 2, MIXED, config=OFFLOAD, precision="bf16-bf16", model="tied"
+    ),
 }
 
 

@@ -42,10 +42,12 @@ def assert_same_moments(results, others):
 def test_a_resumed_run_goes_on_bit_for_bit(name, tmp_path):
     """Weights, losses, learning rates and counters of the batches after the save, with the run that wrote it."""
     after = ("train x2", "eval", "train x2", "drain")
-    whole = deepspeed_job.run(with_script(MODELS[name], "train x3", "save", *after), folder=str(tmp_path),
-                              inspect=counters)
-    resumed = deepspeed_job.run(with_script(MODELS[name], *after, done=3), folder=str(tmp_path), load=True,
-                                inspect=counters)
+    whole = deepspeed_job.run(
+        with_script(MODELS[name], "train x3", "save", *after), folder=str(tmp_path), inspect=counters
+    )
+    resumed = deepspeed_job.run(
+        with_script(MODELS[name], *after, done=3), folder=str(tmp_path), load=True, inspect=counters
+    )
     assert_same_moments(resumed, whole)
     samples = 3 * MODELS[name].accumulation  # a micro-batch has three
     for before, now in zip(whole, resumed, strict=True):
@@ -163,8 +165,10 @@ def test_what_needs_an_empty_pipe_drains_first(call, tmp_path):
         assert paci[stage]["before"] == (min(2 - stage, 3), [2, 2, 3][stage])
         assert paci[stage]["after"] == (0, 3)
         assert paci[stage]["error"] == (stock[stage]["error"] if call != "drain" else None)
-    files = [sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-             for root in (tmp_path / "paci", tmp_path / "stock")]
+    files = [
+        sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        for root in (tmp_path / "paci", tmp_path / "stock")
+    ]
     assert files[0] == files[1]
 
 

@@ -12,8 +12,10 @@ from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_collectives import spanning, steady_calls
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
-ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-          "zero_allow_untested_optimizer": True}
+ZERO_1 = {
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+    "zero_allow_untested_optimizer": True,
+}
 SWITCHES = ("train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
 STAGE = {"paci": {"clip": "stage"}}
 
@@ -27,28 +29,56 @@ JOBS = {
     "P=4 a=2": Job(stages=4, accumulation=2, script=MIXED, clip=0.7, warmup=True),
     "P=4 a=3": Job(stages=4, accumulation=3, script=("train x4", "drain", "train x3"), clip=0.6),
     "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4),
-    "a stage without parameters, bf16": Job(stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4,
-                                            precision="bf16"),
+    "a stage without parameters, bf16": Job(
+        stages=3, accumulation=2, script=MIXED, model="hollow", clip=0.4, precision="bf16"
+    ),
     "a frozen stage": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6),
-    "a frozen stage, bf16 sums, ZeRO-1": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6,
-                                             precision="bf16-bf16", config=ZERO_1),
+    "a frozen stage, bf16 sums, ZeRO-1": Job(
+        stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6, precision="bf16-bf16", config=ZERO_1
+    ),
     "a frozen stage, bf16": Job(stages=3, accumulation=2, script=SWITCHES, model="frozen", clip=0.6, precision="bf16"),
-    "accumulation changes": Job(stages=3, accumulation=2, clip=0.6, script=(
-        "train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")),
+    "accumulation changes": Job(
+        stages=3,
+        accumulation=2,
+        clip=0.6,
+        script=("train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain"),
+    ),
     "bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.7, precision="bf16", warmup=True),
-    "bf16, two optimizer groups": Job(stages=4, accumulation=3, script=("train x4", "eval", "train x2"), clip=0.6,
-                                      precision="bf16", optimizer="groups"),
+    "bf16, two optimizer groups": Job(
+        stages=4,
+        accumulation=3,
+        script=("train x4", "eval", "train x2"),
+        clip=0.6,
+        precision="bf16",
+        optimizer="groups",
+    ),
     "bf16 sums": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16"),
     "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config=ZERO_1),
-    "offload": Job(stages=2, accumulation=3, script=MIXED, clip=0.6, precision="bf16-bf16", config={
-        "zero_optimization": {**ZERO_1["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}),
+    "offload": Job(
+        stages=2,
+        accumulation=3,
+        script=MIXED,
+        clip=0.6,
+        precision="bf16-bf16",
+        config={
+            "zero_optimization": {**ZERO_1["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    ),
     "tuples": Job(stages=2, accumulation=2, script=MIXED, clip=1.4, model="pairs"),
     "by stage": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, config=STAGE),
     "by stage, bf16": Job(stages=3, accumulation=2, script=MIXED, clip=0.4, precision="bf16", config=STAGE),
     "slack": Job(stages=3, accumulation=2, script=MIXED, clip=0.6, config={"paci": {"extra_in_flight": [2, 1]}}),
-    "overflow of one stage": Job(stages=3, accumulation=2, script=("train x5", "drain", "train"), clip=0.7, warmup=True,
-                                 precision="bf16", config={"poison": (1, 2, 0)}),
+    "overflow of one stage": Job(
+        stages=3,
+        accumulation=2,
+        script=("train x5", "drain", "train"),
+        clip=0.7,
+        warmup=True,
+        precision="bf16",
+        config={"poison": (1, 2, 0)},
+    ),
 }
 
 
@@ -70,9 +100,19 @@ def test_the_engine_clips_as_the_reference(name, runs):
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_the_engine_clips_as_the_reference_everywhere(stages, model, precision, tmp_path):
     precision, _, zero = precision.partition(", ")
-    everywhere = [Job(stages=stages, accumulation=accumulation, script=MIXED, model=model, precision=precision,
-                      clip=0.7 if model == "words" else 2.5, warmup=True, config=ZERO_1 if zero else {})
-                  for accumulation in range(1, 9)]
+    everywhere = [
+        Job(
+            stages=stages,
+            accumulation=accumulation,
+            script=MIXED,
+            model=model,
+            precision=precision,
+            clip=0.7 if model == "words" else 2.5,
+            warmup=True,
+            config=ZERO_1 if zero else {},
+        )
+        for accumulation in range(1, 9)
+    ]
     calls = [(job, "paci", str(tmp_path / str(job.accumulation))) for job in everywhere]
     for job, results in zip(everywhere, late_job.run(*calls), strict=True):
         late_oracle.assert_equal(job, results)
@@ -87,8 +127,15 @@ def test_the_reference_uses_the_norms_of_the_closed_form(stages, accumulation, e
     In a drain, what the last activation told of earlier ones.
     """
     before, after = 2, 8
-    reference = LateReference(Job(stages=stages, accumulation=accumulation, clip=0.5, extra_in_flight=extra,
-                                  script=(f"train x{before}", "drain", f"train x{after}")))
+    reference = LateReference(
+        Job(
+            stages=stages,
+            accumulation=accumulation,
+            clip=0.5,
+            extra_in_flight=extra,
+            script=(f"train x{before}", "drain", f"train x{after}"),
+        )
+    )
     reference.run()
     seen = set()
     for (stage, update, other), used in reference.used.items():
@@ -113,8 +160,9 @@ def test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_sta
     assert rates[0] == rates[2] != rates[1]  # the learning rate of the stage that skipped is one update behind
     for stage, result in enumerate(results):
         assert all(value.isfinite().all() for value in result["moments"][-1]["weights"].values())
-        differs = any((value != clean[-1].weights[stage][name]).any()
-                      for name, value in result["moments"][-1]["weights"].items())
+        differs = any(
+            (value != clean[-1].weights[stage][name]).any() for name, value in result["moments"][-1]["weights"].items()
+        )
         assert differs
 
 
@@ -122,13 +170,21 @@ def test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_sta
 
 FLUSHED = {
     # Of the stages but the first, stock counts in fp32 only what is marked as a slice, slice or not.
-    "fp32, marked": Job(stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7,
-                        config={"sliced": True}),
-    "bf16": Job(stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7, precision="bf16",
-                optimizer="groups"),
+    "fp32, marked": Job(
+        stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7, config={"sliced": True}
+    ),
+    "bf16": Job(
+        stages=3,
+        accumulation=2,
+        script=("train x4", "eval", "train x2"),
+        clip=0.7,
+        precision="bf16",
+        optimizer="groups",
+    ),
     "bf16 sums": Job(stages=3, accumulation=3, script=("train x3",), clip=0.6, precision="bf16-bf16"),
-    "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=("train x4",), clip=0.6, precision="bf16-bf16",
-                             config=ZERO_1),
+    "bf16 sums, ZeRO-1": Job(
+        stages=2, accumulation=3, script=("train x4",), clip=0.6, precision="bf16-bf16", config=ZERO_1
+    ),
     "fp32, no clipping": Job(stages=2, accumulation=3, script=("train x4",)),
 }
 UNCLIPPED = {
@@ -151,8 +207,9 @@ def pairs(tmp_path_factory):
     for name, job in FLUSHED.items():
         calls[f"{name}: 1f1b"], calls[f"{name}: stock"] = (in_1f1b(job),), (job, "stock")
     marked = FLUSHED["fp32, marked"]
-    calls["flush_warmup_steps"] = (dataclasses.replace(marked, config={"sliced": True, "paci": {
-        "flush_warmup_steps": 100}}),)
+    calls["flush_warmup_steps"] = (
+        dataclasses.replace(marked, config={"sliced": True, "paci": {"flush_warmup_steps": 100}}),
+    )
     calls["fp32, not marked: stock"] = dataclasses.replace(marked, config={}), "stock"
     for name, job in UNCLIPPED.items():
         calls[f"{name}: none"] = (job,)
@@ -204,7 +261,7 @@ def assert_same_norms(norms, others):
     updated = [not math.isnan(norm) for norm in norms]
     assert updated == sorted(updated)
     assert sum(updated) >= len(norms) - 2
-    assert [norm for norm, ever in zip(norms, updated, strict=True) if ever] == others[-sum(updated):]
+    assert [norm for norm, ever in zip(norms, updated, strict=True) if ever] == others[-sum(updated) :]
 
 
 # ---- checkpoints and collectives -------------------------------------------------------------------------------------
@@ -228,8 +285,10 @@ def test_carried_norms_travel_with_a_checkpoint(name, tmp_path):
 
 @pytest.mark.parametrize(
     "job",
-    [Job(stages=3, accumulation=2, script=(), clip=0.3), Job(stages=3, accumulation=2, script=(), clip=0.3,
-                                                             precision="bf16", optimizer="groups")],
+    [
+        Job(stages=3, accumulation=2, script=(), clip=0.3),
+        Job(stages=3, accumulation=2, script=(), clip=0.3, precision="bf16", optimizer="groups"),
+    ],
     ids=["fp32", "bf16"],
 )
 def test_no_collective_spans_stages(job):

@@ -42,13 +42,25 @@ JOBS = {
     "bf16": Job(stages=3, accumulation=2, script=(), precision="bf16"),
     "bf16, clipping": Job(stages=3, accumulation=2, script=(), precision="bf16", clip=0.1, optimizer="groups"),
     "bf16 sums, clipping": Job(stages=2, accumulation=3, script=(), precision="bf16-bf16", clip=0.1),
-    "ZeRO-1, clipping": Job(stages=3, accumulation=2, script=(), precision="bf16-bf16", clip=0.1, config={
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-        "zero_allow_untested_optimizer": True, "paci": {"clip": "global"}}),
+    "ZeRO-1, clipping": Job(
+        stages=3,
+        accumulation=2,
+        script=(),
+        precision="bf16-bf16",
+        clip=0.1,
+        config={
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+            "zero_allow_untested_optimizer": True,
+            "paci": {"clip": "global"},
+        },
+    ),
     "tuples": Job(stages=3, accumulation=1, script=(), model="pairs"),
 }
 JOBS["with a monitor and a report of every step"] = Job(
-    stages=3, accumulation=2, script=(), clip=0.1,
+    stages=3,
+    accumulation=2,
+    script=(),
+    clip=0.1,
     config={"steps_per_print": 1, "csv_monitor": {"enabled": True, "output_path": "", "job_name": "collectives"}},
 )
 

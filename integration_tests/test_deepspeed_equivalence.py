@@ -9,8 +9,12 @@ from integration_tests.jobs import Job
 
 STEADY = ("train x6",)
 MIXED = ("train x3", "drain", "train x2", "eval", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
-ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 0.02, "betas": [0.8, 0.95], "weight_decay": 0.03,
-                                                   "torch_adam": True}}}
+ADAMW = {
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 0.02, "betas": [0.8, 0.95], "weight_decay": 0.03, "torch_adam": True},
+    }
+}
 
 JOBS = {
     "one stage": Job(stages=1, accumulation=3, script=MIXED, clip=0.6, warmup=True),
@@ -25,22 +29,27 @@ JOBS = {
     "clipping is by stage": Job(stages=3, accumulation=2, script=STEADY, clip=0.4),
     "optimizer of the config": Job(stages=2, accumulation=2, script=STEADY, config=ADAMW),
     "bf16": Job(stages=2, accumulation=3, script=MIXED, precision="bf16", warmup=True),
-    "bf16, clipping, two optimizer groups": Job(stages=4, accumulation=2, script=STEADY, precision="bf16", clip=0.4,
-                                                optimizer="groups"),
-    "bf16 on an fp32 wire": Job(stages=3, accumulation=3, script=STEADY, precision="bf16",
-                                config={"communication_data_type": "fp32"}),
+    "bf16, clipping, two optimizer groups": Job(
+        stages=4, accumulation=2, script=STEADY, precision="bf16", clip=0.4, optimizer="groups"
+    ),
+    "bf16 on an fp32 wire": Job(
+        stages=3, accumulation=3, script=STEADY, precision="bf16", config={"communication_data_type": "fp32"}
+    ),
     "bf16 sums, clipping": Job(stages=3, accumulation=4, script=STEADY, precision="bf16-bf16", clip=0.4),
     "tuples": Job(stages=3, accumulation=2, script=MIXED, model="pairs"),
     "tuples, bf16": Job(stages=2, accumulation=3, script=STEADY, model="pairs", precision="bf16", clip=0.9),
     "tuples, one stage": Job(stages=1, accumulation=3, script=STEADY, model="pairs"),
     "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW),
-    "a stage without parameters, bf16": Job(stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW,
-                                            precision="bf16", clip=0.1),
+    "a stage without parameters, bf16": Job(
+        stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW, precision="bf16", clip=0.1
+    ),
     "a frozen stage": Job(stages=3, accumulation=2, script=MIXED, model="frozen", warmup=True),
-    "a frozen stage, bf16, clipping": Job(stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16",
-                                          clip=0.4),
-    "accumulation changes on the way": Job(stages=3, accumulation=2, script=("train x3", "accumulate=5", "train x2",
-                                                                             "accumulate=1", "train x4", "drain")),
+    "a frozen stage, bf16, clipping": Job(
+        stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16", clip=0.4
+    ),
+    "accumulation changes on the way": Job(
+        stages=3, accumulation=2, script=("train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")
+    ),
 }
 
 
@@ -73,8 +82,19 @@ def test_the_engine_is_the_reference(name, tmp_path):
 @pytest.mark.parametrize("accumulation", range(1, 9))
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_the_engine_is_the_reference_everywhere(stages, accumulation, model, precision, tmp_path):
-    assert_as_reference(Job(stages=stages, accumulation=accumulation, script=MIXED, model=model, precision=precision,
-                            clip=0.3 if accumulation % 2 else 0.0, warmup=True, optimizer="groups"), tmp_path)
+    assert_as_reference(
+        Job(
+            stages=stages,
+            accumulation=accumulation,
+            script=MIXED,
+            model=model,
+            precision=precision,
+            clip=0.3 if accumulation % 2 else 0.0,
+            warmup=True,
+            optimizer="groups",
+        ),
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("name", ["P=3 a=2", "bf16"])
@@ -121,5 +141,8 @@ def test_otherwise_the_engine_is_the_stock_one(schedule):
     """The class itself, not one that behaves like it."""
     results = deepspeed_job.run(Job(stages=2, accumulation=2, script=("train x2",)), schedule, inspect=names)
     for result in results:
-        assert result["inspected"] == {"class": "deepspeed.runtime.pipe.engine.PipelineEngine", "isinstance": True,
-                                       "bound": None}
+        assert result["inspected"] == {
+            "class": "deepspeed.runtime.pipe.engine.PipelineEngine",
+            "isinstance": True,
+            "bound": None,
+        }

@@ -73,11 +73,32 @@ def test_options_without_a_schedule_are_refused():
         ({"fp16": {"enabled": True}}, ["fp16", "loss", "bf16"]),
         ({"zero_optimization": {"stage": 2}}, ["zero", '"stage": 2']),
         ({"zero_optimization": {"stage": 3}}, ["zero", '"stage": 3']),
-        ({"data_efficiency": {"enabled": True, "data_routing": {"enabled": True, "random_ltd": {
-            "enabled": True, "total_layer_num": 2, "random_ltd_layer_num": 1, "random_ltd_layer_id": [0],
-            "model_mask_name": None, "model_type": "decoder", "hidden_state_order": "batch_seq_dim",
-            "random_ltd_schedule": {"min_value": 2, "max_value": 5, "schedule_type": "fixed_linear",
-                                    "schedule_config": {"require_steps": 5, "seq_per_step": 1}}}}}}, ["random_ltd"]),
+        (
+            {
+                "data_efficiency": {
+                    "enabled": True,
+                    "data_routing": {
+                        "enabled": True,
+                        "random_ltd": {
+                            "enabled": True,
+                            "total_layer_num": 2,
+                            "random_ltd_layer_num": 1,
+                            "random_ltd_layer_id": [0],
+                            "model_mask_name": None,
+                            "model_type": "decoder",
+                            "hidden_state_order": "batch_seq_dim",
+                            "random_ltd_schedule": {
+                                "min_value": 2,
+                                "max_value": 5,
+                                "schedule_type": "fixed_linear",
+                                "schedule_config": {"require_steps": 5, "seq_per_step": 1},
+                            },
+                        },
+                    },
+                }
+            },
+            ["random_ltd"],
+        ),
     ],
     ids=["fp16 with dynamic loss scale", "ZeRO 2", "ZeRO 3", "random_ltd"],
 )
@@ -95,8 +116,10 @@ BOUNDARY = {"activation_checkpointing": {"synchronize_checkpoint_boundary": True
 
 @pytest.mark.parametrize(
     ("target", "config", "says"),
-    [(build_blocking, {}, ["CUDA_LAUNCH_BLOCKING=1", "unset"]),
-     (deepspeed_job.build, BOUNDARY, ["synchronize_checkpoint_boundary", "switch one of the two off"])],
+    [
+        (build_blocking, {}, ["CUDA_LAUNCH_BLOCKING=1", "unset"]),
+        (deepspeed_job.build, BOUNDARY, ["synchronize_checkpoint_boundary", "switch one of the two off"]),
+    ],
     ids=["launch blocking", "checkpoint boundary"],
 )
 def test_early_receives_are_refused_where_the_device_is_synchronised(target, config, says):
@@ -121,9 +144,12 @@ def build_without_stages(job):
     paci_schedule.register("deepspeed")
     for schedule in (None, "1f1b", "paci"):
         model = nn.Linear(8, 8)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=jobs.optimizer(job),
-                                          model_parameters=model.parameters(),
-                                          config=deepspeed_job.config(job, schedule))
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=jobs.optimizer(job),
+            model_parameters=model.parameters(),
+            config=deepspeed_job.config(job, schedule),
+        )
         assert type(engine).__module__ == "deepspeed.runtime.engine"
         assert isinstance(engine, deepspeed.DeepSpeedEngine)
         assert not isinstance(engine, deepspeed.PipelineEngine)
@@ -139,8 +165,12 @@ def build_dual(job):
     paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     module = DualPipeVModule([nn.Linear(8, 8) for _ in range(4)], num_stages=2, loss_fn=jobs.loss)
-    deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=list(module.parameters()),
-                         config=deepspeed_job.config(job, "paci"))
+    deepspeed.initialize(
+        model=module,
+        optimizer=jobs.optimizer(job),
+        model_parameters=list(module.parameters()),
+        config=deepspeed_job.config(job, "paci"),
+    )
 
 
 def build_experts(job):
@@ -153,17 +183,28 @@ def build_experts(job):
     paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     experts = MoE(hidden_size=8, expert=nn.Linear(8, 8), num_experts=2)
-    module = PipelineModule([nn.Linear(8, 8), experts, nn.Linear(8, 8), nn.Linear(8, 8)], num_stages=2,
-                            loss_fn=jobs.loss, partition_method="uniform")
-    deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), model_parameters=list(module.parameters()),
-                         config=deepspeed_job.config(job, "paci"))
+    module = PipelineModule(
+        [nn.Linear(8, 8), experts, nn.Linear(8, 8), nn.Linear(8, 8)],
+        num_stages=2,
+        loss_fn=jobs.loss,
+        partition_method="uniform",
+    )
+    deepspeed.initialize(
+        model=module,
+        optimizer=jobs.optimizer(job),
+        model_parameters=list(module.parameters()),
+        config=deepspeed_job.config(job, "paci"),
+    )
 
 
 @pytest.mark.parametrize(
     ("target", "says"),
-    [(build_dynamic, ["dynamic_shape"]), (build_experts, ["MoE"]),
-     (build_without_stages, ["class Linear", "a DeepSpeedEngine", "PipelineModule"]),
-     (build_dual, ["class DualPipeVModule", "a DualPipeVEngine", "PipelineModule"])],
+    [
+        (build_dynamic, ["dynamic_shape"]),
+        (build_experts, ["MoE"]),
+        (build_without_stages, ["class Linear", "a DeepSpeedEngine", "PipelineModule"]),
+        (build_dual, ["class DualPipeVModule", "a DualPipeVEngine", "PipelineModule"]),
+    ],
     ids=["dynamic shapes", "mixture of experts", "no pipeline", "DualPipeV"],
 )
 def test_models_that_cannot_run_are_refused(target, says):
@@ -256,8 +297,9 @@ def test_data_that_ends_drains_and_says_so_on_every_rank(stages, accumulation, l
         assert result["stats"]["version"] == 2
         assert all((result["weights"][name] == value).all() for name, value in truth.weights[stage].items())
         assert result["on"] == 3
-    resumed = deepspeed_job.run(Job(stages=stages, accumulation=accumulation, script=("drain",)), folder=str(tmp_path),
-                                load=True)
+    resumed = deepspeed_job.run(
+        Job(stages=stages, accumulation=accumulation, script=("drain",)), folder=str(tmp_path), load=True
+    )
     for stage, result in enumerate(resumed):
         weights = result["moments"][0]["weights"]
         assert all((weights[name] == value).all() for name, value in truth.weights[stage].items())
@@ -293,8 +335,9 @@ def hand_over_garbage(job):
 
 
 def test_an_iterator_that_raises_something_else_is_not_swallowed():
-    outcomes = ranks.gather_outcomes(hand_over_garbage, 2, (Job(stages=2, accumulation=2, script=(), config={
-        "paci": {"timeout": 5}}),), timeout=60)
+    outcomes = ranks.gather_outcomes(
+        hand_over_garbage, 2, (Job(stages=2, accumulation=2, script=(), config={"paci": {"timeout": 5}}),), timeout=60
+    )
     assert all(outcome.ended == "raised" for outcome in outcomes)
 
 
@@ -396,8 +439,13 @@ def test_a_lost_replica_ends_the_others_within_the_timeout(how, lost):
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-bf16"])
 def test_a_lost_replica_ends_the_others_whatever_the_optimizer(precision):
-    beside = outcomes_of_the_others(4, "hangs", 0, precision=precision, config={
-        "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True})[0]
+    beside = outcomes_of_the_others(
+        4,
+        "hangs",
+        0,
+        precision=precision,
+        config={"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True},
+    )[0]
     assert re.search(r"\(STEP2\) together with the replicas of this stage \(rank 0\)", beside.error)
 
 

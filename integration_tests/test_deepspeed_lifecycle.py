@@ -143,8 +143,12 @@ def train_with_two_losses(schedules):
 
     for schedule in schedules:
         module = Two(jobs.layers(job.model), num_stages=2, partition_method="uniform", loss_fn=loss)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=jobs.optimizer(job), config=deepspeed_job.config(
-            job, schedule), model_parameters=list(module.parameters()))
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=jobs.optimizer(job),
+            config=deepspeed_job.config(job, schedule),
+            model_parameters=list(module.parameters()),
+        )
         feed, rows = jobs.data(job.model), []
         for _ in range(3):
             losses = [engine.train_batch(feed)]

@@ -23,7 +23,8 @@ ZERO = {
 }
 OFFLOAD = {
     "zero_optimization": {**ZERO["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
-    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
 }
 JOB = Job(stages=2, accumulation=3, script=SCRIPT)
 HALF = Job(stages=2, accumulation=3, script=SCRIPT, config={"fp16": {"enabled": True, "loss_scale": 128.0}, **ZERO})
@@ -74,29 +75,51 @@ def autocast(reference: oracle.Reference) -> None:
 
 
 def checkpointed(reentrant: bool) -> Job:
-    return Job(stages=2, accumulation=3, script=SCRIPT,
-               config={"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": reentrant}})
+    return Job(
+        stages=2,
+        accumulation=3,
+        script=SCRIPT,
+        config={"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": reentrant}},
+    )
 
 
 MIX = {"checkpointable_layers": ["_Mix"]}
 VARIANTS: dict[str, tuple[Job, dict[str, Any], Callable[[], Any], Callable[[oracle.Reference], None]]] = {
     # name: (job, options of the module, what to swap, what to do to the reference)
     "checkpointing, reentrant": (
-        checkpointed(True), MIX, contextlib.nullcontext, functools.partial(recomputed, kinds=("_Mix",))),
+        checkpointed(True),
+        MIX,
+        contextlib.nullcontext,
+        functools.partial(recomputed, kinds=("_Mix",)),
+    ),
     "checkpointing, not reentrant": (
-        checkpointed(False), {}, contextlib.nullcontext,
-        functools.partial(recomputed, kinds=("_Embed", "_Mix", "Linear"))),
+        checkpointed(False),
+        {},
+        contextlib.nullcontext,
+        functools.partial(recomputed, kinds=("_Embed", "_Mix", "Linear")),
+    ),
     "fused AdamW": (JOB, {}, fused, lambda _: None),
-    "autocast": (Job(stages=2, accumulation=3, script=SCRIPT, config={"torch_autocast": {
-        "enabled": True, "dtype": "bfloat16"}}), {}, contextlib.nullcontext, autocast),
+    "autocast": (
+        Job(stages=2, accumulation=3, script=SCRIPT, config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        {},
+        contextlib.nullcontext,
+        autocast,
+    ),
 }
 OFFLOADED = {
     "fp32": Job(stages=2, accumulation=3, script=SCRIPT, config=OFFLOAD),
     "bf16": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", config=OFFLOAD),
-    "fp32, clipping": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**OFFLOAD, "paci": {
-        "clip": "stage"}}),
-    "bf16, clipping": Job(stages=2, accumulation=3, script=SCRIPT, precision="bf16-bf16", clip=0.4, config={
-        **OFFLOAD, "paci": {"clip": "stage"}}),
+    "fp32, clipping": Job(
+        stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**OFFLOAD, "paci": {"clip": "stage"}}
+    ),
+    "bf16, clipping": Job(
+        stages=2,
+        accumulation=3,
+        script=SCRIPT,
+        precision="bf16-bf16",
+        clip=0.4,
+        config={**OFFLOAD, "paci": {"clip": "stage"}},
+    ),
 }
 
 
@@ -199,11 +222,13 @@ SLICED = {
     "by stage": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={"paci": {"clip": "stage"}}),
     "global": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config=GLOBAL),
     "global, ZeRO-1": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, config={**ZERO, **GLOBAL}),
-    "global, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd",
-                        config=GLOBAL),
+    "global, bf16": Job(
+        stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd", config=GLOBAL
+    ),
     "global, prediction": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, optimizer="sgd", config=PREDICTING),
-    "global, prediction, bf16": Job(stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16",
-                                    optimizer="sgd", config=PREDICTING),
+    "global, prediction, bf16": Job(
+        stages=2, accumulation=3, script=SCRIPT, clip=0.4, precision="bf16", optimizer="sgd", config=PREDICTING
+    ),
 }
 
 
@@ -330,12 +355,31 @@ def build_with(job: Job, schedule: str) -> None:
     deepspeed_job.build(job, schedule)
 
 
-CURRICULUM = {"data_efficiency": {"enabled": True, "seed": 1, "data_sampling": {
-    "enabled": True, "num_epochs": 1, "num_workers": 0, "curriculum_learning": {
-        "enabled": True, "data_cluster_path": "", "curriculum_metrics": {"number": {
-            "difficulty_type": "percentile", "clustering_type": "single_cluster", "min_difficulty": 1,
-            "max_difficulty": 100, "schedule_type": "fixed_linear",
-            "schedule_config": {"total_curriculum_step": 4, "difficulty_step": 1}}}}}}}
+CURRICULUM = {
+    "data_efficiency": {
+        "enabled": True,
+        "seed": 1,
+        "data_sampling": {
+            "enabled": True,
+            "num_epochs": 1,
+            "num_workers": 0,
+            "curriculum_learning": {
+                "enabled": True,
+                "data_cluster_path": "",
+                "curriculum_metrics": {
+                    "number": {
+                        "difficulty_type": "percentile",
+                        "clustering_type": "single_cluster",
+                        "min_difficulty": 1,
+                        "max_difficulty": 100,
+                        "schedule_type": "fixed_linear",
+                        "schedule_config": {"total_curriculum_step": 4, "difficulty_step": 1},
+                    }
+                },
+            },
+        },
+    }
+}
 
 
 def train_with_curriculum(schedule: str, folder: str) -> None:
@@ -352,8 +396,12 @@ def train_with_curriculum(schedule: str, folder: str) -> None:
     config["data_efficiency"]["data_sampling"]["curriculum_learning"]["data_cluster_path"] = folder
     ids = torch.randint(13, (60, 5))
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=jobs.optimizer(JOB), model_parameters=list(module.parameters()), config=config,
-        training_data=torch.utils.data.TensorDataset(ids, ids))
+        model=module,
+        optimizer=jobs.optimizer(JOB),
+        model_parameters=list(module.parameters()),
+        config=config,
+        training_data=torch.utils.data.TensorDataset(ids, ids),
+    )
     engine.train_batch()
 
 

@@ -70,7 +70,7 @@ def model(costs):
     inner[1] = inner[1].build()
     tied = TiedLayerSpec("words", nn.Embedding, 9, 4), TiedLayerSpec("words", nn.Embedding, 9, 4, forward_fn=logits)
     return [tied[0], *inner, scaled, tied[1]], mock.patch(
-        "paci_schedule.runtime.profile.time", SimpleNamespace(perf_counter=lambda: clock.seconds)
+        "paci_schedule.measure.profile.time", SimpleNamespace(perf_counter=lambda: clock.seconds)
     )
 
 
@@ -84,10 +84,15 @@ def trained(layers, partition):
     paci_schedule.register("deepspeed")
     module = CutPipelineModule(layers, num_stages=2, loss_fn=loss, partition_method=partition)
     first = weights(module)
-    engine, *_ = deepspeed.initialize(model=module, config={
-        "train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 3, "pipeline_schedule": "paci",
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-    })
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        config={
+            "train_micro_batch_size_per_gpu": 6,
+            "gradient_accumulation_steps": 3,
+            "pipeline_schedule": "paci",
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        },
+    )
     feed = data()
     losses = [float(engine.train_batch(feed)) for _ in range(4)] + [float(engine.drain())]
     return module.parts, first, weights(module), losses
@@ -115,8 +120,12 @@ def measure_and_train(file):
     known = balanced_cut([None] * 8, None, **options)  # read, not measured
     measured, by_hand = trained(layers, cut), trained(model([2, 3, 5, 7, 11])[0], [0, 5, 8])
     return {
-        "cut": cut, "known": known, "parts": (measured[0], by_hand[0]), "losses": (measured[3], by_hand[3]),
-        "first weights": same(measured[1], by_hand[1]), "last weights": same(measured[2], by_hand[2]),
+        "cut": cut,
+        "known": known,
+        "parts": (measured[0], by_hand[0]),
+        "losses": (measured[3], by_hand[3]),
+        "first weights": same(measured[1], by_hand[1]),
+        "last weights": same(measured[2], by_hand[2]),
         "moved": not same(measured[1], measured[2]),
     }
 
@@ -223,8 +232,8 @@ def predict_and_count(bounds, every):
 
     import paci_schedule
     from paci_schedule.adapters.deepspeed import CutPipelineModule, layer_costs
-    from paci_schedule.balance import evaluate
-    from paci_schedule.runtime.live_bytes import LiveBytes
+    from paci_schedule.measure.live_bytes import LiveBytes
+    from paci_schedule.plan.partition import evaluate
 
     deepspeed.init_distributed(verbose=False)
     paci_schedule.register("deepspeed")
@@ -236,12 +245,18 @@ def predict_and_count(bounds, every):
     stages = paci_schedule.PipelineSpec(stages=3, accumulation=1)
     expected = evaluate(costs, stages, bounds, recompute_every=every).peak_bytes[dist.get_rank()]
     module = CutPipelineModule(layers, num_stages=3, loss_fn=loss, partition_method=bounds)
-    engine, *_ = deepspeed.initialize(model=module, config={
-        "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4, "pipeline_schedule": "paci",
-        "optimizer": {"type": "SGD", "params": {"lr": 1e-2}}, "gradient_clipping": 0.0,
-        # Reentrant, the default, takes what comes from integers, the embedding and all after it, out of the backward.
-        "pipeline": {"activation_checkpoint_interval": every, "use_reentrant": False},
-    })
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        config={
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_accumulation_steps": 4,
+            "pipeline_schedule": "paci",
+            "optimizer": {"type": "SGD", "params": {"lr": 1e-2}},
+            "gradient_clipping": 0.0,
+            # Reentrant, the default, takes what comes from integers out of the backward: the embedding, all after it.
+            "pipeline": {"activation_checkpoint_interval": every, "use_reentrant": False},
+        },
+    )
     feed = itertools.repeat(micro_batch)
     engine.train_batch(feed)
     engine.reset_activation_shape()  # drained; message buffers are made anew, under the counter

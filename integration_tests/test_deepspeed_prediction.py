@@ -18,18 +18,33 @@ from integration_tests.test_rehearse import rehearsed
 from paci_schedule.adapters.deepspeed import masters
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.prediction import build_prediction
-from paci_schedule.drift import drift_of
+from paci_schedule.core.drift import drift_of
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, UnsupportedError
-from paci_schedule.spec import PipelineSpec
 
 PACI = ("train x5", "drain")
 MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2", "drain")
 
 
-def predicting(prediction, stages, accumulation, script=PACI, extra_in_flight=0, by="global", flush_warmup_steps=0,
-               config=(), reach=1.0, **more):
-    paci = {"prediction": prediction, "prediction_reach": reach, "extra_in_flight": extra_in_flight, "clip": by,
-            "flush_warmup_steps": flush_warmup_steps}
+def predicting(
+    prediction,
+    stages,
+    accumulation,
+    script=PACI,
+    extra_in_flight=0,
+    by="global",
+    flush_warmup_steps=0,
+    config=(),
+    reach=1.0,
+    **more,
+):
+    paci = {
+        "prediction": prediction,
+        "prediction_reach": reach,
+        "extra_in_flight": extra_in_flight,
+        "clip": by,
+        "flush_warmup_steps": flush_warmup_steps,
+    }
     return Job(stages=stages, accumulation=accumulation, script=script, config={"paci": paci, **dict(config)}, **more)
 
 
@@ -79,8 +94,9 @@ def test_it_counts_its_predictions(name, runs):
     """Where something is trained: at every stale forward, or at those of them that the option names."""
     job = JOBS[name]
     asked = late_job.options(job)["prediction"]
-    spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation,
-                        extra_in_flight=late_job.options(job)["extra_in_flight"])
+    spec = PipelineSpec(
+        stages=job.stages, accumulation=job.accumulation, extra_in_flight=late_job.options(job)["extra_in_flight"]
+    )
     for stage, result in enumerate(runs[name]):
         between = {}  # updates done before the forward -> stale forwards
         for micro_batch in range(5 * job.accumulation):
@@ -95,25 +111,36 @@ def test_it_counts_its_predictions(name, runs):
 def test_predictions_change_the_training(runs):
     """The jobs above would not tell a prediction that never happened from none, were it not for this."""
     for name, job in JOBS.items():
-        stages, _ = rehearsed(dataclasses.replace(job, config={"paci": {
-            **late_job.options(job), "prediction": "off", "prediction_reach": 1.0}}))
+        stages, _ = rehearsed(
+            dataclasses.replace(
+                job, config={"paci": {**late_job.options(job), "prediction": "off", "prediction_reach": 1.0}}
+            )
+        )
         found = weights_of(job, 0, stages[0])
         assert any((found[key] != value).any() for key, value in runs[name][0]["moments"][-1]["weights"].items())
 
 
 def weights_of(job, stage, module):
     first = job.stage_layers(stage).start
-    return {f"{first + place}.{key}": value.detach().clone()
-            for place, layer in enumerate(module) for key, value in layer.named_parameters()}
+    return {
+        f"{first + place}.{key}": value.detach().clone()
+        for place, layer in enumerate(module)
+        for key, value in layer.named_parameters()
+    }
 
 
 # ---- as steps on copies, with masters, replicas and everything that comes between batches ----------------------------
 
-ZERO = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-        "zero_allow_untested_optimizer": True}
+ZERO = {
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+    "zero_allow_untested_optimizer": True,
+}
 ROUND_ROBIN = {**ZERO, "zero_optimization": {**ZERO["zero_optimization"], "round_robin_gradients": True}}
-OFFLOAD = {"zero_optimization": {**ZERO["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
-           "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+OFFLOAD = {
+    "zero_optimization": {**ZERO["zero_optimization"], "offload_optimizer": {"device": "cpu"}},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
 SWITCHING = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
 REFERENCED = {
     "fp32, every": predicting("every", 3, 2, MIXED, warmup=True),
@@ -125,25 +152,27 @@ REFERENCED = {
     "bf16, every second": predicting(2, 3, 1, MIXED, precision="bf16", clip=0.6),
     "bf16, window, a stage without parameters": predicting("window", 3, 3, MIXED, model="hollow", precision="bf16"),
     "bf16 sums, every third": predicting(3, 3, 4, MIXED, precision="bf16-bf16"),
-    "accumulation changes on the way": predicting("every", 3, 3, ("train x3", "accumulate=1", "train x4", "drain"),
-                                                  precision="bf16"),
+    "accumulation changes on the way": predicting(
+        "every", 3, 3, ("train x3", "accumulate=1", "train x4", "drain"), precision="bf16"
+    ),
     "schedules change on the way": predicting("window", 3, 3, SWITCHING, clip=0.6, flush_warmup_steps=1),
     "schedules change on the way, bf16": predicting("every", 3, 3, SWITCHING, clip=0.6, precision="bf16"),
     "ZeRO-1, fp32, every": predicting("every", 3, 2, MIXED, config=ZERO, warmup=True, optimizer="groups"),
     "ZeRO-1, fp32, window, clipping": predicting("window", 3, 3, MIXED, config=ZERO, clip=0.4),
     "ZeRO-1, bf16, window": predicting("window", 3, 3, MIXED, config=ZERO, precision="bf16-bf16", optimizer="groups"),
     "ZeRO-1, bf16, every second, clipping, a stage without parameters": predicting(
-        2, 3, 1, MIXED, model="hollow", config=ZERO, precision="bf16-bf16", clip=0.6),
-    "ZeRO-Offload, bf16, window, clipping": predicting("window", 3, 2, config=OFFLOAD, precision="bf16-bf16",
-                                                       clip=0.6),
+        2, 3, 1, MIXED, model="hollow", config=ZERO, precision="bf16-bf16", clip=0.6
+    ),
+    "ZeRO-Offload, bf16, window, clipping": predicting("window", 3, 2, config=OFFLOAD, precision="bf16-bf16", clip=0.6),
     "ZeRO-Offload, bf16, fp32 sums, every": predicting("every", 3, 2, config=OFFLOAD, precision="bf16"),
     "tied, fp32, every, clipping": predicting("every", 3, 2, MIXED, model="tied", clip=2.0),
     "tied, fp32, window": predicting("window", 3, 3, MIXED, model="tied", optimizer="groups", warmup=True),
     "tied, bf16, every": predicting("every", 3, 3, MIXED, model="tied", precision="bf16"),
     "tied, bf16, window, clipping": predicting("window", 3, 1, MIXED, model="tied", precision="bf16", clip=2.5),
     "tied, ZeRO-1, fp32, every": predicting("every", 3, 2, SWITCHING, model="tied", config=ZERO),
-    "tied, ZeRO-1, bf16, window, clipping": predicting("window", 3, 3, MIXED, model="tied", config=ZERO, clip=2.0,
-                                                       precision="bf16-bf16"),
+    "tied, ZeRO-1, bf16, window, clipping": predicting(
+        "window", 3, 3, MIXED, model="tied", config=ZERO, clip=2.0, precision="bf16-bf16"
+    ),
 }
 
 
@@ -180,17 +209,26 @@ REPLICATED = {
 }
 RESUMED = {
     name: predicting("window", 2, 2, ("train x4", "save", "train x3", "drain"), clip=0.4, **more)
-    for name, more in {"fp32": {}, "bf16": {"precision": "bf16"},
-                       "ZeRO-1": {"precision": "bf16-bf16", "config": ZERO}}.items()
+    for name, more in {
+        "fp32": {},
+        "bf16": {"precision": "bf16"},
+        "ZeRO-1": {"precision": "bf16-bf16", "config": ZERO},
+    }.items()
 }
 OVERFLOWING = {
     name: predicting("every", 2, 2, ("train x6", "drain"), **more)
-    for name, more in {"bf16": {"precision": "bf16"}, "ZeRO-1": {"config": ZERO}, "tied, fp32": {"model": "tied"},
-                       "tied, bf16": {"model": "tied", "precision": "bf16"}}.items()
+    for name, more in {
+        "bf16": {"precision": "bf16"},
+        "ZeRO-1": {"config": ZERO},
+        "tied, fp32": {"model": "tied"},
+        "tied, bf16": {"model": "tied", "precision": "bf16"},
+    }.items()
 }
 REFUSED = {
     "an optimizer that is not known": (
-        {"config": {"optimizer": {"type": "Adagrad", "params": {"lr": 0.1}}}}, ["Adagrad", "AdamW", "NAdam"]),
+        {"config": {"optimizer": {"type": "Adagrad", "params": {"lr": 0.1}}}},
+        ["Adagrad", "AdamW", "NAdam"],
+    ),
     "a sparse embedding": ({"optimizer": "sgd", "model": "sparse"}, ["sparse=True", "dense"]),
 }
 _LAYERS = jobs.layers
@@ -294,7 +332,7 @@ def test_an_overflow_spoils_one_update_and_no_prediction(name, on_two):
 @pytest.mark.parametrize("name", [*REFUSED, "fp16"])
 def test_what_cannot_be_predicted_is_refused_by_name(name, on_two):
     for results in on_two:
-        for words in ['"prediction": \'every\'', '"off"', *(REFUSED[name][1] if name in REFUSED else ["fp16"])]:
+        for words in ["\"prediction\": 'every'", '"off"', *(REFUSED[name][1] if name in REFUSED else ["fp16"])]:
             assert words in results[name]
 
 

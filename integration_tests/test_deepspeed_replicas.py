@@ -33,12 +33,20 @@ JOBS = {
     "fp32, prescaled": Job(stages=2, accumulation=3, script=MIXED, config={"prescale_gradients": True}),
     "fp32, predivided": Job(stages=2, accumulation=3, script=MIXED, config={"gradient_predivide_factor": 4.0}),
     "bf16": Job(stages=2, accumulation=3, script=MIXED, precision="bf16", warmup=True),
-    "bf16, clipping": Job(stages=2, accumulation=2, script=MIXED, precision="bf16", clip=0.4, optimizer="groups",
-                          config=BY_STAGE),
+    "bf16, clipping": Job(
+        stages=2, accumulation=2, script=MIXED, precision="bf16", clip=0.4, optimizer="groups", config=BY_STAGE
+    ),
     "bf16 sums": Job(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16"),
     "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16", config=ZERO, warmup=True),
-    "bf16 sums, ZeRO-1, clipping": Job(stages=2, accumulation=3, script=MIXED, precision="bf16-bf16", clip=0.4,
-                                       optimizer="groups", config={**ZERO, **BY_STAGE}),
+    "bf16 sums, ZeRO-1, clipping": Job(
+        stages=2,
+        accumulation=3,
+        script=MIXED,
+        precision="bf16-bf16",
+        clip=0.4,
+        optimizer="groups",
+        config={**ZERO, **BY_STAGE},
+    ),
 }
 GLOBAL = {  # clipped by the norm over all stages
     "fp32": Job(stages=2, accumulation=3, script=MIXED, clip=0.4),
@@ -65,8 +73,12 @@ def follow(job: Job, folder: str, heard: list[tuple[str, list[int]]]) -> dict[st
     heard.clear()
     for _ in range(2):
         engine.train_batch(feed)
-    return {**result, "collectives": list(heard), "optimizer": type(engine.optimizer).__name__,
-            "group": sorted(torch.distributed.get_process_group_ranks(engine.grid.get_data_parallel_group()))}
+    return {
+        **result,
+        "collectives": list(heard),
+        "optimizer": type(engine.optimizer).__name__,
+        "group": sorted(torch.distributed.get_process_group_ranks(engine.grid.get_data_parallel_group())),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +140,14 @@ def run_and_resume(job: Job, folder: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replicas_with_tied_weights_resume_exactly(precision, tmp_path):
     """The replicas' pending sums differ, one of them writes the checkpoint: what is saved is their mean."""
-    job = Job(stages=2, accumulation=1, script=("train x4", "save", "train x3", "drain"), model="tied", clip=2.0,
-              precision=precision)
+    job = Job(
+        stages=2,
+        accumulation=1,
+        script=("train x4", "save", "train x3", "drain"),
+        model="tied",
+        clip=2.0,
+        precision=precision,
+    )
     for whole, resumed in ranks.run_ranks(run_and_resume, 2 * REPLICAS, (job, str(tmp_path))):
         for moment, truth in zip(resumed["moments"], whole["moments"][5:], strict=True):
             assert all(torch.equal(moment["weights"][key], value) for key, value in truth["weights"].items())
@@ -163,15 +181,28 @@ def test_collectives_stay_among_the_replicas_of_a_stage(followed):
 
 def test_the_optimizers_are_those_that_the_names_say(followed):
     zero, bf16 = "DeepSpeedZeroOptimizer", "BF16_Optimizer"
-    for name, optimizer in [("fp32", "AdamW"), ("fp32, ZeRO-1", zero), ("bf16", bf16), ("bf16 sums", bf16),
-                            ("bf16 sums, ZeRO-1", zero)]:
+    for name, optimizer in [
+        ("fp32", "AdamW"),
+        ("fp32, ZeRO-1", zero),
+        ("bf16", bf16),
+        ("bf16 sums", bf16),
+        ("bf16 sums, ZeRO-1", zero),
+    ]:
         assert {result["optimizer"] for result in followed[name]} == {optimizer}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-bf16"])
 def test_zero_without_replicas_is_the_reference(precision, tmp_path):
-    job = Job(stages=3, accumulation=2, script=MIXED, precision=precision, clip=0.4, optimizer="groups", warmup=True,
-              config={**ZERO, **BY_STAGE})
+    job = Job(
+        stages=3,
+        accumulation=2,
+        script=MIXED,
+        precision=precision,
+        clip=0.4,
+        optimizer="groups",
+        warmup=True,
+        config={**ZERO, **BY_STAGE},
+    )
     deepspeed_job.assert_equal(deepspeed_job.run(job, folder=str(tmp_path)), replica_oracle.run(job, zero=True))
 
 
@@ -183,15 +214,24 @@ def test_the_replicas_do_train_on_different_data():
 
 # ---- ZeRO stage 1, bf16 accumulation, clipping ---------------------------------------------------------------------
 
-LONG = Job(stages=2, accumulation=3, script=("train x30", "drain"), precision="bf16-bf16", clip=0.4,
-           config={**ZERO, **BY_STAGE})
+LONG = Job(
+    stages=2,
+    accumulation=3,
+    script=("train x30", "drain"),
+    precision="bf16-bf16",
+    clip=0.4,
+    config={**ZERO, **BY_STAGE},
+)
 
 
 def largest_difference(some: list, others: list) -> list[float]:
     """By action, the largest difference between two histories' weights."""
     return [
-        max((mine[name].float() - theirs[name].float()).abs().max().item()
-            for mine, theirs in zip(one.weights, other.weights, strict=True) for name in mine)
+        max(
+            (mine[name].float() - theirs[name].float()).abs().max().item()
+            for mine, theirs in zip(one.weights, other.weights, strict=True)
+            for name in mine
+        )
         for one, other in zip(some, others, strict=True)
     ]
 

@@ -10,7 +10,7 @@ import pytest
 from integration_tests import deepspeed_job, jobs, oracle, ranks
 from integration_tests.jobs import Job
 from paci_schedule import PipelineSpec, trace
-from paci_schedule.schedules import paci
+from paci_schedule.core.schedules import paci
 
 SAMPLES = 3  # in a micro-batch
 
@@ -27,8 +27,11 @@ def test_steps_samples_and_rates_are_the_stage_s_own(stages, accumulation):
     results = deepspeed_job.run(job, inspect=steps_of)
     for stage, result in enumerate(results):
         version = truth.version[stage]
-        assert result["inspected"] == {"global_steps": version, "lr": [truth.rate[stage]],
-                                       "global_samples": version * accumulation * SAMPLES}
+        assert result["inspected"] == {
+            "global_steps": version,
+            "lr": [truth.rate[stage]],
+            "global_samples": version * accumulation * SAMPLES,
+        }
     assert len(set(truth.version)) > 1
     assert len(set(truth.rate)) > 1
 
@@ -39,11 +42,17 @@ def scheduler_of_the_config(engine):
 
 def test_a_scheduler_of_the_config_steps_with_the_stage():
     """DeepSpeed's WarmupLR, linear: after v updates the rate is 0.02 v / 5, or 0.02 from the fifth on."""
-    config = {"scheduler": {"type": "WarmupLR", "params": {
-        "warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "warmup_type": "linear"}}}
+    config = {
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "warmup_type": "linear"},
+        }
+    }
     job = Job(stages=4, accumulation=1, script=("train x4",), config=config)
-    versions = [moment["stats"]["version"] for moment in (
-        result["moments"][-1] for result in deepspeed_job.run(job, inspect=scheduler_of_the_config))]
+    versions = [
+        moment["stats"]["version"]
+        for moment in (result["moments"][-1] for result in deepspeed_job.run(job, inspect=scheduler_of_the_config))
+    ]
     assert versions == [1, 2, 3, 4]
     stock = deepspeed_job.run(Job(stages=1, accumulation=1, script=("train x4",), config=config), "stock")
     rates = [moment["rate"] for moment in stock[0]["moments"]]
@@ -82,8 +91,9 @@ def monitored(folder, **config):
 
 MONITORED = {
     "P=3 a=2": Job(stages=3, accumulation=2, script=("train x6", "drain"), warmup=True),
-    "P=4 a=1, drains between": Job(stages=4, accumulation=1, script=("train x5", "drain", "train x4", "drain"),
-                                   warmup=True),
+    "P=4 a=1, drains between": Job(
+        stages=4, accumulation=1, script=("train x5", "drain", "train x4", "drain"), warmup=True
+    ),
     "one stage": Job(stages=1, accumulation=3, script=("train x4", "drain"), warmup=True),
     "bf16": Job(stages=2, accumulation=2, script=("train x4", "drain"), warmup=True, precision="bf16"),
 }
@@ -162,6 +172,7 @@ PAUSE = 0.1  # seconds after every batch
 
 def print_rates(job, folder):
     """Three updates of two micro-batches, three of six; and in another engine, one of two after the six."""
+
     def train(engine, batches):
         for _ in range(batches):
             engine.train_batch(feed)
@@ -204,10 +215,18 @@ def statistics(job):
 def test_pipeline_stats():
     results = ranks.run_ranks(statistics, 4, (Job(stages=4, accumulation=2, script=()),))
     for stage, (first, second, drained) in enumerate(results):
-        assert {key: first[key] for key in ("stage", "stages", "accumulation", "forwards", "in_flight",
-                                            "peak_in_flight", "drift_bound")} == {
-            "stage": stage, "stages": 4, "accumulation": 2, "forwards": 8, "in_flight": 3 - stage,
-            "peak_in_flight": 4 - stage, "drift_bound": [2, 1, 1, 0][stage]}
+        assert {
+            key: first[key]
+            for key in ("stage", "stages", "accumulation", "forwards", "in_flight", "peak_in_flight", "drift_bound")
+        } == {
+            "stage": stage,
+            "stages": 4,
+            "accumulation": 2,
+            "forwards": 8,
+            "in_flight": 3 - stage,
+            "peak_in_flight": 4 - stage,
+            "drift_bound": [2, 1, 1, 0][stage],
+        }
         assert first["backwards"] == 8 - (3 - stage)
         assert first["version"] == first["backwards"] // 2
         assert first["max_drift"] <= first["drift_bound"]

@@ -7,7 +7,7 @@ import pytest
 from integration_tests import late_job, late_oracle
 from integration_tests.jobs import Job
 from paci_schedule import PipelineSpec
-from paci_schedule.drift import drift_of
+from paci_schedule.core.drift import drift_of
 
 MIXED = ("train x5", "drain", "train x4", "eval", "train x3")
 
@@ -23,16 +23,24 @@ JOBS = {
     "P=3 a=2 k=[0, 3]": Job(stages=3, accumulation=2, script=MIXED, config=slack([0, 3]), warmup=True),
     "P=3 a=1 k=[2, 0]": Job(stages=3, accumulation=1, script=MIXED, config=slack([2, 0]), optimizer="sgd"),
     "P=3 a=4 k=0": Job(stages=3, accumulation=4, script=("train x3", "drain"), config=slack(0)),
-    "P=3 k=[1, 1], bf16, clipping": Job(stages=3, accumulation=2, script=MIXED, config=slack([1, 1]), clip=0.6,
-                                        precision="bf16"),
+    "P=3 k=[1, 1], bf16, clipping": Job(
+        stages=3, accumulation=2, script=MIXED, config=slack([1, 1]), clip=0.6, precision="bf16"
+    ),
     "P=4 a=1 k=2": Job(stages=4, accumulation=1, script=("train x9", "drain", "train x2"), config=slack(2)),
     "P=4 a=3 k=[0, 1, 0]": Job(stages=4, accumulation=3, script=MIXED, config=slack([0, 1, 0])),
-    "P=4 a=2 k=[1, 0, 2], tuples": Job(stages=4, accumulation=2, script=("train x6", "drain"), config=slack([1, 0, 2]),
-                                       model="pairs"),
-    "P=3 k=[0, 2], early receives": Job(stages=3, accumulation=2, script=MIXED, config={
-        "paci": {"extra_in_flight": [0, 2], "early_receives": True}}),
-    "P=2 k=[2], switching": Job(stages=2, accumulation=2, config=slack([2]), clip=0.6, script=(
-        "train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x4", "drain")),
+    "P=4 a=2 k=[1, 0, 2], tuples": Job(
+        stages=4, accumulation=2, script=("train x6", "drain"), config=slack([1, 0, 2]), model="pairs"
+    ),
+    "P=3 k=[0, 2], early receives": Job(
+        stages=3, accumulation=2, script=MIXED, config={"paci": {"extra_in_flight": [0, 2], "early_receives": True}}
+    ),
+    "P=2 k=[2], switching": Job(
+        stages=2,
+        accumulation=2,
+        config=slack([2]),
+        clip=0.6,
+        script=("train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x4", "drain"),
+    ),
 }
 
 
@@ -59,8 +67,11 @@ def test_live_micro_batches_and_drift_are_as_stated(name, runs):
     """d_s + 1 micro-batches live at most, drift bound ceil(d_s / a), reached, and every drift the closed form's."""
     job = JOBS[name]
     extra = job.config["paci"]["extra_in_flight"]
-    spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation,
-                        extra_in_flight=tuple(extra) if isinstance(extra, list) else extra)
+    spec = PipelineSpec(
+        stages=job.stages,
+        accumulation=job.accumulation,
+        extra_in_flight=tuple(extra) if isinstance(extra, list) else extra,
+    )
     for stage, (result, ahead) in enumerate(zip(runs[name], look_aheads(job), strict=True)):
         stats = result["moments"][-1]["stats"]
         bound = math.ceil(ahead / job.accumulation)

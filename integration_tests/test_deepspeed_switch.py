@@ -8,8 +8,22 @@ from integration_tests import late_job, late_oracle
 from integration_tests.jobs import Job
 
 THERE_AND_BACK = ("train x3", "schedule=1f1b", "train x2", "eval", "train", "schedule=paci", "train x3", "drain")
-TWICE = ("schedule=1f1b", "train", "schedule=paci", "train", "schedule=paci", "train x2", "schedule=1f1b", "train x2",
-         "schedule=1f1b", "train", "schedule=paci", "train x2", "save", "train")
+TWICE = (
+    "schedule=1f1b",
+    "train",
+    "schedule=paci",
+    "train",
+    "schedule=paci",
+    "train x2",
+    "schedule=1f1b",
+    "train x2",
+    "schedule=1f1b",
+    "train",
+    "schedule=paci",
+    "train x2",
+    "save",
+    "train",
+)
 WARM = ("train x2", "eval", "train x4", "save", "train x2")
 
 
@@ -31,8 +45,11 @@ JOBS = {
     "P=2, tied, warm-up": Job(stages=2, accumulation=1, script=WARM, config=warmup(2), model="tied", clip=3.0),
     "P=3, tied": Job(stages=3, accumulation=1, script=TWICE, model="tied"),
     "P=2, the user's choice ends a warm-up no earlier": Job(
-        stages=2, accumulation=2, script=("train", "schedule=paci", "train x3", "schedule=1f1b", "train"),
-        config=warmup(2)),
+        stages=2,
+        accumulation=2,
+        script=("train", "schedule=paci", "train x3", "schedule=1f1b", "train"),
+        config=warmup(2),
+    ),
 }
 
 
@@ -88,7 +105,7 @@ def test_a_clipped_warm_up_of_several_stages_is_stock_and_then_paci(tmp_path):
         assert result["norm"][:3] == other["norm"][:3]
         for moment, truth in zip(result["moments"][:3], other["moments"][:3], strict=True):
             assert all((moment["weights"][name] == value).all() for name, value in truth["weights"].items())
-    resumed, = late_job.run((loads, "paci", str(tmp_path), True))
+    (resumed,) = late_job.run((loads, "paci", str(tmp_path), True))
     for result, other in zip(resumed, mine, strict=True):  # the same, but that no norm was carried into it
         assert result["norm"][-1] == pytest.approx(other["norm"][-1], rel=0.5)
         assert result["steps"] == other["steps"] == 6

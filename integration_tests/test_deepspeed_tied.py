@@ -12,11 +12,13 @@ from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_clip import assert_same_norms
 from integration_tests.test_deepspeed_collectives import recorded
-from paci_schedule.runtime.tied import drop_overflow
+from paci_schedule.runtime.deferred.tied import drop_overflow
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
-ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-          "zero_allow_untested_optimizer": True}
+ZERO_1 = {
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+    "zero_allow_untested_optimizer": True,
+}
 SWITCHES = ("train x3", "schedule=1f1b", "train x2", "schedule=paci", "train x3", "drain")
 ACCUMULATIONS = ("train x4", "accumulate=5", "train x2", "accumulate=1", "train x5", "drain")
 
@@ -53,14 +55,16 @@ JOBS = {
     "thrice, clipping": Job(stages=3, accumulation=2, script=MIXED, model="thrice", optimizer="sgd", clip=0.6),
     "thrice, bf16, clipping": Job(stages=4, accumulation=2, script=MIXED, model="thrice", clip=0.6, precision="bf16"),
     "a stage of copies, clipping": Job(stages=3, accumulation=2, script=MIXED, model="copies", clip=0.5),
-    "a stage of copies, bf16": Job(stages=3, accumulation=1, script=SWITCHES, model="copies", clip=0.5,
-                                   precision="bf16"),
+    "a stage of copies, bf16": Job(
+        stages=3, accumulation=1, script=SWITCHES, model="copies", clip=0.5, precision="bf16"
+    ),
     "frozen, clipping": Job(stages=3, accumulation=2, script=MIXED, model="still", clip=1.0),
     "frozen, bf16": Job(stages=2, accumulation=1, script=SWITCHES, model="still", precision="bf16"),
     "frozen, bf16 sums": Job(stages=2, accumulation=3, script=MIXED, model="still", precision="bf16-bf16", clip=1.0),
     "a copy without a gradient": Job(stages=3, accumulation=2, script=SWITCHES, model="deaf", optimizer="sgd"),
-    "a copy without a gradient, ZeRO-1": Job(stages=3, accumulation=1, script=MIXED, model="deaf", clip=0.6,
-                                             precision="bf16-bf16", config=ZERO_1),
+    "a copy without a gradient, ZeRO-1": Job(
+        stages=3, accumulation=1, script=MIXED, model="deaf", clip=0.6, precision="bf16-bf16", config=ZERO_1
+    ),
     "slack": tied(stages=3, accumulation=2, script=MIXED, clip=3.0, config={"paci": {"extra_in_flight": 3}}),
     "overflow, fp32, clipping": overflowing(clip=2.0),
     "overflow, bf16": overflowing(precision="bf16"),
@@ -111,8 +115,7 @@ def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
 )
 def test_the_first_updates_apply_no_gradient_to_a_tied_weight(stages, accumulation, words, square):
     """j = ceil((d_first - d_last) / a); by plain SGD, so that a zero gradient moves nothing."""
-    job = tied(stages=stages, accumulation=accumulation, optimizer="sgd",
-               script=("train", "drain") * (words + 1))
+    job = tied(stages=stages, accumulation=accumulation, optimizer="sgd", script=("train", "drain") * (words + 1))
     reference = LateReference(job)
     assert reference.waits == {"words": words, "square": square}
     start = {key: late_job.Shared(key).weight for key in late_job.TIED}

@@ -14,15 +14,30 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.place import Place, Unavailable
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("engines", "ends", "streams", "synchronisation", "links", "spinning", "memory", "stopwatch", "host_memory",
-         "convergence")
+STEPS = (
+    "engines",
+    "ends",
+    "streams",
+    "synchronisation",
+    "links",
+    "spinning",
+    "memory",
+    "stopwatch",
+    "host_memory",
+    "convergence",
+)
 
 
 def gpu_command(*arguments, seconds):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=seconds, check=False,
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
     )
 
 
@@ -35,8 +50,12 @@ def test_without_a_gpu_one_line_says_so_and_what_to_do():
 
 
 def test_a_python_without_what_is_needed_is_told_in_one_line():
-    command_line = [sys.executable, "-c", "import sys; sys.modules['deepspeed'] = None; import runpy; "
-                    "runpy.run_module('benchmarks.gpu', run_name='__main__')"]
+    command_line = [
+        sys.executable,
+        "-c",
+        "import sys; sys.modules['deepspeed'] = None; import runpy; "
+        "runpy.run_module('benchmarks.gpu', run_name='__main__')",
+    ]
     done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -96,10 +96,24 @@ def waits_of_deepspeed(job):
     [
         ("fp32, clipping", "words", {("engine.py", "_take_model_step")}),
         ("tuples", "pairs", {("engine.py", "_take_model_step")}),
-        ("bf16, clipping", "tied", {("bf16_optimizer.py", "step"), ("utils.py", "is_invalid_grad_norm"),
-                                    ("utils.py", "clip_tensors_by_global_norm")}),
-        ("ZeRO-1, clipping", "tied", {("stage_1_and_2.py", "_optimizer_step"), ("utils.py", "is_invalid_grad_norm"),
-                                      ("stage_1_and_2.py", "has_overflow")}),
+        (
+            "bf16, clipping",
+            "tied",
+            {
+                ("bf16_optimizer.py", "step"),
+                ("utils.py", "is_invalid_grad_norm"),
+                ("utils.py", "clip_tensors_by_global_norm"),
+            },
+        ),
+        (
+            "ZeRO-1, clipping",
+            "tied",
+            {
+                ("stage_1_and_2.py", "_optimizer_step"),
+                ("utils.py", "is_invalid_grad_norm"),
+                ("stage_1_and_2.py", "has_overflow"),
+            },
+        ),
     ],
 )
 def test_deepspeed_s_host_waits_nowhere_that_stock_s_does_not_and_no_more_for_the_data(name, model, readers):

@@ -12,7 +12,7 @@ from integration_tests import ranks
 
 ROOT = Path(__file__).parents[1]
 
-SCRIPT = '''
+SCRIPT = """
 import argparse, json, os, sys
 import helper                                    # lies beside the script
 import deepspeed
@@ -40,15 +40,27 @@ with open(f"{arguments.out}/{engine.stage_id}.json", "w") as file:
     json.dump({"argv": sys.argv, "path": sys.path[0], "words": arguments.words, "help": helper.HELP,
                "version": engine.pipeline_stats()["version"], "engine": type(engine).__name__,
                "losses": [str(loss) for loss in losses]}, file)
-'''
+"""
 
 
 def launch(*command, **options):
     """Run a launcher; its result, with what it printed."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=180,
-                          env=environment, check=False, **options)
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "DS_BUILD_OPS": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
+        check=False,
+        **options,
+    )
 
 
 @pytest.mark.skipif(ranks.on_gpus(2), reason="the script trains on the CPU")
@@ -57,9 +69,25 @@ def test_torchrun_runs_the_script_with_the_schedule(tmp_path):
     script.parent.mkdir()
     script.write_text(SCRIPT)
     (script.parent / "helper.py").write_text("HELP = 42\n")
-    done = launch("torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                  "localhost:0", "-m", "paci_schedule.launch", str(script), "--out", str(tmp_path), "--steps", "3",
-                  "one", "two words", cwd=tmp_path)
+    done = launch(
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "-m",
+        "paci_schedule.launch",
+        str(script),
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "3",
+        "one",
+        "two words",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in range(2):
         told = json.loads((tmp_path / f"{stage}.json").read_text())
@@ -75,8 +103,9 @@ def test_deepspeeds_launcher_runs_the_script_with_the_schedule(tmp_path):
     """It puts --local_rank before the script's name."""
     script = tmp_path / "train.py"
     script.write_text("import deepspeed, sys\nprint('ran', sys.argv[1:], deepspeed.PipelineEngine.__module__)\n")
-    done = launch("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "paci_schedule.launch", str(script),
-                  "--steps", "3")
+    done = launch(
+        "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "paci_schedule.launch", str(script), "--steps", "3"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         assert f"ran ['--local_rank={rank}', '--steps', '3'] paci_schedule." in done.stdout
@@ -138,14 +167,20 @@ def write(folder, files):
 @pytest.mark.parametrize("old", FRAMEWORKS)
 def test_a_job_is_not_stopped_by_another_framework_s_version(old, tmp_path):
     """What is too old is left out with a word, unless it is asked for by name, or nothing else is there."""
-    write(tmp_path, {**FRAMEWORKS[old], "train.py": f"""
+    write(
+        tmp_path,
+        {
+            **FRAMEWORKS[old],
+            "train.py": f"""
 import paci_schedule
 paci_schedule.register()
 try:
     paci_schedule.register({old!r})
 except paci_schedule.UnsupportedError as error:
     print("refused", error)
-"""})
+""",
+        },
+    )
     done = launch("paci_schedule.launch", str(tmp_path / "train.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"refused paci_schedule cannot register with this {old}" in done.stdout.lower()
@@ -159,8 +194,14 @@ except paci_schedule.UnsupportedError as error:
 
 def test_a_megatron_job_never_imports_deepspeed(tmp_path):
     """Unless it is a DeepSpeed job that lies beside Megatron-LM."""
-    write(tmp_path, {"deepspeed/__init__.py": "raise SystemExit('imported')", "megatron/training/__init__.py": "",
-                     "train.py": "print('ran')"})
+    write(
+        tmp_path,
+        {
+            "deepspeed/__init__.py": "raise SystemExit('imported')",
+            "megatron/training/__init__.py": "",
+            "train.py": "print('ran')",
+        },
+    )
     done = launch("paci_schedule.launch", str(tmp_path / "train.py"), "--pipeline-schedule", "1f1b")
     assert (done.stdout, done.returncode) == ("ran\n", 0), done.stderr[-3000:]
     assert "imported" in launch("paci_schedule.launch", str(tmp_path / "train.py"), "--deepspeed_config", "x").stderr

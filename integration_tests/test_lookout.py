@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from integration_tests.ranks import gather_outcomes, on_gpus
-from paci_schedule.ops import Op, OpKind
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.lookout import Lookout
-from paci_schedule.spec import PipelineSpec
 
 
 class AtOnce(dist.Work):
@@ -32,8 +32,14 @@ class AtOnce(dist.Work):
 
 def lose_the_gradient(folder):
     """Stage 0's transport waits at once; the gradient of micro-batch 1 never comes, and the process is aborted."""
-    links = Links(PipelineSpec(stages=2, accumulation=1), [[0, 1]], torch.device("cpu"), timedelta(seconds=1.0),
-                  record=folder, looks_out=dist.get_rank() == 0)
+    links = Links(
+        PipelineSpec(stages=2, accumulation=1),
+        [[0, 1]],
+        torch.device("cpu"),
+        timedelta(seconds=1.0),
+        record=folder,
+        looks_out=dist.get_rank() == 0,
+    )
     payload = torch.ones(3)
     forwards = [Op(OpKind.SEND_ACTIVATION, index) for index in range(2)]
     if dist.get_rank() == 1:

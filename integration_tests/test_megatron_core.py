@@ -14,9 +14,9 @@ from integration_tests.megatron_job import GptJob, refusals, train_all, train_re
 from integration_tests.nccl_like import BACKEND as NCCL_LIKE
 from integration_tests.ranks import backend, on_gpus, run_ranks
 from paci_schedule import PipelineSpec, trace
-from paci_schedule.drift import drift_bound, drift_of
-from paci_schedule.registration import exists
-from paci_schedule.schedules import paci
+from paci_schedule.adapters.frameworks import exists
+from paci_schedule.core.drift import drift_bound, drift_of
+from paci_schedule.core.schedules import paci
 
 if not exists("megatron.core"):  # without an import, for which the CPU may have to play CUDA
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -80,25 +80,27 @@ def test_weights_losses_norms_and_drift_are_the_oracles(stages):
 @EXACT
 def test_so_they_are_however_the_stage_computes():
     plain = GptJob(stages=2, accumulation=3, calls=4)
-    assert_as_the_oracle_says([
-        dataclasses.replace(plain, **change)
-        for change in (
-            {"bf16": True},
-            {"bf16": True, "distributed_optimizer": True},
-            {"distributed_optimizer": True},
-            {"recompute": "full"},
-            {"recompute": "selective", "bf16": True},
-            {"deallocate": False},
-            {"clip_grad": 0.1},
-            {"clip_grad": 0.1, "bf16": True, "paci": {"drain_interval": 2}},
-            {"clip_grad": 0.1, "paci": {"clip": "stage"}},
-            {"tied": True},
-            {"optimizer": "sgd"},
-            {"evaluate_after": (1, 3)},
-            {"paci": {"early_receives": True}, "tied": True},
-            {"paci": {"drain_interval": 2}},
-        )
-    ])
+    assert_as_the_oracle_says(
+        [
+            dataclasses.replace(plain, **change)
+            for change in (
+                {"bf16": True},
+                {"bf16": True, "distributed_optimizer": True},
+                {"distributed_optimizer": True},
+                {"recompute": "full"},
+                {"recompute": "selective", "bf16": True},
+                {"deallocate": False},
+                {"clip_grad": 0.1},
+                {"clip_grad": 0.1, "bf16": True, "paci": {"drain_interval": 2}},
+                {"clip_grad": 0.1, "paci": {"clip": "stage"}},
+                {"tied": True},
+                {"optimizer": "sgd"},
+                {"evaluate_after": (1, 3)},
+                {"paci": {"early_receives": True}, "tied": True},
+                {"paci": {"drain_interval": 2}},
+            )
+        ]
+    )
 
 
 @EXACT
@@ -123,26 +125,30 @@ def test_so_they_are_with_tied_embeddings_and_global_clipping(stages):
 def test_so_they_are_where_the_first_end_comes_before_the_pipe_is_full(stages):
     """No stage waits for a gradient that needs a forward it has yet to do."""
     plain = GptJob(stages=stages, accumulation=1, clip_grad=0.2)
-    assert_as_the_oracle_says([
-        dataclasses.replace(plain, calls=3, paci={"drain_interval": 1}),
-        dataclasses.replace(plain, calls=stages - 1, paci={"train_iters": stages - 1}, tied=True),
-    ])
+    assert_as_the_oracle_says(
+        [
+            dataclasses.replace(plain, calls=3, paci={"drain_interval": 1}),
+            dataclasses.replace(plain, calls=stages - 1, paci={"train_iters": stages - 1}, tied=True),
+        ]
+    )
 
 
 @EXACT
 def test_so_they_are_with_data_parallel_replicas():
     plain = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
-    assert_as_the_oracle_says([
-        dataclasses.replace(plain, **change)
-        for change in (
-            {"clip_grad": 0.1},
-            {"clip_grad": 0.1, "tied": True},
-            {"tied": True, "distributed_optimizer": True},
-            {"distributed_optimizer": True, "bf16": True},
-            {"overlap_grad_reduce": True},
-            {"overlap_grad_reduce": True, "align_grad_reduce": True, "distributed_optimizer": True},
-        )
-    ])
+    assert_as_the_oracle_says(
+        [
+            dataclasses.replace(plain, **change)
+            for change in (
+                {"clip_grad": 0.1},
+                {"clip_grad": 0.1, "tied": True},
+                {"tied": True, "distributed_optimizer": True},
+                {"distributed_optimizer": True, "bf16": True},
+                {"overlap_grad_reduce": True},
+                {"overlap_grad_reduce": True, "align_grad_reduce": True, "distributed_optimizer": True},
+            )
+        ]
+    )
 
 
 @STOCK
@@ -170,8 +176,11 @@ def test_with_a_learning_rate_of_0_losses_and_gradients_are_the_stock_schedules(
 def test_with_tensor_parallel_stages_training_goes_the_same_way_on_all_their_ranks():
     plain = GptJob(stages=2, accumulation=2, calls=4, tensor_parallel=2, clip_grad=0.5)
     late = {"tied": True, "bf16": True}
-    jobs = [plain, dataclasses.replace(plain, **late),
-            dataclasses.replace(plain, **late, distributed_optimizer=True, evaluate_after=(2,))]
+    jobs = [
+        plain,
+        dataclasses.replace(plain, **late),
+        dataclasses.replace(plain, **late, distributed_optimizer=True, evaluate_after=(2,)),
+    ]
     for job, ranks in zip(jobs, zip(*run_ranks(train_all, world(plain), (jobs,)), strict=True), strict=True):
         for one, other in (ranks[:2], ranks[2:]):
             assert one.norms == other.norms
@@ -201,8 +210,9 @@ def test_zeros_are_the_stages_own_and_counting_them_leaves_the_norms_alone():
 
 def test_another_number_of_micro_batches_is_taken_where_the_pipe_is_empty_alone():
     """And with tied embeddings, sums that a smaller number made wait are applied, by both copies alike."""
-    tied = GptJob(stages=3, tied=True, clip_grad=0.2, calls=6, accumulations=(1, 1, 2, 2, 1, 1),
-                  paci={"drain_interval": 2})
+    tied = GptJob(
+        stages=3, tied=True, clip_grad=0.2, calls=6, accumulations=(1, 1, 2, 2, 1, 1), paci={"drain_interval": 2}
+    )
     first, _, last = [trained for [trained] in run_ranks(train_all, 3, ([tied],))]
     assert torch.equal(first.weights["embedding.word_embeddings.weight"], last.weights["output_layer.weight"])
     parked = dataclasses.replace(tied, tied=False, paci={"drain_interval": 3})
@@ -220,8 +230,9 @@ SWITCHED = ("paci", "paci", "1f1b", "1f1b", "paci", "paci")
 )
 def test_a_call_of_the_stock_schedule_in_between_is_stock_where_the_pipe_is_empty(change):
     """Gradients, norms and zeros, with a learning rate of 0; and PACI goes on with the norms of the stock calls."""
-    job = GptJob(calls=6, lr=0.0, clip_grad=0.2, schedules=SWITCHED, count_zeros=True, paci={"drain_interval": 2},
-                 **change)
+    job = GptJob(
+        calls=6, lr=0.0, clip_grad=0.2, schedules=SWITCHED, count_zeros=True, paci={"drain_interval": 2}, **change
+    )
     by_stage = dataclasses.replace(job, paci={**job.paci, "clip": "stage"})
     stock = dataclasses.replace(job, schedules=(), schedule="1f1b")
     ranks = run_ranks(train_all, world(job), ([job, by_stage, stock],))
@@ -303,8 +314,11 @@ def test_a_state_that_would_lose_micro_batches_is_refused():
 
 def test_an_evaluation_changes_nothing_and_sees_the_weights_of_all_stages_at_one_version():
     plain = GptJob(stages=2, accumulation=2, calls=4)
-    jobs = [plain, dataclasses.replace(plain, evaluate_after=(2, 3)),
-            dataclasses.replace(plain, calls=2, paci={"train_iters": 2}, evaluate_after=(2,))]
+    jobs = [
+        plain,
+        dataclasses.replace(plain, evaluate_after=(2, 3)),
+        dataclasses.replace(plain, calls=2, paci={"train_iters": 2}, evaluate_after=(2,)),
+    ]
     ranks = run_ranks(train_all, 2, (jobs,))
     for without, evaluated, _ in ranks:
         assert_equal(evaluated.weights, without.weights, "weight")
@@ -329,8 +343,10 @@ def test_no_collective_of_a_steady_call_spans_stages(change):
             spanning = [ranks for _, ranks in trained.collectives if not any(set(ranks) <= stage for stage in stages)]
             assert spanning == [ends]  # of the embedding, which nobody waits for
         stock = run_ranks(train_recorded, 4, (dataclasses.replace(job, schedule="1f1b"),))
-        assert all(("allreduce", ranks) in trained.collectives
-                   for trained, ranks in zip(stock, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True))
+        assert all(
+            ("allreduce", ranks) in trained.collectives
+            for trained, ranks in zip(stock, [(0, 2), (1, 3), (0, 2), (1, 3)], strict=True)
+        )
 
 
 def test_every_stage_knows_the_loss_of_the_last_call():
@@ -433,8 +449,9 @@ def train_initialized(jobs):
 
 def test_a_loop_of_ones_own_on_megatron_lms_arguments_counts_its_own_calls():
     job = GptJob(calls=4, paci={"drain_interval": 3})
-    for [plain], [initialized] in zip(*(run_ranks(each, 2, ([job],)) for each in (train_all, train_initialized)),
-                                      strict=True):
+    for [plain], [initialized] in zip(
+        *(run_ranks(each, 2, ([job],)) for each in (train_all, train_initialized)), strict=True
+    ):
         assert_equal(initialized.weights, plain.weights, "weight")
         assert initialized.parked == plain.parked
 

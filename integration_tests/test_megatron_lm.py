@@ -45,19 +45,36 @@ def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, scrip
         module = ["integration_tests.megatron_cpu", *module]
         flags += ["--distributed-backend", "gloo"]
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]), "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]),
+        "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1", **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
     }
     run = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
             str(stages * replicas),
-            "-m", *module, str(script or f"{checkout}/pretrain_gpt.py"),
+            "-m",
+            *module,
+            str(script or f"{checkout}/pretrain_gpt.py"),
             *(["--pipeline-schedule", schedule] if schedule else []),
-            "--pipeline-model-parallel-size", str(stages), *MODEL, *flags,
+            "--pipeline-model-parallel-size",
+            str(stages),
+            *MODEL,
+            *flags,
         ],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert (run.returncode == 0) == (expect == 0), run.stdout[-6000:]
     return run.stdout
@@ -108,8 +125,10 @@ def test_with_a_learning_rate_of_0_the_log_is_the_stock_schedules(checkout):
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(checkout, tmp_path):
-    common = ("--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 3 "
-              "--paci-prediction every")
+    common = (
+        "--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 3 "
+        "--paci-prediction every"
+    )
     whole, resumed, stock = (str(tmp_path / name) for name in ("whole", "resumed", "stock"))
     straight = logged(pretrain(checkout, "paci", 2, common, "--train-iters 6 --save", whole))
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
@@ -145,8 +164,10 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(check
 
 def test_the_first_updates_run_under_a_flush_and_a_resumed_run_counts_them(checkout, tmp_path):
     """Of the job, not of the run: until then it is stock, with its tied gradients and norms, and then it is not."""
-    common = ("--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 2 "
-              "--train-iters 6 --save")
+    common = (
+        "--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --save-interval 2 "
+        "--train-iters 6 --save"
+    )
     warmup = "--paci-flush-warmup-steps 3"
     stock = logged(pretrain(checkout, "1f1b", 2, common, str(tmp_path / "stock")))
     straight = logged(pretrain(checkout, "paci", 2, warmup, common, str(tmp_path / "whole")))
@@ -177,8 +198,14 @@ def test_weights_are_taken_without_the_optimizers_state(checkout, tmp_path):
 @pytest.mark.parametrize("stages", [2, 4])
 def test_no_collective_of_a_steady_iteration_spans_stages(checkout, stages, tmp_path):
     """Of the whole iteration: train_step, optimizer, log line.  The recorder does see those of the stock schedule."""
-    pretrain(checkout, "paci", stages, "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100",
-             "--log-num-zeros-in-grad", trace=tmp_path / "paci")
+    pretrain(
+        checkout,
+        "paci",
+        stages,
+        "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100",
+        "--log-num-zeros-in-grad",
+        trace=tmp_path / "paci",
+    )
     for rank in range(stages):
         seen = json.loads((tmp_path / f"paci.{rank}").read_text())
         steady = [(name, ranks) for iteration, name, ranks in seen if iteration == 3]
@@ -188,16 +215,27 @@ def test_no_collective_of_a_steady_iteration_spans_stages(checkout, stages, tmp_
         # Of the tied embedding: one sum, that nobody waits for.
         assert [ranks for _, ranks in steady].count(ends) == (rank in ends)
     if stages == 2:
-        pretrain(checkout, "1f1b", stages, "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100",
-                 trace=tmp_path / "stock")
+        pretrain(
+            checkout,
+            "1f1b",
+            stages,
+            "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100",
+            trace=tmp_path / "stock",
+        )
         seen = json.loads((tmp_path / "stock.0").read_text())
         assert any(iteration == 3 and ranks == [0, 1] for iteration, _, ranks in seen)
 
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("muon", ""), ("muon", "--optimizer dist_muon --bf16"), ("muon", "--use-distributed-optimizer --bf16"),
-     ("adaptive_muon", "--use-distributed-optimizer --bf16"), ("lion", ""), ("soap", "")],
+    [
+        ("muon", ""),
+        ("muon", "--optimizer dist_muon --bf16"),
+        ("muon", "--use-distributed-optimizer --bf16"),
+        ("adaptive_muon", "--use-distributed-optimizer --bf16"),
+        ("lion", ""),
+        ("soap", ""),
+    ],
     ids=["muon", "dist_muon", "muon, sharded", "adaptive_muon, sharded", "lion", "soap"],
 )
 def test_nor_does_one_of_the_other_optimizers(checkout, name, flags, tmp_path):
@@ -207,9 +245,17 @@ def test_nor_does_one_of_the_other_optimizers(checkout, name, flags, tmp_path):
         reason = "0.16.1 refuses Muon with --use-distributed-optimizer"
     if reason is not None:
         pytest.skip(reason)
-    said = pretrain(checkout, "paci", 2, f"--optimizer {name}", flags, "--global-batch-size 4",
-                    "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100 --log-num-zeros-in-grad",
-                    trace=tmp_path / "paci", replicas=2)
+    said = pretrain(
+        checkout,
+        "paci",
+        2,
+        f"--optimizer {name}",
+        flags,
+        "--global-batch-size 4",
+        "--lr 1e-3 --train-iters 5 --eval-iters 0 --eval-interval 100 --log-num-zeros-in-grad",
+        trace=tmp_path / "paci",
+        replicas=2,
+    )
     assert list(logged(said)) == [1, 2, 3, 4, 5]
     for rank in range(4):
         seen = json.loads((tmp_path / f"paci.{rank}").read_text())
@@ -222,13 +268,23 @@ def test_nor_does_one_of_the_other_optimizers(checkout, name, flags, tmp_path):
 
 def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
     flags = {
-        "--rerun-mode": "validate_results", "--timing-log-level": "1", "--log-params-norm": "",
-        "--exit-duration-in-mins": "9", "--exit-signal-handler": "", "--calculate-per-token-loss": "",
-        "--iterations-to-skip": "3", "--log-energy": "", "--empty-unused-memory-level": "1",
+        "--rerun-mode": "validate_results",
+        "--timing-log-level": "1",
+        "--log-params-norm": "",
+        "--exit-duration-in-mins": "9",
+        "--exit-signal-handler": "",
+        "--calculate-per-token-loss": "",
+        "--iterations-to-skip": "3",
+        "--log-energy": "",
+        "--empty-unused-memory-level": "1",
     }
     said = pretrain(
-        checkout, "paci", 2, "--lr 1e-3 --train-iters 2 --eval-iters 0 --eval-interval 100",
-        *(f"{flag} {value}" for flag, value in flags.items()), expect=1,
+        checkout,
+        "paci",
+        2,
+        "--lr 1e-3 --train-iters 2 --eval-iters 0 --eval-interval 100",
+        *(f"{flag} {value}" for flag, value in flags.items()),
+        expect=1,
     )
     listed = re.findall(r"^\S* *\* (--[\w-]+) \(", said, re.MULTILINE)
     assert set(flags) <= set(listed)
@@ -288,11 +344,14 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--paci-clip=none", "argument --paci-clip"), ("--paci-prediction=evry", "argument --paci-prediction: 'evry'"),
-     ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
-     ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds"),
-     ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: '-1': must be a whole number"),
-     ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: '1.5': must be a whole number")],
+    [
+        ("--paci-clip=none", "argument --paci-clip"),
+        ("--paci-prediction=evry", "argument --paci-prediction: 'evry'"),
+        ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
+        ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds"),
+        ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: '-1': must be a whole number"),
+        ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: '1.5': must be a whole number"),
+    ],
 )
 def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
     assert said in pretrain(checkout, "paci", 1, flag, expect=1)

@@ -30,10 +30,12 @@ def layer_wise(optimizer, **job):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_losses_norms_and_drift_are_the_oracles(name):
     plain = GptJob(stages=2, accumulation=3, calls=4, optimizer=name)
-    assert_as_the_oracle_says([
-        dataclasses.replace(plain, **change)
-        for change in ({}, {"clip_grad": 0.1}, {"bf16": True, "clip_grad": 0.1, "tied": True}, {"accumulation": 1})
-    ])
+    assert_as_the_oracle_says(
+        [
+            dataclasses.replace(plain, **change)
+            for change in ({}, {"clip_grad": 0.1}, {"bf16": True, "clip_grad": 0.1, "tied": True}, {"accumulation": 1})
+        ]
+    )
 
 
 @EXACT
@@ -65,8 +67,15 @@ def test_no_collective_of_a_steady_call_spans_stages(name, shared):
 @pytest.mark.parametrize("shared", [False, True], ids=["whole", "layer-wise"])
 def test_a_resumed_run_goes_on_bit_for_bit(name, shared):
     make = layer_wise if shared else GptJob
-    job = make(optimizer=name, stages=2, data_parallel=1 + shared, calls=6, clip_grad=0.2, tied=True,
-               paci={"drain_interval": 3})
+    job = make(
+        optimizer=name,
+        stages=2,
+        data_parallel=1 + shared,
+        calls=6,
+        clip_grad=0.2,
+        tied=True,
+        paci={"drain_interval": 3},
+    )
     ranks = run_ranks(train_all, 2 * job.data_parallel, ([job, dataclasses.replace(job, resume_after=3)],))
     for straight, resumed in ranks:
         assert_equal(resumed.weights, straight.weights, "weight")
@@ -85,8 +94,9 @@ def test_tensor_parallel_ranks_agree(name):
             assert "norm" not in weight or (one.weights[weight] == other.weights[weight]).all()
     for rank, trained in enumerate(ranks):
         ends = (rank % 2, rank % 2 + 2)
-        assert all(set(ranks) <= {rank - rank % 2, rank - rank % 2 + 1} or ranks == ends
-                   for _, ranks in trained.collectives), trained.collectives
+        assert all(
+            set(ranks) <= {rank - rank % 2, rank - rank % 2 + 1} or ranks == ends for _, ranks in trained.collectives
+        ), trained.collectives
 
 
 def predictions(jobs):

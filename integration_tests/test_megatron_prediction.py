@@ -10,8 +10,8 @@ from integration_tests import megatron_job
 from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
 from integration_tests.ranks import on_gpus, run_ranks
 from integration_tests.test_megatron_core import STOCK, SWITCHED, assert_as_the_oracle_says, assert_equal
-from paci_schedule.drift import drift_of
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.core.drift import drift_of
+from paci_schedule.core.spec import PipelineSpec
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -130,8 +130,7 @@ def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update():
 
 SLICED = [
     GptJob(stages=2, accumulation=2, calls=4, tensor_parallel=2, optimizer="sgd", lr=0.05, clip_grad=1.0, **change)
-    for change in ({"paci": {"prediction": "every"}},
-                   {"paci": {"prediction": "window"}, "sequence_parallel": True})
+    for change in ({"paci": {"prediction": "every"}}, {"paci": {"prediction": "window"}, "sequence_parallel": True})
 ]
 
 

@@ -18,11 +18,16 @@ def warming(updates, **job):
 @EXACT
 def test_weights_losses_norms_and_drift_are_the_oracles():
     """Drift is counted as 0 while it lasts; tied gradients and norms of the flushed updates are of their own update."""
-    assert_as_the_oracle_says([
-        warming(2), warming(1, accumulation=1, clip_grad=0.2), warming(3, tied=True, clip_grad=0.2),
-        warming(2, bf16=True, distributed_optimizer=True, clip_grad=0.2),
-        warming(2, paci={"drain_interval": 3}), warming(9, calls=3),
-    ])
+    assert_as_the_oracle_says(
+        [
+            warming(2),
+            warming(1, accumulation=1, clip_grad=0.2),
+            warming(3, tied=True, clip_grad=0.2),
+            warming(2, bf16=True, distributed_optimizer=True, clip_grad=0.2),
+            warming(2, paci={"drain_interval": 3}),
+            warming(9, calls=3),
+        ]
+    )
 
 
 @EXACT

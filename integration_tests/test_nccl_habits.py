@@ -12,7 +12,7 @@ from integration_tests import deepspeed_job, jobs, late_job, late_oracle, nccl_l
 from integration_tests.jobs import Job
 from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_replicas import REPLICAS, by_replica, follow_all
-from paci_schedule.runtime.norms import NormGroup
+from paci_schedule.runtime.deferred.norms import NormGroup
 
 SCRIPT = ("train x3", "drain", "train x2", "eval", "save", "train x2")
 SWITCHES = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x2", "drain")

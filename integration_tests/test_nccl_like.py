@@ -64,8 +64,14 @@ def backward_through_it(buffer, work):
 
 @pytest.mark.parametrize(
     "act",
-    [read_at_once, read_the_result_of_a_view, read_by_numpy, read_long_after_it_has_come, write_at_once,
-     backward_through_it],
+    [
+        read_at_once,
+        read_the_result_of_a_view,
+        read_by_numpy,
+        read_long_after_it_has_come,
+        write_at_once,
+        backward_through_it,
+    ],
 )
 def test_a_touch_of_what_is_received_without_a_wait_is_a_race(act):
     _, said = run_ranks(message, 2, (act,))
@@ -148,13 +154,18 @@ def collectives():
         (lambda t, op: dist.group.WORLD.allreduce([t], op(c10d.AllreduceOptions())), lambda t: t),
         (lambda t, op: dist.group.WORLD.broadcast([t], op(c10d.BroadcastOptions())), lambda t: t),
         (lambda t, op: dist.group.WORLD._allgather_base(t, t[:1] + rank, op(c10d.AllgatherOptions())), lambda t: t),
-        (lambda t, op: dist.group.WORLD.allgather([list(t.split(1))], [t[:1] + rank], op(c10d.AllgatherOptions())),
-         lambda t: t),
-        (lambda t, op: dist.group.WORLD._reduce_scatter_base(t[:1], t + rank, op(c10d.ReduceScatterOptions())),
-         lambda t: t[:1]),
+        (
+            lambda t, op: dist.group.WORLD.allgather([list(t.split(1))], [t[:1] + rank], op(c10d.AllgatherOptions())),
+            lambda t: t,
+        ),
+        (
+            lambda t, op: dist.group.WORLD._reduce_scatter_base(t[:1], t + rank, op(c10d.ReduceScatterOptions())),
+            lambda t: t[:1],
+        ),
     ]:
         works = []
         for asynchronous in (False, True):
+
             def options(opts, asynchronous=asynchronous):
                 opts.asyncOp = asynchronous
                 return opts

@@ -7,7 +7,7 @@ import pytest
 from integration_tests import deepspeed_job, oracle
 from integration_tests.jobs import Job
 from paci_schedule import PipelineSpec
-from paci_schedule.drift import drift_bound, drift_of
+from paci_schedule.core.drift import drift_bound, drift_of
 
 BATCHES = ("train x2", "eval", "train x2")
 STOCK = {
@@ -17,8 +17,14 @@ STOCK = {
     "fp32": Job(stages=2, accumulation=3, script=BATCHES, warmup=True),
     "fp32, two optimizer groups": Job(stages=3, accumulation=2, script=BATCHES, model="pairs", optimizer="groups"),
     "bf16": Job(stages=3, accumulation=2, script=BATCHES, model="pairs", precision="bf16", warmup=True),
-    "bf16 on an fp32 wire": Job(stages=2, accumulation=3, script=BATCHES, precision="bf16", optimizer="groups",
-                                config={"communication_data_type": "fp32"}),
+    "bf16 on an fp32 wire": Job(
+        stages=2,
+        accumulation=3,
+        script=BATCHES,
+        precision="bf16",
+        optimizer="groups",
+        config={"communication_data_type": "fp32"},
+    ),
     "bf16 sums": Job(stages=2, accumulation=3, script=BATCHES, precision="bf16-bf16", optimizer="sgd"),
 }
 
@@ -55,8 +61,16 @@ def test_some_updates_are_clipped_and_some_are_not(name):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "groups"])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_every_combination_is_stock_deepspeed(stages, optimizer, model, precision):
-    job = Job(stages=stages, accumulation=3, script=BATCHES, model=model, precision=precision, optimizer=optimizer,
-              clip=0.6 if stages == 1 else 0.0, warmup=True)
+    job = Job(
+        stages=stages,
+        accumulation=3,
+        script=BATCHES,
+        model=model,
+        precision=precision,
+        optimizer=optimizer,
+        clip=0.6 if stages == 1 else 0.0,
+        warmup=True,
+    )
     deepspeed_job.assert_equal(deepspeed_job.run(job, schedule="stock"), flushed(job), counters=False)
 
 
@@ -64,8 +78,13 @@ def test_every_combination_is_stock_deepspeed(stages, optimizer, model, precisio
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
 @pytest.mark.parametrize("extra", [0, 2])
 def test_drift_and_versions_are_the_closed_form(stages, accumulation, extra):
-    job = Job(stages=stages, accumulation=accumulation, script=("train x4", "drain", "train x3", "eval"),
-              extra_in_flight=extra, optimizer="sgd")
+    job = Job(
+        stages=stages,
+        accumulation=accumulation,
+        script=("train x4", "drain", "train x3", "eval"),
+        extra_in_flight=extra,
+        optimizer="sgd",
+    )
     spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
     end = oracle.run(job)[-1]
     for stage in range(stages):

@@ -55,10 +55,17 @@ def rehearsed(job, look=lambda stages: None):
     batches = ([next(data) for _ in range(job.accumulation)] for _ in range(count))
     updates = []
     for update in rehearse(
-        stages, optimizers, jobs.loss, batches, schedule="flush" if job.script == FLUSH else "paci",
-        accumulation=job.accumulation, extra_in_flight=late_job.options(job).get("extra_in_flight", 0), clip=job.clip,
+        stages,
+        optimizers,
+        jobs.loss,
+        batches,
+        schedule="flush" if job.script == FLUSH else "paci",
+        accumulation=job.accumulation,
+        extra_in_flight=late_job.options(job).get("extra_in_flight", 0),
+        clip=job.clip,
         prediction=late_job.options(job).get("prediction", "off"),
-        prediction_reach=late_job.options(job).get("prediction_reach", 1.0), schedulers=schedulers,
+        prediction_reach=late_job.options(job).get("prediction_reach", 1.0),
+        schedulers=schedulers,
     ):
         updates.append(update)
         look(stages)
@@ -71,8 +78,11 @@ def test_a_rehearsal_is_the_engine(name, runs):
     stages, updates = rehearsed(job)
     for number, (stage, result) in enumerate(zip(stages, results, strict=True)):
         moment = result["moments"][-1]
-        found = {f"{job.stage_layers(number).start + place}.{key}": value
-                 for place, layer in enumerate(stage) for key, value in layer.named_parameters()}
+        found = {
+            f"{job.stage_layers(number).start + place}.{key}": value
+            for place, layer in enumerate(stage)
+            for key, value in layer.named_parameters()
+        }
         assert found.keys() == moment["weights"].keys()
         for key, value in found.items():
             difference = (value - moment["weights"][key]).abs().max().item()

@@ -56,10 +56,18 @@ def rehearsed(jobs):
 
         data = [micro_batch(index, 0) for index in range(job.calls * job.accumulation)]
         pairs = [(tokens[:, :-1], tokens[:, 1:]) for tokens in data]
-        batches = [pairs[at:at + job.accumulation] for at in range(0, len(pairs), job.accumulation)]
-        updates = list(rehearse(stages, optimizers, loss_fn, batches, accumulation=job.accumulation,
-                                schedule="flush" if job.schedule == "1f1b" else "paci",
-                                prediction=job.paci.get("prediction", "off")))
+        batches = [pairs[at : at + job.accumulation] for at in range(0, len(pairs), job.accumulation)]
+        updates = list(
+            rehearse(
+                stages,
+                optimizers,
+                loss_fn,
+                batches,
+                accumulation=job.accumulation,
+                schedule="flush" if job.schedule == "1f1b" else "paci",
+                prediction=job.paci.get("prediction", "off"),
+            )
+        )
         weights = [{name: value.detach() for name, value in stage.model.named_parameters()} for stage in stages]
         results.append((weights, [update.loss for update in updates]))
     return results
@@ -75,8 +83,9 @@ def found():
     return ranks.run_ranks(rehearsed, 1, (JOBS,), timeout=280.0)[0]
 
 
-@pytest.mark.parametrize("number", range(len(JOBS)), ids=["P=2 a=1", "P=2 a=3", "P=2 a=2, flush", "P=2 a=1, every",
-                                                        "P=2 a=3, window"])
+@pytest.mark.parametrize(
+    "number", range(len(JOBS)), ids=["P=2 a=1", "P=2 a=3", "P=2 a=2, flush", "P=2 a=1, every", "P=2 a=3, window"]
+)
 def test_a_rehearsal_of_megatrons_gpt_is_megatrons_training(number, found, expected):
     weights, losses = found[number]
     for stage, (values, trained) in enumerate(zip(weights, expected[number], strict=True)):

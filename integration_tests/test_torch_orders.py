@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from paci_schedule import PipelineSpec
-from paci_schedule.ops import OpKind
-from paci_schedule.schedules.registry import schedule
+from paci_schedule.core.ops import OpKind
+from paci_schedule.core.schedules.registry import schedule
 
 THEIR_NAMES = {
     "interleaved-1f1b": "ScheduleInterleaved1F1B",

@@ -39,7 +39,7 @@ from launch.training import LoopOptions, Training
 from paci_schedule import PaciError
 from paci_schedule.adapters.deepspeed import balanced_cut
 from paci_schedule.adapters.deepspeed.device import take_device
-from paci_schedule.balance import Cut
+from paci_schedule.plan.partition import Cut
 
 _DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "gpt_tiny.json"
 

@@ -126,9 +126,7 @@ class Training:
         if hasattr(self._engine, "drain"):
             self._engine.drain()
 
-    def _report(
-        self, update: int, losses: list[torch.Tensor], rate: float, logged: float, progress: tqdm
-    ) -> None:
+    def _report(self, update: int, losses: list[torch.Tensor], rate: float, logged: float, progress: tqdm) -> None:
         # Reading the loss waits for the device: once in `log_every` updates, so that the clock is right there.
         loss = torch.stack(losses).nanmean().item()
         seconds = self._watch.read()

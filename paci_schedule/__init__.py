@@ -3,6 +3,7 @@
 Importing this package has no side effect and imports neither torch nor a framework.
 """
 
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import (
     ConfigError,
     DataEndedError,
@@ -11,7 +12,6 @@ from paci_schedule.errors import (
     ScheduleError,
     UnsupportedError,
 )
-from paci_schedule.spec import PipelineSpec
 
 __all__ = [
     "ConfigError",
@@ -38,6 +38,6 @@ def register(*frameworks: str) -> None:
         UnsupportedError: a framework that is named, or every one, is not installed, is in a version that is not
             supported, or lost a hook.
     """
-    from paci_schedule.registration import register_with
+    from paci_schedule.adapters.frameworks import register_with
 
     register_with(frameworks)

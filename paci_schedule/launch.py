@@ -26,9 +26,9 @@ import runpy
 import sys
 
 from paci_schedule import ConfigError, register
-from paci_schedule.patience import is_timeout
-from paci_schedule.registration import exists
-from paci_schedule.stale import check_reach, interval_of
+from paci_schedule.adapters.frameworks import exists
+from paci_schedule.adapters.patience import is_timeout
+from paci_schedule.core.staleness import check_reach, interval_of
 
 __all__ = ["main"]
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     ours, rest = _our_flags().parse_known_args(rest) if is_megatron else (argparse.Namespace(), rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
-    from paci_schedule.runtime.staged import share_gpus
+    from paci_schedule.runtime.shared_gpu import share_gpus
 
     share_gpus()
     register(*["megatron"] if is_megatron else [])

@@ -2,9 +2,9 @@
 
 import random
 
-from paci_schedule.lower import lower
-from paci_schedule.ops import Op
-from paci_schedule.schedules import paci
+from paci_schedule.core.lower import lower
+from paci_schedule.core.ops import Op
+from paci_schedule.core.schedules import paci
 
 
 def text(ops):

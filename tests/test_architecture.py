@@ -13,11 +13,23 @@ import paci_schedule
 
 PACKAGE = Path(paci_schedule.__file__).parent
 FRAMEWORKS = {"deepspeed", "megatron", "transformers", "datasets", "accelerate", "lightning"}
-OUTER = {"registration", "launch", "cli", "doctor", "optim"}  # modules at the top of the package that are no core
-TORCH_LAYERS = {  # what imports torch and no framework -> the layers that it may import
-    "runtime": {"core", "predict", "runtime"},
-    "predict": {"core", "predict"},
-    "rehearse": {"core", "predict", "rehearse"},
+TORCH_FREE = {"core", "simulate", "check", "plan", "draw", "trace", "cli"}  # as long as nothing is imported lazily
+LAYERS = {  # a folder, or a module at the top -> the others that it may import; lazily too
+    "errors": {*()},
+    "core": {"errors"},
+    "simulate": {"errors", "core"},
+    "check": {"errors", "core", "simulate"},
+    "plan": {"errors", "core", "simulate"},
+    "draw": {"errors", "core", "simulate"},
+    "trace": {"errors", "core", "simulate"},
+    "predict": {"errors", "core"},
+    "measure": {"errors", "core"},
+    "runtime": {"errors", "core", "predict", "trace"},
+    "rehearse": {"errors", "core", "predict"},
+    "adapters": {"errors", "core", "plan", "predict", "trace", "measure", "runtime"},
+    "cli": {"errors", "", "core", "simulate", "check", "plan", "draw", "trace", "rehearse", "adapters"},
+    "launch": {"errors", "", "core", "runtime", "adapters"},
+    "": {"errors", "core", "adapters"},
 }
 
 PUBLIC_NAMES = [
@@ -42,11 +54,8 @@ def modules():
 
 
 def layer(module):
-    """core, a torch layer, adapters.NAME, adapters, or the name of an outer module."""
-    parts = module.split(".")
-    if parts[0] == "adapters":
-        return ".".join(parts[:2])
-    return parts[0] if parts[0] in OUTER | set(TORCH_LAYERS) else "core"
+    """The folder of a module, or its own name at the top of the package."""
+    return module.partition(".")[0]
 
 
 def imports(module, path, lazy=True):
@@ -60,7 +69,7 @@ def imports(module, path, lazy=True):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
             names.add(source)
             names.update(f"{source}.{alias.name}" for alias in node.names)
@@ -82,50 +91,42 @@ def own(names):
 
 
 MODULES = modules()
-CORE = [name for name in MODULES if layer(name) == "core" and name]
+PURE = [name for name in MODULES if layer(name) in TORCH_FREE]
 
 
-def test_the_layers_are_found():
-    """The rules below mean something: the core's modules are there and are seen as core."""
-    assert {"ops", "spec", "errors", "lower", "drift", "validate", "schedules.paci"} <= set(CORE)
-    assert imports("schedules.paci", MODULES["schedules.paci"]) >= {"paci_schedule.ops", "paci_schedule.spec"}
+def test_every_folder_is_a_layer():
+    assert {layer(name) for name in MODULES} == set(LAYERS)
+    assert imports("core.schedules.paci", MODULES["core.schedules.paci"]) >= {"paci_schedule.core.ops"}
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_the_core_imports_neither_torch_nor_frameworks_nor_what_lies_above(module):
-    names = imports(module, MODULES[module])
-    assert not roots(names) & (FRAMEWORKS | {"torch"})
-    assert not {name for name in own(names) if layer(name) != "core"}
+@pytest.mark.parametrize("module", MODULES)
+def test_a_layer_imports_only_what_lies_below_it(module):
+    assert {layer(name) for name in own(imports(module, MODULES[module]))} <= LAYERS[layer(module)] | {layer(module)}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in TORCH_LAYERS])
-def test_the_torch_layers_import_torch_and_what_lies_below_them(module):
-    names = imports(module, MODULES[module])
-    assert not roots(names) & FRAMEWORKS
-    assert {layer(name) for name in own(names)} <= TORCH_LAYERS[layer(module)]
+@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) != "adapters"])
+def test_only_adapters_import_a_framework(module):
+    assert not roots(imports(module, MODULES[module])) & FRAMEWORKS
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if layer(name).startswith("adapters")])
+@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) == "adapters"])
 def test_adapters_import_their_own_framework_and_never_each_other(module):
-    names = imports(module, MODULES[module])
-    mine = layer(module)
-    assert roots(names) & FRAMEWORKS <= {mine.removeprefix("adapters.")}
-    assert {layer(name) for name in own(names)} <= {"core", "runtime", "predict", "adapters", mine}
+    names, (_, mine, *_) = imports(module, MODULES[module]), [*module.split("."), ""]
+    mine = mine if mine in FRAMEWORKS else None
+    assert roots(names) & FRAMEWORKS <= {mine}
+    assert {name.split(".")[1] for name in own(names) if name.startswith("adapters.")} & FRAMEWORKS <= {mine}
 
 
-@pytest.mark.parametrize("module", ["", *(name for name in MODULES if layer(name) in OUTER)])
-def test_torch_frameworks_and_adapters_are_imported_only_when_needed(module):
-    """The package itself, its registration and its entry points name them inside functions alone."""
-    names = imports(module, MODULES[module], lazy=False)
-    assert not roots(names) & (FRAMEWORKS | {"torch"})
-    assert not {name for name in own(names) if layer(name).startswith("adapters") or layer(name) in TORCH_LAYERS}
-    if module == "":
-        assert {layer(name) for name in own(names)} == {"core"}
+@pytest.mark.parametrize("module", ["", "launch", "adapters.frameworks", *PURE])
+def test_torch_and_frameworks_are_imported_only_when_needed(module):
+    """The package itself, its commands and all that they show without training import torch inside functions only."""
+    assert not roots(imports(module, MODULES[module], lazy=False)) & (FRAMEWORKS | {"torch"})
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60,
-                          check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
 
 
 def test_importing_the_package_is_light_and_silent():
@@ -134,7 +135,7 @@ def test_importing_the_package_is_light_and_silent():
 
 
 def test_importing_the_whole_core_leaves_torch_out():
-    code = f"import importlib, sys\nfor name in {CORE!r}: importlib.import_module('paci_schedule.' + name)\n"
+    code = f"import importlib, sys\nfor name in {PURE!r}: importlib.import_module('paci_schedule.' + name)\n"
     assert run(code + f"print(sorted({FRAMEWORKS | {'torch'}!r} & set(sys.modules)))") == "[]\n"
 
 
@@ -143,7 +144,7 @@ def test_the_public_names_are_locked():
     assert all(hasattr(paci_schedule, name) for name in PUBLIC_NAMES)
 
 
-@pytest.mark.parametrize("module", CORE)
+@pytest.mark.parametrize("module", PURE)
 def test_every_core_module_declares_names_that_it_has(module):
     namespace = pkgutil.resolve_name(f"paci_schedule.{module}")
     if MODULES[module].name != "__init__.py":

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.balance import Cut, LayerCost, balance, check_bounds, evaluate
+from paci_schedule.plan.partition import Cut, LayerCost, balance, check_bounds, evaluate
 
 
 def spec(stages, extra_in_flight=0):
@@ -62,8 +62,11 @@ def some_layers(seed, count):
     primes = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97]
     return [
         layer(
-            *draw.sample(primes, 2), input_bytes=draw.choice(primes), saved_bytes=5 * draw.choice(primes),
-            workspace_bytes=3 * draw.choice(primes), output_bytes=draw.choice(primes),
+            *draw.sample(primes, 2),
+            input_bytes=draw.choice(primes),
+            saved_bytes=5 * draw.choice(primes),
+            workspace_bytes=3 * draw.choice(primes),
+            output_bytes=draw.choice(primes),
             state_bytes=0 if at % 3 == 2 else 7 * draw.choice(primes[:9]),
             tied="ends" if at in (1, count - 3) else None,
         )

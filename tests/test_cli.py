@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from paci_schedule import UnsupportedError, cli, doctor
+from paci_schedule import UnsupportedError, cli
+from paci_schedule.cli import environment
 from tests.test_trace import recorded
 
 
@@ -186,10 +187,10 @@ def test_trace_draws_the_last_batches(paci, tmp_path):
 
 def adapter(monkeypatch, probe, other="no-such-distribution"):
     """Install a stand-in adapter for DeepSpeed; Megatron comes from the distribution `other`, with the same hooks."""
-    monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "pytest", "megatron": other})
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: types.SimpleNamespace(name=name))
-    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: types.SimpleNamespace(probe=probe))
-    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+    monkeypatch.setattr(environment, "_FRAMEWORKS", {"deepspeed": "pytest", "megatron": other})
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: types.SimpleNamespace(name=name))
+    monkeypatch.setattr(environment.importlib, "import_module", lambda name: types.SimpleNamespace(probe=probe))
+    monkeypatch.setattr(environment, "_torch", lambda: iter(()))
 
 
 def test_doctor_passes_where_all_is_there(paci, monkeypatch):
@@ -243,8 +244,8 @@ def test_doctor_fails_where_a_framework_is_not_supported(paci, monkeypatch):
 
 
 def test_doctor_fails_without_a_framework(paci, monkeypatch):
-    monkeypatch.setattr(doctor, "_FRAMEWORKS", {"deepspeed": "no-such-distribution"})
-    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+    monkeypatch.setattr(environment, "_FRAMEWORKS", {"deepspeed": "no-such-distribution"})
+    monkeypatch.setattr(environment, "_torch", lambda: iter(()))
     code, out, _ = paci("doctor")
     assert code == 1
     assert "pip install no-such-distribution" in out

@@ -45,9 +45,24 @@ def paci(capsys):
 
 
 def settings(**changes):
-    return Settings(**{"stages": 3, "accumulation": 2, "layers": 4, "width": 12, "context": 8, "micro_batch": 2,
-                       "updates": 6, "lr": 0.004, "warm_up": 400, "optimizer": "adamw", "dtype": "fp32",
-                       "seed": 0, "device": "cpu", **changes})
+    return Settings(
+        **{
+            "stages": 3,
+            "accumulation": 2,
+            "layers": 4,
+            "width": 12,
+            "context": 8,
+            "micro_batch": 2,
+            "updates": 6,
+            "lr": 0.004,
+            "warm_up": 400,
+            "optimizer": "adamw",
+            "dtype": "fp32",
+            "seed": 0,
+            "device": "cpu",
+            **changes,
+        }
+    )
 
 
 def test_json_holds_the_runs_at_equal_tokens_and_in_equal_time(paci, text):
@@ -57,7 +72,11 @@ def test_json_holds_the_runs_at_equal_tokens_and_in_equal_time(paci, text):
     assert found["settings"]["width"] == 12
     runs = found["runs"]
     assert [(run["equal_tokens"]["schedule"], run["equal_tokens"]["prediction"]) for run in runs] == [
-        ("flush", "off"), ("paci", "off"), ("paci", "every"), ("paci", 2)]
+        ("flush", "off"),
+        ("paci", "off"),
+        ("paci", "every"),
+        ("paci", 2),
+    ]
     assert [run["equal_tokens"]["updates"] for run in runs] == [6] * 4
     assert [run["equal_time"]["updates"] for run in runs] == [3, 6, 6, 6]  # 6 a / (a + P - 1)
     assert [len(run["equal_time"]["losses"]) for run in runs] == [3, 6, 6, 6]
@@ -114,28 +133,31 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
     assert first == again != other
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    ("--schedules pacci", "schedules='pacci'"),
-    ("--schedules pipedream-2bw --accumulation 1", "pipedream-2bw"),
-    ("--prediction sometimes", "prediction='sometimes'"),
-    ("--prediction 0", "prediction=0"),
-    ("--prediction every:far", "prediction='every:far'"),
-    ("--prediction every:9", "prediction_reach=9.0: must be a number above 0 and at most 4"),
-    ("--prediction window:1.5", "prediction_reach=1.5 with prediction='window'"),
-    ("--model huge", "model='huge'"),
-    ("--optimizer lion", "optimizer='lion'"),
-    ("--stages 5", "layers=4: 5 stages"),
-    ("--stages 0", "stages=0"),
-    ("--width 13", "width=13"),
-    ("--context 999", "has 1280 tokens"),
-    ("--updates 0", "updates=0"),
-    ("--lr 0", "lr=0"),
-    ("--warm-up -1", "warm_up=-1"),
-    ("--dtype fp8", "dtype='fp8'"),
-    ("--vocabulary 100", "vocabulary=100: must be at least 257 (256 bytes and one pair)"),
-    ("--device abacus", "device='abacus'"),
-    ("--text missing.txt", "missing.txt"),
-])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--schedules pacci", "schedules='pacci'"),
+        ("--schedules pipedream-2bw --accumulation 1", "pipedream-2bw"),
+        ("--prediction sometimes", "prediction='sometimes'"),
+        ("--prediction 0", "prediction=0"),
+        ("--prediction every:far", "prediction='every:far'"),
+        ("--prediction every:9", "prediction_reach=9.0: must be a number above 0 and at most 4"),
+        ("--prediction window:1.5", "prediction_reach=1.5 with prediction='window'"),
+        ("--model huge", "model='huge'"),
+        ("--optimizer lion", "optimizer='lion'"),
+        ("--stages 5", "layers=4: 5 stages"),
+        ("--stages 0", "stages=0"),
+        ("--width 13", "width=13"),
+        ("--context 999", "has 1280 tokens"),
+        ("--updates 0", "updates=0"),
+        ("--lr 0", "lr=0"),
+        ("--warm-up -1", "warm_up=-1"),
+        ("--dtype fp8", "dtype='fp8'"),
+        ("--vocabulary 100", "vocabulary=100: must be at least 257 (256 bytes and one pair)"),
+        ("--device abacus", "device='abacus'"),
+        ("--text missing.txt", "missing.txt"),
+    ],
+)
 def test_bad_input_is_one_line(paci, text, more, words):
     code, out, err = paci(f"rehearse {SIZES} --text {text} {more}")
     assert (code, out) == (2, "")
@@ -160,7 +182,8 @@ def test_the_last_tenth_of_a_text_is_never_trained_on(tmp_path):
 def test_a_model_in_stages_is_the_model_in_one(count):
     whole, parts = gpt.stages(1, 5, 24, 8, 11, seed=3), gpt.stages(count, 5, 24, 8, 11, seed=3)
     assert [len([block for block in part if isinstance(block, gpt._Block)]) for part in parts] == [
-        5 // count + (number < 5 % count) for number in range(count)]
+        5 // count + (number < 5 % count) for number in range(count)
+    ]
     x = torch.arange(16).view(2, 8) % 11
     expected = whole[0](x)
     for part in parts:
@@ -185,6 +208,10 @@ def test_the_ideal_time_of_a_flush_has_its_bubble_in_it():
 def test_predictions_are_for_paci_only():
     spec = PipelineSpec(stages=4, accumulation=4)
     assert variants(spec, ["pipedream", "paci"], ["off", "3", "every:1.5"]) == [
-        Variant("pipedream"), Variant("paci"), Variant("paci", 3), Variant("paci", "every", 1.5)]
+        Variant("pipedream"),
+        Variant("paci"),
+        Variant("paci", 3),
+        Variant("paci", "every", 1.5),
+    ]
     with pytest.raises(ConfigError):
         variants(spec, ["paci"], ["-1"])

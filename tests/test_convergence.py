@@ -9,14 +9,34 @@ import pytest
 from benchmarks import convergence
 
 SHAPE = {
-    "text": "text", "vocabulary": 0, "stages": 8, "accumulation": 8, "layers": 8, "width": 48, "micro_batches": 6400,
-    "dtype": "fp32", "optimizer": "adamw", "context": 64, "micro_batch": 4,
+    "text": "text",
+    "vocabulary": 0,
+    "stages": 8,
+    "accumulation": 8,
+    "layers": 8,
+    "width": 48,
+    "micro_batches": 6400,
+    "dtype": "fp32",
+    "optimizer": "adamw",
+    "context": 64,
+    "micro_batch": 4,
 }
 
 
 def a_run(validation, schedule="flush", prediction="off", length=1.0, lr=0.01, seed=0, **more):
-    return {**SHAPE, "schedule": schedule, "prediction": prediction, "prediction_reach": 1.0, "length": length,
-            "lr": lr, "warm_up": 400, "seed": seed, "validation": validation, "curve": [3.0, validation], **more}
+    return {
+        **SHAPE,
+        "schedule": schedule,
+        "prediction": prediction,
+        "prediction_reach": 1.0,
+        "length": length,
+        "lr": lr,
+        "warm_up": 400,
+        "seed": seed,
+        "validation": validation,
+        "curve": [3.0, validation],
+        **more,
+    }
 
 
 def rows(runs):
@@ -60,7 +80,9 @@ def test_sooner_counts_the_shortest_run_that_comes_to_flushs_loss():
 def test_other_models_and_texts_are_other_tables():
     runs = [a_run(2.0), a_run(1.0, accumulation=4), a_run(2.2, "paci"), a_run(1.1, "paci", accumulation=4)]
     assert [(row["a"], row["minus flush's"], row["ideal"]) for row in rows(runs) if row["schedule"] == "paci"] == [
-        ("8", "+0.2000", "1.875"), ("4", "+0.1000", "2.750")]
+        ("8", "+0.2000", "1.875"),
+        ("4", "+0.1000", "2.750"),
+    ]
 
 
 def test_the_document_has_the_table_of_its_results():

@@ -45,8 +45,12 @@ def test_the_grids_in_the_documents_are_up_to_date():
 
 def test_links_between_documents_lead_somewhere():
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-    links = [(document, link) for document in documents
-             for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()) if "://" not in link]
+    links = [
+        (document, link)
+        for document in documents
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
+        if "://" not in link
+    ]
     assert len(links) > 50
     assert [(document.name, link) for document, link in links if not (document.parent / link).exists()] == []
 

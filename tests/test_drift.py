@@ -3,9 +3,9 @@
 import pytest
 
 from paci_schedule import PipelineSpec
-from paci_schedule.drift import DriftMeter, drift_bound, drift_of
-from paci_schedule.ops import Op, OpKind
-from paci_schedule.schedules import one_f_one_b, paci
+from paci_schedule.core.drift import DriftMeter, drift_bound, drift_of
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.schedules import one_f_one_b, paci
 from tests.grids import calls, parsed, random_script
 
 

@@ -30,10 +30,24 @@ def write(folder, schedule, seconds, losses, stages, *, accumulation=3):
 def folders(tmp_path):
     flush_stages = [{"stage": stage, "replica": 0, "peak_memory": (700 - stage) * 2**20} for stage in (1, 0)]
     paci_stages = [
-        {"stage": 0, "replica": 0, "peak_memory": 650 * 2**20, "max_drift": 1, "drift_bound": 1,
-         "compute_seconds": 17.0, "wait_seconds": 2.0},
-        {"stage": 1, "replica": 0, "peak_memory": 640 * 2**20, "max_drift": 0, "drift_bound": 0,
-         "compute_seconds": 18.0, "wait_seconds": 3.0},
+        {
+            "stage": 0,
+            "replica": 0,
+            "peak_memory": 650 * 2**20,
+            "max_drift": 1,
+            "drift_bound": 1,
+            "compute_seconds": 17.0,
+            "wait_seconds": 2.0,
+        },
+        {
+            "stage": 1,
+            "replica": 0,
+            "peak_memory": 640 * 2**20,
+            "max_drift": 0,
+            "drift_bound": 0,
+            "compute_seconds": 18.0,
+            "wait_seconds": 3.0,
+        },
     ]
     return [
         write(tmp_path / "flush", "1f1b", [11.0, 18.0, 25.0, 33.0], [5.0, 3.0, 2.5, 2.0], flush_stages),

@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from paci_schedule import PipelineSpec
-from paci_schedule.lower import lower
-from paci_schedule.ops import OpKind
-from paci_schedule.schedules import one_f_one_b
-from paci_schedule.validate import check_segments
+from paci_schedule.check.validate import check_segments
+from paci_schedule.core.lower import lower
+from paci_schedule.core.ops import OpKind
+from paci_schedule.core.schedules import one_f_one_b
 from tests.grids import calls, leading_calls, program_grid, random_script
 
 # Two calls and the drain.  The gradient of a stage's last round goes at the start of the next segment: SG1 of stage 1
@@ -20,23 +20,18 @@ GOLDEN = {
         [""],
     ],
     (2, 2): [
-        ["F0 SA0 F1 SA1 EG0 RG0 B0",
-         "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
-        ["F2 SA2 EG1 RG1 B1 STEP0 F3 SA3 EG2 RG2 B2",
-         "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
-        ["EG3 RG3 B3 STEP1",
-         "SG3"],
+        ["F0 SA0 F1 SA1 EG0 RG0 B0", "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+        ["F2 SA2 EG1 RG1 B1 STEP0 F3 SA3 EG2 RG2 B2", "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
+        ["EG3 RG3 B3 STEP1", "SG3"],
     ],
     (3, 2): [
-        ["F0 SA0 F1 SA1",
-         "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 RG0 B0",
-         "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
-        ["F2 SA2 EG0 RG0 B0 F3 SA3 EG1 RG1 B1 STEP0",
-         "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 RG2 B2",
-         "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
-        ["EG2 RG2 B2 EG3 RG3 B3 STEP1",
-         "SG2 EG3 RG3 B3 SG3 STEP1",
-         "SG3"],
+        ["F0 SA0 F1 SA1", "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 RG0 B0", "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+        [
+            "F2 SA2 EG0 RG0 B0 F3 SA3 EG1 RG1 B1 STEP0",
+            "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 RG2 B2",
+            "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1",
+        ],
+        ["EG2 RG2 B2 EG3 RG3 B3 STEP1", "SG2 EG3 RG3 B3 SG3 STEP1", "SG3"],
     ],
 }
 
@@ -47,47 +42,41 @@ FLUSH = [
 ]
 
 LEADING = [
-    ["F0 SA0 F1 SA1 EG0 RG0 B0 STEP0",
-     "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
-    ["F2 SA2 EG1 RG1 B1 STEP1",
-     "F1 EA2 B1 SG1 STEP1 RA2"],
-    ["EG2 RG2 B2 STEP2",
-     "F2 B2 SG2 STEP2"],
+    ["F0 SA0 F1 SA1 EG0 RG0 B0 STEP0", "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
+    ["F2 SA2 EG1 RG1 B1 STEP1", "F1 EA2 B1 SG1 STEP1 RA2"],
+    ["EG2 RG2 B2 STEP2", "F2 B2 SG2 STEP2"],
 ]
 
 # A round of slack on the first link: stage 0 posts EG1 with F3, where stage 1 sends it, and takes it with F4.
 SLACK = [
-    ["F0 SA0 F1 SA1",
-     "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 RG0 B0",
-     "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
-    ["F2 SA2 EG0 F3 SA3 EG1 RG0 B0",
-     "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 RG2 B2",
-     "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
-    ["F4 SA4 EG2 RG1 B1 STEP0 F5 SA5 EG3 RG2 B2",
-     "EA4 SG2 RA4 F4 SA4 EG3 EA5 RG3 B3 SG3 STEP1 RA5 F5 SA5 EG4 RG4 B4",
-     "EA4 SG3 RA4 F4 EA5 B4 SG4 RA5 F5 B5 STEP2"],
-    ["EG4 RG3 B3 STEP1 EG5 RG4 B4 RG5 B5 STEP2",
-     "SG4 EG5 RG5 B5 SG5 STEP2",
-     "SG5"],
+    ["F0 SA0 F1 SA1", "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 RG0 B0", "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+    [
+        "F2 SA2 EG0 F3 SA3 EG1 RG0 B0",
+        "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 RG2 B2",
+        "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1",
+    ],
+    [
+        "F4 SA4 EG2 RG1 B1 STEP0 F5 SA5 EG3 RG2 B2",
+        "EA4 SG2 RA4 F4 SA4 EG3 EA5 RG3 B3 SG3 STEP1 RA5 F5 SA5 EG4 RG4 B4",
+        "EA4 SG3 RA4 F4 EA5 B4 SG4 RA5 F5 B5 STEP2",
+    ],
+    ["EG4 RG3 B3 STEP1 EG5 RG4 B4 RG5 B5 STEP2", "SG4 EG5 RG5 B5 SG5 STEP2", "SG5"],
 ]
 
 # Stage 0 shares one weight with stage 2, another one with stage 1.
 TIED = [
-    ["F2 SA2 EG0 RG0 B0 F3 SA3 EG1 RG1 B1 STEP0 SUM0 SUM0.1",
-     "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 SUM0.1 RG2 B2",
-     "EA2 SG1 RA2 F2 EA3 B2 SG2 SUM0 RA3 F3 B3 STEP1"],
-    ["EG2 RG2 B2 EG3 RG3 B3 STEP1 SUM1 SUM1.1",
-     "SG2 EG3 RG3 B3 SG3 STEP1 SUM1.1",
-     "SG3 SUM1"],
+    [
+        "F2 SA2 EG0 RG0 B0 F3 SA3 EG1 RG1 B1 STEP0 SUM0 SUM0.1",
+        "EA2 SG0 RA2 F2 SA2 EG1 EA3 RG1 B1 SG1 STEP0 RA3 F3 SA3 EG2 SUM0.1 RG2 B2",
+        "EA2 SG1 RA2 F2 EA3 B2 SG2 SUM0 RA3 F3 B3 STEP1",
+    ],
+    ["EG2 RG2 B2 EG3 RG3 B3 STEP1 SUM1 SUM1.1", "SG2 EG3 RG3 B3 SG3 STEP1 SUM1.1", "SG3 SUM1"],
 ]
 
 TIED_LEADING = [
-    ["F0 SA0 F1 SA1 EG0 RG0 B0 STEP0",
-     "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
-    ["SUM0 F2 SA2 EG1 RG1 B1 STEP1",
-     "F1 SUM0 EA2 B1 SG1 STEP1 RA2"],
-    ["SUM1 EG2 RG2 B2 STEP2 SUM2",
-     "F2 SUM1 B2 SG2 STEP2 SUM2"],
+    ["F0 SA0 F1 SA1 EG0 RG0 B0 STEP0", "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
+    ["SUM0 F2 SA2 EG1 RG1 B1 STEP1", "F1 SUM0 EA2 B1 SG1 STEP1 RA2"],
+    ["SUM1 EG2 RG2 B2 STEP2 SUM2", "F2 SUM1 B2 SG2 STEP2 SUM2"],
 ]
 
 # With the receives of gradients posted early as well.
@@ -98,23 +87,18 @@ EARLY = {
         [""],
     ],
     (2, 2): [
-        ["F0 SA0 EG0 F1 SA1 RG0 B0",
-         "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
-        ["EG1 F2 SA2 RG1 B1 STEP0 EG2 F3 SA3 RG2 B2",
-         "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
-        ["EG3 RG3 B3 STEP1",
-         "SG3"],
+        ["F0 SA0 EG0 F1 SA1 RG0 B0", "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+        ["EG1 F2 SA2 RG1 B1 STEP0 EG2 F3 SA3 RG2 B2", "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
+        ["EG3 RG3 B3 STEP1", "SG3"],
     ],
     (3, 2): [
-        ["F0 SA0 F1 SA1",
-         "EA0 EA1 RA0 F0 SA0 EG0 RA1 F1 SA1 RG0 B0",
-         "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
-        ["EG0 F2 SA2 RG0 B0 EG1 F3 SA3 RG1 B1 STEP0",
-         "EA2 SG0 EG1 RA2 F2 SA2 EA3 RG1 B1 SG1 STEP0 EG2 RA3 F3 SA3 RG2 B2",
-         "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1"],
-        ["EG2 EG3 RG2 B2 RG3 B3 STEP1",
-         "EG3 SG2 RG3 B3 SG3 STEP1",
-         "SG3"],
+        ["F0 SA0 F1 SA1", "EA0 EA1 RA0 F0 SA0 EG0 RA1 F1 SA1 RG0 B0", "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 B1 STEP0"],
+        [
+            "EG0 F2 SA2 RG0 B0 EG1 F3 SA3 RG1 B1 STEP0",
+            "EA2 SG0 EG1 RA2 F2 SA2 EA3 RG1 B1 SG1 STEP0 EG2 RA3 F3 SA3 RG2 B2",
+            "EA2 SG1 RA2 F2 EA3 B2 SG2 RA3 F3 B3 STEP1",
+        ],
+        ["EG2 EG3 RG2 B2 RG3 B3 STEP1", "EG3 SG2 RG3 B3 SG3 STEP1", "SG3"],
     ],
 }
 
@@ -125,12 +109,9 @@ EARLY_FLUSH = [
 ]
 
 EARLY_LEADING = [
-    ["F0 SA0 EG0 F1 SA1 RG0 B0 STEP0",
-     "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
-    ["EG1 F2 SA2 RG1 B1 STEP1",
-     "F1 EA2 B1 SG1 STEP1 RA2"],
-    ["EG2 RG2 B2 STEP2",
-     "F2 B2 SG2 STEP2"],
+    ["F0 SA0 EG0 F1 SA1 RG0 B0 STEP0", "EA0 RA0 F0 EA1 B0 SG0 STEP0 RA1"],
+    ["EG1 F2 SA2 RG1 B1 STEP1", "F1 EA2 B1 SG1 STEP1 RA2"],
+    ["EG2 RG2 B2 STEP2", "F2 B2 SG2 STEP2"],
 ]
 
 
@@ -179,22 +160,22 @@ def assert_quiet_between(segments, ties=(), early=False):
     """
     held = [[] for _ in range(segments[0].spec.stages)]
     for segment in segments:
-        programs = [list(lower(segment, stage, ties=ties, early_receives=early))
-                    for stage in range(segment.spec.stages)]
+        programs = [
+            list(lower(segment, stage, ties=ties, early_receives=early)) for stage in range(segment.spec.stages)
+        ]
         for stage, program in enumerate(programs):
             assert indices(program, OpKind.EXPECT_ACTIVATION) == indices(program, OpKind.RECV_ACTIVATION)
             held[stage] += indices(program, OpKind.EXPECT_GRADIENT)
             taken = indices(program, OpKind.RECV_GRADIENT)
-            assert held[stage][:len(taken)] == taken
-            del held[stage][:len(taken)]
+            assert held[stage][: len(taken)] == taken
+            del held[stage][: len(taken)]
             if stage < segment.spec.stages - 1:
                 assert len(held[stage]) <= segment.spec.gradients_on_wire(stage + 1) - 1
         for upper, lower_one in itertools.pairwise(programs):
             assert indices(upper, OpKind.SEND_ACTIVATION) == indices(lower_one, OpKind.EXPECT_ACTIVATION)
             assert indices(lower_one, OpKind.SEND_GRADIENT) == indices(upper, OpKind.EXPECT_GRADIENT)
         for number, holders in enumerate(ties):
-            sums = [[op for op in programs[stage] if op.kind is OpKind.SUM and op.chunk == number]
-                    for stage in holders]
+            sums = [[op for op in programs[stage] if op.kind is OpKind.SUM and op.chunk == number] for stage in holders]
             assert all(posted == sums[0] for posted in sums)
         assert not indices(programs[0], OpKind.RECV_ACTIVATION)
         assert not indices(programs[0], OpKind.SEND_GRADIENT)

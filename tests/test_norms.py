@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paci_schedule.runtime.norms import CarriedNorms
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.runtime.deferred.norms import CarriedNorms
 
 
 class CountOps(TorchDispatchMode):
@@ -26,9 +26,7 @@ class CountOps(TorchDispatchMode):
 def ops_of_messages(stages, accumulation):
     """Ops for each of the messages that the middle stage takes in, far from the start: down, up."""
     spec = PipelineSpec(stages=stages, accumulation=accumulation)
-    norms = CarriedNorms(
-        spec, stages // 2, None, torch.device("cpu"), agrees=False, timeout=timedelta(seconds=1)
-    )
+    norms = CarriedNorms(spec, stages // 2, None, torch.device("cpu"), agrees=False, timeout=timedelta(seconds=1))
     counts = []
     for come in (norms.came_down, norms.came_up):
         with CountOps() as counter:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.errors import ScheduleError
-from paci_schedule.ops import Op, OpKind
 
 
 @pytest.mark.parametrize("kind", list(OpKind))
@@ -15,8 +15,15 @@ def test_every_op_parses_as_it_prints(kind, index, chunk):
 
 
 def test_ops_print_as_documented():
-    ops = [Op(OpKind.FORWARD, 3), Op(OpKind.BACKWARD, 0), Op(OpKind.STEP, 1), Op(OpKind.WEIGHT, 7, 1),
-           Op(OpKind.RECV_ACTIVATION, 3), Op(OpKind.SEND_GRADIENT, 10), Op(OpKind.FORWARD, 3, 1)]
+    ops = [
+        Op(OpKind.FORWARD, 3),
+        Op(OpKind.BACKWARD, 0),
+        Op(OpKind.STEP, 1),
+        Op(OpKind.WEIGHT, 7, 1),
+        Op(OpKind.RECV_ACTIVATION, 3),
+        Op(OpKind.SEND_GRADIENT, 10),
+        Op(OpKind.FORWARD, 3, 1),
+    ]
     assert " ".join(map(str, ops)) == "F3 B0 STEP1 W7.1 RA3 SG10 F3.1"
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from paci_schedule import PipelineSpec
-from paci_schedule.ops import Op, OpKind
-from paci_schedule.schedules import one_f_one_b, paci
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.schedules import one_f_one_b, paci
 from tests.grids import calls, compute_grid, parsed, random_script, text
 
 LAGGING = {
@@ -14,65 +14,32 @@ LAGGING = {
         [""],
     ],
     (2, 3): [
-        ["F0 F1 B0 F2 B1",
-         "F0 B0 F1 B1 F2 B2 STEP0"],
-        ["F3 B2 STEP0 F4 B3 F5 B4",
-         "F3 B3 F4 B4 F5 B5 STEP1"],
-        ["B5 STEP1",
-         ""],
+        ["F0 F1 B0 F2 B1", "F0 B0 F1 B1 F2 B2 STEP0"],
+        ["F3 B2 STEP0 F4 B3 F5 B4", "F3 B3 F4 B4 F5 B5 STEP1"],
+        ["B5 STEP1", ""],
     ],
     (3, 2): [
-        ["F0 F1",
-         "F0 F1 B0",
-         "F0 B0 F1 B1 STEP0"],
-        ["F2 B0 F3 B1 STEP0",
-         "F2 B1 STEP0 F3 B2",
-         "F2 B2 F3 B3 STEP1"],
-        ["B2 B3 STEP1",
-         "B3 STEP1",
-         ""],
+        ["F0 F1", "F0 F1 B0", "F0 B0 F1 B1 STEP0"],
+        ["F2 B0 F3 B1 STEP0", "F2 B1 STEP0 F3 B2", "F2 B2 F3 B3 STEP1"],
+        ["B2 B3 STEP1", "B3 STEP1", ""],
     ],
     (4, 1): [
-        ["F0",
-         "F0",
-         "F0",
-         "F0 B0 STEP0"],
-        ["F1",
-         "F1",
-         "F1 B0 STEP0",
-         "F1 B1 STEP1"],
-        ["B0 STEP0 B1 STEP1",
-         "B0 STEP0 B1 STEP1",
-         "B1 STEP1",
-         ""],
+        ["F0", "F0", "F0", "F0 B0 STEP0"],
+        ["F1", "F1", "F1 B0 STEP0", "F1 B1 STEP1"],
+        ["B0 STEP0 B1 STEP1", "B0 STEP0 B1 STEP1", "B1 STEP1", ""],
     ],
 }
 
 LEADING = {
     (3, 2): [
-        ["F0 F1 F2 B0 F3 B1 STEP0",
-         "F0 F1 B0 F2 B1 STEP0",
-         "F0 B0 F1 B1 STEP0"],
-        ["F4 B2 F5 B3 STEP1",
-         "F3 B2 F4 B3 STEP1",
-         "F2 B2 F3 B3 STEP1"],
-        ["B4 B5 STEP2",
-         "F5 B4 B5 STEP2",
-         "F4 B4 F5 B5 STEP2"],
+        ["F0 F1 F2 B0 F3 B1 STEP0", "F0 F1 B0 F2 B1 STEP0", "F0 B0 F1 B1 STEP0"],
+        ["F4 B2 F5 B3 STEP1", "F3 B2 F4 B3 STEP1", "F2 B2 F3 B3 STEP1"],
+        ["B4 B5 STEP2", "F5 B4 B5 STEP2", "F4 B4 F5 B5 STEP2"],
     ],
     (4, 1): [
-        ["F0 F1 F2 B0 STEP0",
-         "F0 F1 F2 B0 STEP0",
-         "F0 F1 B0 STEP0",
-         "F0 B0 STEP0"],
-        ["B1 STEP1",
-         "B1 STEP1",
-         "F2 B1 STEP1",
-         "F1 B1 STEP1"],
-        ["B2 STEP2",
-         "B2 STEP2",
-         "B2 STEP2",
-         "F2 B2 STEP2"],
+        ["F0 F1 F2 B0 STEP0", "F0 F1 F2 B0 STEP0", "F0 F1 B0 STEP0", "F0 B0 STEP0"],
+        ["B1 STEP1", "B1 STEP1", "F2 B1 STEP1", "F1 B1 STEP1"],
+        ["B2 STEP2", "B2 STEP2", "B2 STEP2", "F2 B2 STEP2"],
     ],
 }
 
@@ -107,7 +74,7 @@ def test_the_drawing_in_the_docstring_is_the_schedule():
     spec = PipelineSpec(stages=3, accumulation=2)
     drawn = [line.split()[2:] for line in paci.__doc__.splitlines() if line.lstrip().startswith("stage ")]
     for stage, words in enumerate(drawn):
-        cells = list(words[:words.index("...")])
+        cells = list(words[: words.index("...")])
         made = [word for segment in calls(spec, "ttt")[:3] for word in text(segment.ops(stage)).split()]
         assert cells == ["S" if word.startswith("STEP") else word for word in made]
 
@@ -136,7 +103,7 @@ def test_leading_calls_are_the_endless_stream(stages, accumulation, batches):
         made = [op for segment in known_end for op in segment.ops(stage)]
         assert made == endless(spec, stage, batches * accumulation)
         made = [op for segment in open_end for op in segment.ops(stage)]
-        assert made == endless(spec, stage, 99 * accumulation)[:len(made)]
+        assert made == endless(spec, stage, 99 * accumulation)[: len(made)]
         assert made[-1] == Op(OpKind.STEP, batches - 1)
 
 

@@ -28,8 +28,13 @@ def run(arguments, folder, **environment):
     """Run Python with `folder` first on its path; returns what it wrote."""
     path = f"{folder}{os.pathsep}{ROOT}"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, timeout=200, check=False,
-        cwd=folder, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-W", "ignore", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
@@ -78,8 +83,18 @@ def test_the_deepspeed_patch_applies_and_works(tmp_path):
             (copy / "deepspeed" / entry.name).symlink_to(entry)
     shutil.copy(installed / "__init__.py", copy / "deepspeed")
     apply(patch, copy)
-    said = run(["-c", DEEPSPEED_JOB], copy, DS_ACCELERATOR="cpu", DS_BUILD_OPS="0", MASTER_ADDR="127.0.0.1",
-               MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    said = run(
+        ["-c", DEEPSPEED_JOB],
+        copy,
+        DS_ACCELERATOR="cpu",
+        DS_BUILD_OPS="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+    )
     assert f"{copy}/deepspeed/__init__.py" in said
     assert "engines: PipelineEngine PaciPipelineEngine" in said
 
@@ -105,7 +120,8 @@ def test_a_megatron_lm_patch_applies_and_works(patch, tmp_path):
     """--pipeline-schedule is the script's own flag then."""
     minor = "16" if "0.16" in patch.name else "20"
     fitting = [
-        path for path in CHECKOUTS
+        path
+        for path in CHECKOUTS
         if f"MINOR = {minor}\n" in (path / "megatron/core/package_info.py").read_text(encoding="utf-8")
     ]
     if not fitting:
@@ -120,8 +136,16 @@ def test_a_megatron_lm_patch_applies_and_works(patch, tmp_path):
         --mock-data --tokenizer-type NullTokenizer --vocab-size 31 --make-vocab-size-divisible-by 1 --num-workers 0
         --no-create-attention-mask-in-dataloader --log-interval 1 --split 100,0,0 --distributed-backend gloo
         --rerun-mode disabled --pipeline-model-parallel-size 2""")
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-             "integration_tests.megatron_cpu", "pretrain_gpt"]
+    start = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "integration_tests.megatron_cpu",
+        "pretrain_gpt",
+    ]
     losses = {
         chosen: re.findall(r"iteration +\d/ +4 .*lm loss: (\S+)", run([*start, *script, *chosen], copy))
         for chosen in ((), ("--pipeline-schedule", "1f1b"), ("--pipeline-schedule", "paci"))

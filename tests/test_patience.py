@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from paci_schedule.patience import LONGEST, is_timeout
+from paci_schedule.adapters.patience import LONGEST, is_timeout
 
 
 @pytest.mark.parametrize("value", [1, 0.5, LONGEST])

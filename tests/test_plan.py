@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from paci_schedule import ConfigError
-from paci_schedule.model import Layer, Model, built_in, from_config, from_layers, load_config
-from paci_schedule.plan import Job, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
+from paci_schedule.plan.search import Job, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
+from paci_schedule.plan.transformer import Layer, Model, built_in, from_config, from_layers, load_config
 
 GIB = 2**30
 

@@ -12,10 +12,13 @@ from paci_schedule.predict import advance, check, expected_gradient, piece_of, p
 class FusedAdam(torch.optim.Optimizer):
     """With the attributes, groups and states of Apex's and Transformer Engine's, which run on GPUs alone."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True,
-                 bias_correction=True, **more):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                                  "bias_correction": bias_correction})
+    def __init__(
+        self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True, **more
+    ):
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction},
+        )
         self.adam_w_mode = int(adam_w_mode)
         vars(self).update(more)
 
@@ -175,6 +178,7 @@ def test_a_reach_needs_a_learning_rate_that_a_step_follows():
 
 def test_a_step_finds_what_is_written_on_its_parameters():
     """As Megatron's Muon does, which asks a weight along which of its sides tensor-parallel ranks share it."""
+
     class Paced(torch.optim.SGD):
         def step(self, closure=None):
             for group in self.param_groups:
@@ -312,8 +316,11 @@ def test_a_class_that_says_what_its_momentum_expects_is_predicted(monkeypatch):
     for number in range(4):
         predicted, momentum = copies(parameters), copies(parameters)
         advance(optimizer, predicted, gradients(parameters, number))
-        expected = {p: expected_gradient(optimizer, group, p, p.detach())
-                    for group in optimizer.param_groups for p in group["params"]}
+        expected = {
+            p: expected_gradient(optimizer, group, p, p.detach())
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         before = copies(parameters)
         if number:
             advance(optimizer, momentum, expected)
@@ -324,8 +331,11 @@ def test_a_class_that_says_what_its_momentum_expects_is_predicted(monkeypatch):
             assert torch.equal(kept, torch.sign(expected[parameter]))
 
 
-@pytest.mark.parametrize("how", [{"capturable": True}, {"master_weights": True}, {"use_master": True},
-                                 {"exp_avg_dtype": torch.bfloat16}], ids=lambda how: next(iter(how)))
+@pytest.mark.parametrize(
+    "how",
+    [{"capturable": True}, {"master_weights": True}, {"use_master": True}, {"exp_avg_dtype": torch.bfloat16}],
+    ids=lambda how: next(iter(how)),
+)
 def test_a_fused_adam_with_masters_or_states_of_another_kind_is_refused_by_name(how):
     check(FusedAdam([torch.nn.Parameter(torch.zeros(1))], 0.1))
     with pytest.raises(UnsupportedError, match=rf"optimizer FusedAdam with {next(iter(how))}: .*leave"):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from paci_schedule import ConfigError
-from paci_schedule.runtime import profile
-from paci_schedule.runtime.profile import profile_layers
+from paci_schedule.measure import profile
+from paci_schedule.measure.profile import profile_layers
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from paci_schedule import ConfigError, PipelineSpec, UnsupportedError
-from paci_schedule.drift import drift_of
+from paci_schedule.core.drift import drift_of
 from paci_schedule.rehearse import SCHEDULES, rehearse
 from paci_schedule.rehearse import stage as stage_module
 from paci_schedule.rehearse.stash import Stash
@@ -84,8 +84,13 @@ def flush_reads(a, stages):
     return lambda stage, micro, kind: micro // a
 
 
-HANDS = {"flush": flush_reads, "paci": paci_reads, "paci-stash": stash_reads, "pipedream": stash_reads,
-         "pipedream-2bw": two_versions_reads}
+HANDS = {
+    "flush": flush_reads,
+    "paci": paci_reads,
+    "paci-stash": stash_reads,
+    "pipedream": stash_reads,
+    "pipedream-2bw": two_versions_reads,
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -93,7 +98,7 @@ HANDS = {"flush": flush_reads, "paci": paci_reads, "paci-stash": stash_reads, "p
 def test_the_weights_are_those_of_arithmetic_by_hand(name, stages, a):
     weights, inputs = [1.5, -0.75, 2.0, 0.5][:stages], [0.25 * (1 + (3 * m) % 5) for m in range(5 * a)]
     modules = [Scale(weight) for weight in weights]
-    batches = [[(torch.tensor(x, dtype=torch.float64), None) for x in inputs[at:at + a]] for at in range(0, 5 * a, a)]
+    batches = [[(torch.tensor(x, dtype=torch.float64), None) for x in inputs[at : at + a]] for at in range(0, 5 * a, a)]
     seen = list(rehearse(modules, sgd(modules), lambda y, _: y, batches, schedule=name, accumulation=a))
     window = 1 if name == "pipedream" else a
     expected = by_hand(weights, inputs, window, HANDS[name](window, stages))
@@ -111,8 +116,17 @@ def test_the_weights_are_those_of_arithmetic_by_hand(name, stages, a):
 
 def test_the_cases_by_hand_tell_the_schedules_apart():
     inputs = [0.25 * (1 + (3 * m) % 5) for m in range(15)]
-    results = {tuple(by_hand([1.5, -0.75, 2.0, 0.5], inputs, 1 if name == "pipedream" else 3,
-                             reads(1 if name == "pipedream" else 3, 4))) for name, reads in HANDS.items()}
+    results = {
+        tuple(
+            by_hand(
+                [1.5, -0.75, 2.0, 0.5],
+                inputs,
+                1 if name == "pipedream" else 3,
+                reads(1 if name == "pipedream" else 3, 4),
+            )
+        )
+        for name, reads in HANDS.items()
+    }
     assert len(results) == len(HANDS)
 
 
@@ -152,8 +166,9 @@ def same(one, other):
 
 def trained(make=adamw, count=6, a=4, stages=4, **options):
     modules = network(stages)
-    losses = [each.loss for each in rehearse(modules, make(modules), loss_fn, batches_of(count, a), accumulation=a,
-                                             **options)]
+    losses = [
+        each.loss for each in rehearse(modules, make(modules), loss_fn, batches_of(count, a), accumulation=a, **options)
+    ]
     return values(modules), losses
 
 
@@ -223,29 +238,42 @@ def test_parameters_stay_in_their_storage(name):
     assert [parameter.data_ptr() for module in modules for parameter in module.parameters()] == before
 
 
-@pytest.mark.parametrize(("name", "a", "most"), [("paci-stash", 1, [4, 3, 2, 1]), ("paci-stash", 2, [3, 2, 2, 1]),
-                                                 ("paci-stash", 4, [2, 2, 2, 1]), ("pipedream", 4, [4, 3, 2, 1]),
-                                                 ("pipedream-2bw", 4, [2, 2, 2, 2])])
+@pytest.mark.parametrize(
+    ("name", "a", "most"),
+    [
+        ("paci-stash", 1, [4, 3, 2, 1]),
+        ("paci-stash", 2, [3, 2, 2, 1]),
+        ("paci-stash", 4, [2, 2, 2, 1]),
+        ("pipedream", 4, [4, 3, 2, 1]),
+        ("pipedream-2bw", 4, [2, 2, 2, 2]),
+    ],
+)
 def test_there_are_as_many_versions_as_the_schedule_holds(name, a, most, monkeypatch):
     made = []
     original = Stash.__init__
-    monkeypatch.setattr(Stash, "__init__", lambda self, *args, **options: (original(self, *args, **options),
-                                                                          made.append(self))[0])
+    monkeypatch.setattr(
+        Stash, "__init__", lambda self, *args, **options: (original(self, *args, **options), made.append(self))[0]
+    )
     trained(schedule=name, a=a)
     assert [stash.most for stash in made] == most
 
 
 def test_several_optimizers_and_schedulers_of_a_stage():
     def both(modules):
-        return [[torch.optim.Muon([m[0].weight], lr=0.01), torch.optim.AdamW([m[0].bias, *m[1].parameters()], lr=0.05)]
-                for m in modules]
+        return [
+            [torch.optim.Muon([m[0].weight], lr=0.01), torch.optim.AdamW([m[0].bias, *m[1].parameters()], lr=0.05)]
+            for m in modules
+        ]
 
     modules = network()
     optimizers = both(modules)
     schedulers = [[torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in several] for several in optimizers]
     before = values(modules)
-    list(rehearse(modules, optimizers, loss_fn, batches_of(3, 4), accumulation=4, prediction="every",
-                  schedulers=schedulers))
+    list(
+        rehearse(
+            modules, optimizers, loss_fn, batches_of(3, 4), accumulation=4, prediction="every", schedulers=schedulers
+        )
+    )
     assert all(not torch.equal(a, b) for a, b in zip(before, values(modules), strict=True))
     assert optimizers[0][0].param_groups[0]["lr"] == pytest.approx(0.01 / 8)
     assert optimizers[3][1].param_groups[0]["lr"] == pytest.approx(0.05 / 8)
@@ -288,12 +316,11 @@ def test_the_stages_hold_real_weights_whenever_the_caller_looks(prediction, a, e
     optimizers = adamw(modules)
     for module, optimizer in zip(modules, optimizers, strict=True):
         after_step[module] = values([module])
-        optimizer.register_step_post_hook(
-            lambda *_, module=module: after_step.__setitem__(module, values([module])))
-        optimizer.register_step_pre_hook(
-            lambda *_, module=module: assert_same(values([module]), after_step[module]))
-    for _ in rehearse(modules, optimizers, loss_fn, batches_of(5, a), accumulation=a, extra_in_flight=extra,
-                      prediction=prediction):
+        optimizer.register_step_post_hook(lambda *_, module=module: after_step.__setitem__(module, values([module])))
+        optimizer.register_step_pre_hook(lambda *_, module=module: assert_same(values([module]), after_step[module]))
+    for _ in rehearse(
+        modules, optimizers, loss_fn, batches_of(5, a), accumulation=a, extra_in_flight=extra, prediction=prediction
+    ):
         for module in modules:
             assert_same(values([module]), after_step[module])
     for module in modules:
@@ -348,8 +375,17 @@ def test_with_equal_gradients_a_prediction_is_the_true_next_weights(prediction, 
         optimizers.append(torch.optim.AdamW(module.parameters(), lr=0.1))
         optimizers[-1].register_step_post_hook(lambda *_, module=module, own=own: own.extend(values([module])))
     one = torch.ones((), dtype=torch.float64)
-    list(rehearse(modules, optimizers, lambda y, _: y, [[(one, None)] * a] * count, accumulation=a,
-                  prediction=prediction, clip=clip))
+    list(
+        rehearse(
+            modules,
+            optimizers,
+            lambda y, _: y,
+            [[(one, None)] * a] * count,
+            accumulation=a,
+            prediction=prediction,
+            clip=clip,
+        )
+    )
     first = 3 * a if clip else 0  # the factors are alike when the first norms of all stages have come to all
     for module, own in zip(modules, versions, strict=True):
         assert len(own) == count + 1
@@ -364,8 +400,10 @@ class Square(Scale):
         return x * (self.weight * self.weight)
 
 
-@pytest.mark.parametrize(("prediction", "reach", "left_in_place"), [
-    ("every", 1.0, False), ("every", 1.5, False), (1, 0.5, False), ("window", 1.0, True), (2, 1, True)])
+@pytest.mark.parametrize(
+    ("prediction", "reach", "left_in_place"),
+    [("every", 1.0, False), ("every", 1.5, False), (1, 0.5, False), ("window", 1.0, True), (2, 1, True)],
+)
 def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction, reach, left_in_place):
     """P = a = 2.  Stage 0 runs F0, F1 B0, F2 B1 STEP: only F2 is stale, and B0 is its part of the gradient."""
     first, second, x = 1.5, -0.75, [0.25, 0.5, 1.0, 0.75]
@@ -374,8 +412,17 @@ def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction
     optimizers[0].register_step_post_hook(lambda *_: stepped.append(modules[0].weight.item()))
     modules[0].register_forward_hook(lambda _module, _inputs, output: put_out.append(output.item()))
     pairs = [(torch.tensor(value, dtype=torch.float64), None) for value in x]
-    list(rehearse(modules, optimizers, lambda y, _: y, [pairs[:2], pairs[2:]], accumulation=2, prediction=prediction,
-                  prediction_reach=reach))
+    list(
+        rehearse(
+            modules,
+            optimizers,
+            lambda y, _: y,
+            [pairs[:2], pairs[2:]],
+            accumulation=2,
+            prediction=prediction,
+            prediction_reach=reach,
+        )
+    )
     part = x[0] * second * 2 * first
     predicted = first - reach * RATE * part
     rest = x[1] * second * 2 * (predicted if left_in_place else first)
@@ -391,12 +438,28 @@ def test_a_prediction_goes_as_many_windows_ahead_as_the_micro_batch_is(a, stages
     modules = [Affine() for _ in range(stages)]
     optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1, betas=(0.5, 0.75)) for module in modules]
     count = 12
-    list(rehearse(modules, optimizers, lambda y, _: y, [[(one, None)] * a] * count, accumulation=a,
-                  extra_in_flight=extra, prediction="every"))
+    list(
+        rehearse(
+            modules,
+            optimizers,
+            lambda y, _: y,
+            [[(one, None)] * a] * count,
+            accumulation=a,
+            extra_in_flight=extra,
+            prediction="every",
+        )
+    )
     spec = PipelineSpec(stages=stages, accumulation=a, extra_in_flight=extra)
     flushed = [Affine()]
-    list(rehearse(flushed, [torch.optim.AdamW(flushed[0].parameters(), lr=0.1, betas=(0.5, 0.75))], lambda y, _: y,
-                  [[(one, None)] * a] * count, accumulation=a))
+    list(
+        rehearse(
+            flushed,
+            [torch.optim.AdamW(flushed[0].parameters(), lr=0.1, betas=(0.5, 0.75))],
+            lambda y, _: y,
+            [[(one, None)] * a] * count,
+            accumulation=a,
+        )
+    )
     for stage, module in enumerate(modules):
         started = spec.look_ahead(stage) + a  # before the first update there is no momentum to go by
         for number in range(started, a * count):
@@ -408,33 +471,50 @@ def test_a_prediction_goes_as_many_windows_ahead_as_the_micro_batch_is(a, stages
 
 def asked(**changes):
     modules = network()
-    given = {"stages": modules, "optimizers": adamw(modules), "loss_fn": loss_fn, "batches": batches_of(2, 4),
-             "accumulation": 4, **changes}
+    given = {
+        "stages": modules,
+        "optimizers": adamw(modules),
+        "loss_fn": loss_fn,
+        "batches": batches_of(2, 4),
+        "accumulation": 4,
+        **changes,
+    }
     return rehearse(given.pop("stages"), given.pop("optimizers"), given.pop("loss_fn"), given.pop("batches"), **given)
 
 
-@pytest.mark.parametrize(("changes", "error", "words"), [
-    ({"schedule": "pacl"}, ConfigError, r"schedule='pacl'.*did you mean 'paci'"),
-    ({"prediction": "always"}, ConfigError, r"prediction='always'.*'window'"),
-    ({"prediction": 0}, ConfigError, "prediction=0"),
-    ({"prediction": "every", "prediction_reach": 0}, ConfigError, "prediction_reach=0: must be a number above 0"),
-    ({"prediction": "every", "prediction_reach": 4.5}, ConfigError, "prediction_reach=4.5: must be .* at most 4"),
-    ({"prediction": "every", "prediction_reach": "far"}, ConfigError, "prediction_reach='far': must be a number"),
-    ({"prediction": "window", "prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5 with prediction='window'"),
-    ({"prediction_reach": 1.5}, ConfigError, "prediction_reach=1.5: has no effect without.*take prediction='every'"),
-    ({"prediction": True}, ConfigError, "prediction=True"),
-    ({"clip": -1.0}, ConfigError, r"clip=-1\.0"),
-    ({"clip": float("nan")}, ConfigError, "clip=nan"),
-    ({"accumulation": 0}, ConfigError, "accumulation=0"),
-    ({"stages": []}, ConfigError, "stages=0"),
-    ({"extra_in_flight": 2, "schedule": "flush"}, ConfigError, "extra_in_flight=2"),
-    ({"accumulation": 2, "schedule": "pipedream-2bw"}, ConfigError, "pipedream-2bw"),
-    ({"optimizers": []}, ConfigError, "optimizers has 0 entries for 4 stages"),
-    ({"schedulers": [None]}, ConfigError, "schedulers has 1 entries for 4 stages"),
-    ({"optimizers": [[], [], [], []]}, ConfigError, r"parameter 0\.weight of stage 0 is stepped by 0"),
-    ({"prediction": "every", "schedule": "paci-stash"}, UnsupportedError, "prediction='every' with schedule"),
-    ({"prediction": 2, "schedule": "pipedream"}, UnsupportedError, "prediction=2 with schedule"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"schedule": "pacl"}, ConfigError, r"schedule='pacl'.*did you mean 'paci'"),
+        ({"prediction": "always"}, ConfigError, r"prediction='always'.*'window'"),
+        ({"prediction": 0}, ConfigError, "prediction=0"),
+        ({"prediction": "every", "prediction_reach": 0}, ConfigError, "prediction_reach=0: must be a number above 0"),
+        ({"prediction": "every", "prediction_reach": 4.5}, ConfigError, "prediction_reach=4.5: must be .* at most 4"),
+        ({"prediction": "every", "prediction_reach": "far"}, ConfigError, "prediction_reach='far': must be a number"),
+        (
+            {"prediction": "window", "prediction_reach": 1.5},
+            ConfigError,
+            "prediction_reach=1.5 with prediction='window'",
+        ),
+        (
+            {"prediction_reach": 1.5},
+            ConfigError,
+            "prediction_reach=1.5: has no effect without.*take prediction='every'",
+        ),
+        ({"prediction": True}, ConfigError, "prediction=True"),
+        ({"clip": -1.0}, ConfigError, r"clip=-1\.0"),
+        ({"clip": float("nan")}, ConfigError, "clip=nan"),
+        ({"accumulation": 0}, ConfigError, "accumulation=0"),
+        ({"stages": []}, ConfigError, "stages=0"),
+        ({"extra_in_flight": 2, "schedule": "flush"}, ConfigError, "extra_in_flight=2"),
+        ({"accumulation": 2, "schedule": "pipedream-2bw"}, ConfigError, "pipedream-2bw"),
+        ({"optimizers": []}, ConfigError, "optimizers has 0 entries for 4 stages"),
+        ({"schedulers": [None]}, ConfigError, "schedulers has 1 entries for 4 stages"),
+        ({"optimizers": [[], [], [], []]}, ConfigError, r"parameter 0\.weight of stage 0 is stepped by 0"),
+        ({"prediction": "every", "schedule": "paci-stash"}, UnsupportedError, "prediction='every' with schedule"),
+        ({"prediction": 2, "schedule": "pipedream"}, UnsupportedError, "prediction=2 with schedule"),
+    ],
+)
 def test_what_does_not_fit_is_refused_at_once(changes, error, words):
     with pytest.raises(error, match=words):
         asked(**changes)
@@ -457,8 +537,9 @@ def test_an_optimizer_of_another_stage_is_refused():
 def test_two_optimizers_of_a_parameter_are_refused():
     modules = network()
     with pytest.raises(ConfigError, match="stepped by 2 of its optimizers"):
-        asked(stages=modules, optimizers=[[one, other] for one, other in zip(adamw(modules), adamw(modules),
-                                                                              strict=True)])
+        asked(
+            stages=modules, optimizers=[[one, other] for one, other in zip(adamw(modules), adamw(modules), strict=True)]
+        )
 
 
 def test_a_tied_weight_is_refused():
@@ -485,8 +566,9 @@ def test_a_micro_batch_that_is_no_pair_is_refused():
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "prediction"), [*((name, "off") for name in SCHEDULES),
-                                                  *(("paci", each) for each in PREDICTIONS)])
+@pytest.mark.parametrize(
+    ("name", "prediction"), [*((name, "off") for name in SCHEDULES), *(("paci", each) for each in PREDICTIONS)]
+)
 @pytest.mark.parametrize("a", [1, 4])
 def test_nothing_waits_for_the_device_until_a_loss_is_read(name, prediction, a):
     """On fake tensors, which hold no numbers: a rehearsal never asks for one."""
@@ -496,7 +578,17 @@ def test_nothing_waits_for_the_device_until_a_loss_is_read(name, prediction, a):
         modules = network()
         optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for module in modules]
         pairs = [(torch.randn(3, 6), torch.randn(3, 6)) for _ in range(a)]
-        updates = list(rehearse(modules, optimizers, loss_fn, [pairs] * 4, schedule=name, accumulation=a, clip=0.5,
-                                prediction=prediction))
+        updates = list(
+            rehearse(
+                modules,
+                optimizers,
+                loss_fn,
+                [pairs] * 4,
+                schedule=name,
+                accumulation=a,
+                clip=0.5,
+                prediction=prediction,
+            )
+        )
         with pytest.raises(DataDependentOutputException):
             _ = updates[0].loss

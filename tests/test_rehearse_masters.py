@@ -88,8 +88,12 @@ def test_stages_in_bf16_are_rehearsed(prediction):
     optimizers = [with_masters(torch.optim.AdamW)(stage.parameters(), lr=0.02) for stage in stages]
     inputs, labels = torch.randn(24, 2, 4).bfloat16(), torch.randn(24, 2, 4).bfloat16()
     batches = [[(inputs[at], labels[at]) for at in range(first, first + 3)] for first in range(0, 24, 3)]
-    losses = [update.loss for update in rehearse(
-        stages, optimizers, torch.nn.functional.mse_loss, batches, accumulation=3, prediction=prediction, clip=0.5)]
+    losses = [
+        update.loss
+        for update in rehearse(
+            stages, optimizers, torch.nn.functional.mse_loss, batches, accumulation=3, prediction=prediction, clip=0.5
+        )
+    ]
     assert len(losses) == 8
     for stage, optimizer in zip(stages, optimizers, strict=True):
         for parameter in stage.parameters():

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.costs import Costs
-from paci_schedule.ops import Op
-from paci_schedule.picture import picture
-from paci_schedule.render import chrome_trace, text, versions
-from paci_schedule.schedules.registry import schedule
-from paci_schedule.simulate import simulate
-from paci_schedule.timeline import Span, Timeline
+from paci_schedule.core.ops import Op
+from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.draw.picture import picture
+from paci_schedule.draw.text import chrome_trace, text, versions
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.execute import simulate
+from paci_schedule.simulate.timeline import Span, Timeline
 
 
 def paci(batches=3, **costs):

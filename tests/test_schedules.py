@@ -4,14 +4,15 @@ import importlib
 
 import pytest
 
-from paci_schedule import ConfigError, PipelineSpec, ScheduleError, grid
-from paci_schedule.costs import Costs
-from paci_schedule.drift import DriftMeter
-from paci_schedule.render import text
-from paci_schedule.schedules.base import weave
-from paci_schedule.schedules.registry import SCHEDULES, schedule
-from paci_schedule.simulate import simulate
-from paci_schedule.validate import check_grid, check_schedule
+from paci_schedule import ConfigError, PipelineSpec, ScheduleError
+from paci_schedule.check.validate import check_grid, check_schedule
+from paci_schedule.core import grid
+from paci_schedule.core.drift import DriftMeter
+from paci_schedule.core.schedules.base import weave
+from paci_schedule.core.schedules.registry import SCHEDULES, schedule
+from paci_schedule.draw.text import text
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.execute import simulate
 
 
 def drawn(name, stages, micro_batches, costs, batches=1, **options):
@@ -130,7 +131,7 @@ EQUAL, SPLIT = Costs(forward=2.0, backward=2.0), Costs(forward=2.0, backward=2.0
     ],
 )
 def test_docstrings_draw_the_schedule(name, module, stages, micro_batches, costs):
-    doc = importlib.import_module(f"paci_schedule.schedules.{module}").__doc__
+    doc = importlib.import_module(f"paci_schedule.core.schedules.{module}").__doc__
     lines = [line.strip() for line in doc.splitlines()]
     for line in drawn(name, stages, micro_batches, costs):
         assert line in lines

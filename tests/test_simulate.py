@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.costs import Costs
-from paci_schedule.drift import DriftMeter, drift_histogram, drift_of
-from paci_schedule.ops import OpKind
-from paci_schedule.report import report, time_per_micro_batch
-from paci_schedule.schedules.registry import SCHEDULES, schedule
-from paci_schedule.simulate import simulate
-from paci_schedule.steady import run, steady_state
-from paci_schedule.timeline import busy, peak_in_flight
-from paci_schedule.wavefront import sweep
+from paci_schedule.core.drift import DriftMeter, drift_histogram, drift_of
+from paci_schedule.core.ops import OpKind
+from paci_schedule.core.schedules.registry import SCHEDULES, schedule
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.execute import simulate
+from paci_schedule.simulate.figures import report, time_per_micro_batch
+from paci_schedule.simulate.steady import run, steady_state
+from paci_schedule.simulate.timeline import busy, peak_in_flight
+from paci_schedule.simulate.wavefront import sweep
 
 COSTS = [(1.0, 1.0, 1.0), (2.0, 3.0, 5.0), (7.0, 5.0, 3.0), (11.0, 13.0, 2.0), (3.0, 2.0, 2.0), (1.0, 9.0, 4.0)]
 SHAPES = [(2, 3), (3, 5), (4, 8), (5, 9), (8, 15), (8, 24)]

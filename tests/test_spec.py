@@ -11,9 +11,17 @@ from paci_schedule import ConfigError, PipelineSpec
 @pytest.mark.parametrize(
     ("field", "value", "least"),
     [
-        ("stages", 0, 1), ("stages", -3, 1), ("stages", 2.0, 1), ("stages", "2", 1), ("stages", None, 1),
-        ("stages", True, 1), ("accumulation", 0, 1), ("accumulation", 1.5, 1), ("accumulation", False, 1),
-        ("extra_in_flight", -1, 0), ("extra_in_flight", "0", 0),
+        ("stages", 0, 1),
+        ("stages", -3, 1),
+        ("stages", 2.0, 1),
+        ("stages", "2", 1),
+        ("stages", None, 1),
+        ("stages", True, 1),
+        ("accumulation", 0, 1),
+        ("accumulation", 1.5, 1),
+        ("accumulation", False, 1),
+        ("extra_in_flight", -1, 0),
+        ("extra_in_flight", "0", 0),
     ],
 )
 def test_a_bad_field_is_refused_with_its_value_and_its_rule(field, value, least):

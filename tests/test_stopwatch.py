@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from paci_schedule.ops import Op, OpKind
+from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.runtime import stopwatch
 from paci_schedule.runtime.stopwatch import Stopwatch
 

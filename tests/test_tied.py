@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from paci_schedule.runtime.tied import TiedGradient
+from paci_schedule.runtime.deferred.tied import TiedGradient
 
 
 @pytest.fixture
@@ -20,8 +20,9 @@ def started():
         tensor.mul_(2)
         return mock.Mock()
 
-    with mock.patch.object(dist, "all_reduce", all_reduce), mock.patch.object(
-        dist, "get_process_group_ranks", return_value=[0, 1]
+    with (
+        mock.patch.object(dist, "all_reduce", all_reduce),
+        mock.patch.object(dist, "get_process_group_ranks", return_value=[0, 1]),
     ):
         yield seen
 

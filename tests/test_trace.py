@@ -5,9 +5,9 @@ import json
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec, trace
-from paci_schedule.costs import Costs
-from paci_schedule.schedules.registry import schedule
-from paci_schedule.simulate import simulate
+from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.execute import simulate
 
 STAGES, ACCUMULATION = 3, 2
 

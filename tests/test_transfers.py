@@ -3,10 +3,10 @@
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.costs import Costs
-from paci_schedule.schedules.paci import Paci
-from paci_schedule.simulate import simulate
-from paci_schedule.transfers import simulate_transfers
+from paci_schedule.core.schedules.paci import Paci
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.execute import simulate
+from paci_schedule.simulate.transfers import simulate_transfers
 
 
 def period(spec, costs, early):
@@ -47,8 +47,9 @@ def test_where_messages_take_no_time_the_order_of_postings_is_of_no_effect(stage
 def test_posting_early_is_never_slower(slack, leading):
     spec = PipelineSpec(stages=4, accumulation=2, extra_in_flight=slack)
     costs = Costs(forward=[2, 5, 3, 2], backward=[3, 4, 9, 5], latency=[1, 4, 2], message_bytes=1, bandwidth=2)
-    early, late = (simulate_transfers(spec, costs, 6, leading=leading, early_receives=order).makespan
-                   for order in (True, False))
+    early, late = (
+        simulate_transfers(spec, costs, 6, leading=leading, early_receives=order).makespan for order in (True, False)
+    )
     assert simulate(Paci(leading), spec, costs, 6).makespan <= early <= late
 
 

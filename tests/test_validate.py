@@ -7,11 +7,11 @@ import re
 import pytest
 
 from paci_schedule import PipelineSpec, ScheduleError
-from paci_schedule.lower import lower
-from paci_schedule.ops import OpKind
-from paci_schedule.rendezvous import ALWAYS, Synchronising
-from paci_schedule.schedules import one_f_one_b, paci
-from paci_schedule.validate import check_messages, check_rendezvous, check_segments, check_stream
+from paci_schedule.check.rendezvous import ALWAYS, Synchronising
+from paci_schedule.check.validate import check_messages, check_rendezvous, check_segments, check_stream
+from paci_schedule.core.lower import lower
+from paci_schedule.core.ops import OpKind
+from paci_schedule.core.schedules import one_f_one_b, paci
 from tests.grids import calls, leading_calls, parsed, random_script, text
 
 # ---- valid ----------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def swaps_that_change_nothing(first, second):
 def test_every_swap_of_neighbours_is_caught(stage):
     ops = STREAMS[stage]
     for at in range(len(ops) - 1):
-        swapped = [*ops[:at], ops[at + 1], ops[at], *ops[at + 2:]]
+        swapped = [*ops[:at], ops[at + 1], ops[at], *ops[at + 2 :]]
         if swaps_that_change_nothing(ops[at], ops[at + 1]):
             check_stream(SPEC, stage, swapped)
         else:
@@ -94,7 +94,7 @@ def test_every_swap_of_neighbours_is_caught(stage):
 def test_every_missing_op_is_caught(stage):
     ops = STREAMS[stage]
     for at, op in enumerate(ops[:-1]):
-        message = assert_refused(stage, ops[:at] + ops[at + 1:])
+        message = assert_refused(stage, ops[:at] + ops[at + 1 :])
         if op.kind is OpKind.STEP:
             assert f"before {op}: a step belongs after every 3-th backward" in message
 
@@ -151,8 +151,10 @@ def marked(message):
 
 def test_a_blocking_gradient_send_before_the_receive_is_posted_deadlocks():
     """Receives posted only when needed, sends blocking: stage 1 sits in SG0, so it never posts the receive of SA1."""
-    programs = [parsed("F0 SA0 F1 SA1 EG0 RG0 B0 EG1 RG1 B1 STEP0"),
-                parsed("EA0 RA0 F0 B0 SG0 EA1 RA1 F1 B1 SG1 STEP0")]
+    programs = [
+        parsed("F0 SA0 F1 SA1 EG0 RG0 B0 EG1 RG1 B1 STEP0"),
+        parsed("EA0 RA0 F0 B0 SG0 EA1 RA1 F1 B1 SG1 STEP0"),
+    ]
     with pytest.raises(ScheduleError) as caught:
         check_rendezvous(programs, [0, 1])
     message = str(caught.value)
@@ -192,7 +194,7 @@ def refusal(spec, programs):
 
 def without(programs, stage, at):
     """The programs without one op."""
-    return [ops if which != stage else ops[:at] + ops[at + 1:] for which, ops in enumerate(programs)]
+    return [ops if which != stage else ops[:at] + ops[at + 1 :] for which, ops in enumerate(programs)]
 
 
 @pytest.mark.parametrize("spec", LINKED, ids=LINKED_IDS)
@@ -288,8 +290,9 @@ def test_one_stage_that_waits_for_its_device_does_not_deadlock(stages, waits):
     for accumulation, extra in itertools.product([1, 3], slacks_of(stages, 0)):
         spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
         for segments, ties, stage in itertools.product(runs(spec, 7), ties_of(stages), range(stages)):
-            one = Synchronising(kinds=WAITS[waits].kinds, between_calls=WAITS[waits].between_calls,
-                                stages=frozenset({stage}))
+            one = Synchronising(
+                kinds=WAITS[waits].kinds, between_calls=WAITS[waits].between_calls, stages=frozenset({stage})
+            )
             check_messages(spec, segments, ties=ties, synchronising=one)
 
 

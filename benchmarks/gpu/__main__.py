@@ -154,7 +154,10 @@ def _be_a_step(arguments: argparse.Namespace) -> None:
 
 def _machine(dry: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "dry run": dry, "python": platform.python_version(), "processors": os.cpu_count(), "torch": torch.__version__,
+        "dry run": dry,
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "torch": torch.__version__,
     }
     for package in ("deepspeed", "megatron-core", "triton"):
         try:
@@ -169,9 +172,13 @@ def _machine(dry: bool) -> dict[str, Any]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    shown = Table("step", "outcome", "seconds", "question", title=", ".join(
-        f"{key} {value}" for key, value in results["machine"].items()
-    ))
+    shown = Table(
+        "step",
+        "outcome",
+        "seconds",
+        "question",
+        title=", ".join(f"{key} {value}" for key, value in results["machine"].items()),
+    )
     figures = Table("step", "figure", "value")
     for step in results["steps"]:
         shown.add_row(step["name"], step["outcome"], f"{step['seconds']:.0f}", step["asks"])

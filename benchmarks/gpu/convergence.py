@@ -60,8 +60,13 @@ def _rehearsed(text: Path, place: Place, updates: int, schedule: str, prediction
     command += ["--schedules", schedule, "--prediction", prediction]
     command += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     done = subprocess.run(
-        command, cwd=_ROOT, env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, capture_output=True, text=True,
-        timeout=max(1.0, ends - time.monotonic()), check=False,
+        command,
+        cwd=_ROOT,
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=max(1.0, ends - time.monotonic()),
+        check=False,
     )
     if done.returncode:
         raise AssertionError(f"exit code {done.returncode}: {done.stderr[-1500:]}")

@@ -56,9 +56,16 @@ def run(place: Place) -> dict[str, Any]:
 def _start(script: Path, rank: int, port: str, accelerator: str) -> subprocess.Popen[str]:
     """A rank as torchrun starts it, but in the process group of this step, which ends with the step."""
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
-        "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+        "DS_ACCELERATOR": accelerator,
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
     }
     command = [sys.executable, "-m", "paci_schedule.launch", str(script)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -12,7 +12,7 @@ from benchmarks.engines import SCHEDULES, engine_for
 from benchmarks.gpu.place import Place
 from benchmarks.memory import Block
 from integration_tests.ranks import run_ranks
-from paci_schedule.runtime.live_bytes import LiveBytes
+from paci_schedule.measure.live_bytes import LiveBytes
 
 __all__ = ["run"]
 

@@ -78,7 +78,10 @@ def _spinner() -> Any:
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
                 kernel(
-                    grid=(self._blocks, 1, 1), block=(_THREADS, 1, 1), args=[flag, most], shared_mem=_SHARED,
+                    grid=(self._blocks, 1, 1),
+                    block=(_THREADS, 1, 1),
+                    args=[flag, most],
+                    shared_mem=_SHARED,
                     stream=stream,
                 )
 

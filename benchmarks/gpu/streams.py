@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.place import Failed, Place
-from paci_schedule.ops import Op
+from paci_schedule.core.ops import Op
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.rehearse import rehearse
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["run"]
 

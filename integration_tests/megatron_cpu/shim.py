@@ -133,12 +133,23 @@ def _patch_cuda() -> None:
         return 0
 
     for name in (
-        "synchronize", "empty_cache", "set_device", "init", "_lazy_init", "ipc_collect", "set_stream",
-        "reset_peak_memory_stats", "reset_max_memory_allocated",
+        "synchronize",
+        "empty_cache",
+        "set_device",
+        "init",
+        "_lazy_init",
+        "ipc_collect",
+        "set_stream",
+        "reset_peak_memory_stats",
+        "reset_max_memory_allocated",
     ):
         setattr(cuda, name, nothing)
     for name in (
-        "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "current_device",
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "current_device",
         "utilization",
     ):
         setattr(cuda, name, zero)
@@ -164,7 +175,11 @@ def _patch_cuda() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda._lazy_call = lambda callback, **_: callback()
     cuda.nvtx = types.SimpleNamespace(
-        range_push=nothing, range_pop=nothing, mark=nothing, range_start=nothing, range_end=nothing,
+        range_push=nothing,
+        range_pop=nothing,
+        mark=nothing,
+        range_start=nothing,
+        range_end=nothing,
         range=lambda *_, **__: contextlib.nullcontext(),
     )
 

@@ -10,8 +10,15 @@ from typing import Any
 
 __all__ = ["install"]
 
-_MODULES = ("triton", "triton.language", "triton.language.extra", "triton.language.math", "triton.testing",
-            "triton.runtime", "triton.compiler")
+_MODULES = (
+    "triton",
+    "triton.language",
+    "triton.language.extra",
+    "triton.language.math",
+    "triton.testing",
+    "triton.runtime",
+    "triton.compiler",
+)
 
 
 class _Anything:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from paci_schedule import grid
+from paci_schedule.check.validate import check_grid, check_schedule
 from paci_schedule.cli.options import at_least_one, json_option, shape_of, variant_options
 from paci_schedule.cli.printing import print_json
+from paci_schedule.core import grid
+from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError, ScheduleError
-from paci_schedule.schedules.registry import SCHEDULES
-from paci_schedule.validate import check_grid, check_schedule
 
 __all__ = ["check"]
 

@@ -8,9 +8,9 @@ import sys
 import click
 from rich.table import Table
 
+from paci_schedule.cli.environment import examine
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
-from paci_schedule.doctor import examine
 
 __all__ = ["doctor"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from paci_schedule.costs import Costs, check_amount
+from paci_schedule.core.schedules.base import Schedule
+from paci_schedule.core.schedules.registry import SCHEDULES, schedule
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
-from paci_schedule.schedules.base import Schedule
-from paci_schedule.schedules.registry import SCHEDULES, schedule
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.simulate.costs import Costs, check_amount
 
 __all__ = [
     "at_least_one",

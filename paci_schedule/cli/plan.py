@@ -14,10 +14,10 @@ from rich.table import Table
 
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
+from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.model import built_in, from_config, from_layers, load_config
-from paci_schedule.plan import Job, Row, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
-from paci_schedule.schedules.registry import SCHEDULES
+from paci_schedule.plan.search import Job, Row, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
+from paci_schedule.plan.transformer import built_in, from_config, from_layers, load_config
 
 __all__ = ["plan_"]
 

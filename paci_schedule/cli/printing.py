@@ -7,8 +7,8 @@ import json
 import click
 from rich.console import Console
 
-from paci_schedule.render import text
-from paci_schedule.timeline import Timeline
+from paci_schedule.draw.text import text
+from paci_schedule.simulate.timeline import Timeline
 
 __all__ = ["print_grid", "print_json", "screen"]
 

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["MODELS", "rehearse"]
 

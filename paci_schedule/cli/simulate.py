@@ -11,7 +11,7 @@ from rich.table import Table
 
 from paci_schedule.cli.options import costs_options, jobs, json_option, pipeline_options
 from paci_schedule.cli.printing import print_json, screen
-from paci_schedule.report import report
+from paci_schedule.simulate.figures import report
 
 __all__ = ["simulate_"]
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from paci_schedule import trace
 from paci_schedule.cli.options import json_option, output_option, width_option
 from paci_schedule.cli.printing import print_grid, print_json, screen
+from paci_schedule.draw.picture import picture
 from paci_schedule.errors import ConfigError
-from paci_schedule.picture import picture
 
 __all__ = ["trace_"]
 

@@ -52,7 +52,7 @@ def check(optimizer: Optimizer, reach: float = 1.0) -> None:
     if not all(isinstance(group.get("lr"), int | float | torch.Tensor) for group in optimizer.param_groups):
         raise UnsupportedError(
             f"optimizer {type(optimizer).__name__} with prediction_reach={reach}: a reach lengthens a step by the "
-            "learning rate \"lr\" of every parameter group, which one of them does not have; take a reach of 1"
+            'learning rate "lr" of every parameter group, which one of them does not have; take a reach of 1'
         )
     if getattr(optimizer, "weight_decay_method", None) == "independent":
         raise UnsupportedError(

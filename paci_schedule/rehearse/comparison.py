@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.rehearse.run import SCHEDULES
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run
 from paci_schedule.rehearse.variant import Variant
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["Comparison", "batches_of", "compare", "slots", "variants"]
 
@@ -52,9 +52,7 @@ def batches_of(schedule: str, settings: Settings) -> int:
     return max(1, round(settings.updates * settings.accumulation / slots(schedule, settings)))
 
 
-def compare(
-    settings: Settings, text: Text, asked: Sequence[Variant], tick: Callable[[], None]
-) -> list[Comparison]:
+def compare(settings: Settings, text: Text, asked: Sequence[Variant], tick: Callable[[], None]) -> list[Comparison]:
     """Run what `variants` has given; `tick` is called once a batch."""
     found = []
     for variant in asked:

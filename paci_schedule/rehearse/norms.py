@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.core.spec import PipelineSpec
 
 __all__ = ["Norms"]
 

@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.schedules.base import Schedule
+from paci_schedule.core.schedules.one_f_one_b import OneFOneB
+from paci_schedule.core.schedules.paci import Paci
+from paci_schedule.core.schedules.pipedream import PipeDream
+from paci_schedule.core.schedules.pipedream_2bw import PipeDream2BW
+from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
-from paci_schedule.ops import Op, OpKind
 from paci_schedule.predict import Prediction, SteppedWeights, check
 from paci_schedule.rehearse.norms import Norms
 from paci_schedule.rehearse.owners import as_lists, check_owners
 from paci_schedule.rehearse.stage import Stage
 from paci_schedule.rehearse.stash import Stash
-from paci_schedule.schedules.base import Schedule
-from paci_schedule.schedules.one_f_one_b import OneFOneB
-from paci_schedule.schedules.paci import Paci
-from paci_schedule.schedules.pipedream import PipeDream
-from paci_schedule.schedules.pipedream_2bw import PipeDream2BW
-from paci_schedule.spec import PipelineSpec
-from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["SCHEDULES", "Update", "rehearse"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from paci_schedule.drift import DriftMeter
+from paci_schedule.core.drift import DriftMeter
 from paci_schedule.predict import Prediction, clip_factor
 from paci_schedule.rehearse.stash import Stash
 

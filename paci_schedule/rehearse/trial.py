@@ -94,9 +94,7 @@ class Trial:
         return {**found.pop("variant"), **found}
 
 
-def run(
-    settings: Settings, text: Text, variant: Variant, updates: int, tick: Callable[[], None]
-) -> Trial:
+def run(settings: Settings, text: Text, variant: Variant, updates: int, tick: Callable[[], None]) -> Trial:
     """Train from the settings' seed, and validate.
 
     Args:

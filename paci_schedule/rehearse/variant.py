@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.rehearse.run import SCHEDULES
-from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["Variant"]
 

@@ -77,9 +77,7 @@ def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta
     down = [_step(pairs, backend, f"{number} paci activation link", patience) for pairs in steps]
     up = [_step(pairs, backend, f"{number} paci gradient link", patience) for pairs in steps]
     return [
-        Pair(_own(pairs), *groups, announcements)
-        for pairs, *groups in zip(steps, down, up, strict=True)
-        if _own(pairs)
+        Pair(_own(pairs), *groups, announcements) for pairs, *groups in zip(steps, down, up, strict=True) if _own(pairs)
     ]
 
 

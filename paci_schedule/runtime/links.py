@@ -26,13 +26,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from paci_schedule.core.ops import Op
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
-from paci_schedule.ops import Op
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
 from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
 from paci_schedule.runtime.waiting import waiting
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["Links"]
 

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 
 import torch
 
-from paci_schedule.drift import DriftMeter, drift_bound, drift_of
+from paci_schedule.core.drift import DriftMeter, drift_bound, drift_of
+from paci_schedule.core.lower import lower
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.schedules import one_f_one_b, paci
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, LinkError
-from paci_schedule.lower import lower
-from paci_schedule.ops import Op, OpKind
 from paci_schedule.predict import Prediction
+from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
-from paci_schedule.runtime.norms import CarriedNorms
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
-from paci_schedule.schedules import one_f_one_b, paci
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["StageCompute", "StageRunner"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from paci_schedule.ops import Op
+from paci_schedule.core.ops import Op
 
 __all__ = ["DATA", "Stopwatch"]
 

@@ -16,8 +16,8 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch.optim import Optimizer
 
-from paci_schedule.drift import drift_bound
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.core.drift import drift_bound
+from paci_schedule.core.spec import PipelineSpec
 
 __all__ = ["stepped_as", "why_not_ahead"]
 

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from paci_schedule.adapters.deepspeed.options import PaciOptions
-from paci_schedule.runtime.refusal import launch_blocking, refuse_together
+from paci_schedule.adapters.refusal import launch_blocking, refuse_together
 
 __all__ = ["check_supported"]
 

@@ -29,6 +29,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
+from paci_schedule import trace
+from paci_schedule.adapters.choice import check_schedule
 from paci_schedule.adapters.deepspeed.checks import check_supported
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
@@ -36,19 +38,17 @@ from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, check_spec, note_update
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_mpu import StageMpu
-from paci_schedule.choice import check_schedule
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError, UnsupportedError
-from paci_schedule.ops import Op, OpKind
 from paci_schedule.predict import clip_factor
+from paci_schedule.runtime.deferred.norms import CarriedNorms, NormGroup
+from paci_schedule.runtime.deferred.tied import TiedGradient, delay_between, drop_overflow
 from paci_schedule.runtime.links import Links
-from paci_schedule.runtime.norms import CarriedNorms, NormGroup
-from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
-from paci_schedule.runtime.tied import TiedGradient, delay_between, drop_overflow
 from paci_schedule.runtime.upload import upload
 from paci_schedule.runtime.waiting import shorten_timeout, waiting
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["PaciPipelineEngine"]
 
@@ -224,7 +224,7 @@ class PaciPipelineEngine(PipelineEngine):
             self._reporter.flush()
         if self._options.record is not None and self._stage_mpu.get_model_parallel_rank() == 0:
             replica = self.grid.get_data_parallel_id()
-            write_recording(self._options.record, self._runner.spec, self.stage_id, replica, self._stopwatch)
+            trace.write(self._options.record, self._runner.spec, self.stage_id, replica, self._stopwatch.spans())
         return self._aggregate(losses)
 
     def pipeline_stats(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.probing import look_up, require
+from paci_schedule.adapters.probing import look_up, require
 
 __all__ = ["ENGINES", "TESTED", "check_installed", "probe"]
 

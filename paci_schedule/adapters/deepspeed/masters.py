@@ -24,7 +24,7 @@ from paci_schedule.adapters.deepspeed.shards import flat_weights, gather, shards
 from paci_schedule.predict import advance, expected_gradient, piece_of
 from paci_schedule.predict.copies import copied, write
 from paci_schedule.predict.shadow import PIECE
-from paci_schedule.runtime.tied import drop_overflow
+from paci_schedule.runtime.deferred.tied import drop_overflow
 
 __all__ = ["MasterWeights"]
 
@@ -99,9 +99,7 @@ def _part(part: torch.Tensor, scale: float, factor: torch.Tensor | None) -> torc
     return part
 
 
-def _next(
-    piece: Optimizer, part: torch.Tensor | None, late: list[slice], windows: int, reach: float
-) -> torch.Tensor:
+def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], windows: int, reach: float) -> torch.Tensor:
     """Where the optimizer's next steps take its only parameter, from this part or from what its momentum expects.
 
     Late elements go where the momentum expects; where it expects nothing, they stay.

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from paci_schedule.choice import check_schedule
+from paci_schedule.adapters.choice import check_schedule
+from paci_schedule.adapters.patience import LONGEST
+from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.patience import LONGEST
-from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -37,7 +37,7 @@ class PaciOptions(BaseModel):
 
     early_receives: Annotated[bool, Field(strict=True)] = False
     """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
-    the whole device then hangs (`paci_schedule.lower`)."""
+    the whole device then hangs (`paci_schedule.core.lower`)."""
 
     prediction: Any = "off"
     """Which stale forwards run on predicted weights: "off", "window", "every" or every k-th (`predict.prediction`)."""

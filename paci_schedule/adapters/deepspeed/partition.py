@@ -22,10 +22,10 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
 from paci_schedule.adapters.deepspeed.device import take_device
-from paci_schedule.balance import Cut, LayerCost, balance, check_bounds
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, PaciError
-from paci_schedule.runtime.profile import Layer, profile_layers
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.measure.profile import Layer, profile_layers
+from paci_schedule.plan.partition import Cut, LayerCost, balance, check_bounds
 
 __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
 

@@ -12,12 +12,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from paci_schedule.adapters.deepspeed.adam import stepped_as, why_not_ahead
 from paci_schedule.adapters.deepspeed.masters import MasterWeights
+from paci_schedule.adapters.refusal import refuse_together
+from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.core.staleness import interval_of
 from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor
-from paci_schedule.runtime.refusal import refuse_together
-from paci_schedule.runtime.tied import drop_overflow
-from paci_schedule.spec import PipelineSpec
-from paci_schedule.stale import interval_of
+from paci_schedule.runtime.deferred.tied import drop_overflow
 
 if TYPE_CHECKING:
     from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine

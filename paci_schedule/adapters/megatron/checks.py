@@ -27,7 +27,7 @@ from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers
-from paci_schedule.runtime.refusal import launch_blocking, refuse_together
+from paci_schedule.adapters.refusal import launch_blocking, refuse_together
 
 __all__ = ["agree"]
 
@@ -131,7 +131,10 @@ _DDP = (
 )
 
 _OPTIMIZERS = (
-    FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer, ChainedOptimizer,
+    FP32Optimizer,
+    Float16OptimizerWithFloat16Params,
+    DistributedOptimizer,
+    ChainedOptimizer,
     LayerWiseDistributedOptimizer,
 )
 """What may be around the optimizers of a stage.  These step the stage's own weights, and each does so by itself."""

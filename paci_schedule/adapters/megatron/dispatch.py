@@ -16,10 +16,10 @@ from megatron.core import parallel_state, pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
+from paci_schedule.adapters.choice import check_schedule
 from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import ModelStream
-from paci_schedule.choice import check_schedule
 from paci_schedule.errors import ConfigError, UnsupportedError
 
 __all__ = ["Selector", "install", "load_state", "stream_of"]

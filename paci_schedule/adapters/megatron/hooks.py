@@ -6,7 +6,7 @@ from importlib import import_module
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.probing import look_up, require
+from paci_schedule.adapters.probing import look_up, require
 
 __all__ = ["TESTED", "check_installed", "probe"]
 

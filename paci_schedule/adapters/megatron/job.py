@@ -23,9 +23,7 @@ __all__ = ["REBOUND", "current_args", "iteration", "keep_late", "make_local"]
 
 logger = logging.getLogger(__name__)
 
-REBOUND = (
-    "reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group", "save_checkpoint"
-)
+REBOUND = ("reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group", "save_checkpoint")
 """The names in megatron.training.training that get another meaning here."""
 
 
@@ -96,7 +94,10 @@ def keep_late(model: torch.nn.Module, late: Late, settle: Callable[[], bool], sh
             logger.warning(
                 "%s holds what a run under 'paci' learns late for %d of the %d ranks of this topology, for %d of them "
                 "with the weights of this checkpoint: this run begins with nothing late",
-                file.parent, there, len(found), fits,
+                file.parent,
+                there,
+                len(found),
+                fits,
             )
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import Prediction
-from paci_schedule.runtime.norms import CarriedNorms
-from paci_schedule.runtime.tied import TiedGradient, delay_between
-from paci_schedule.spec import PipelineSpec
+from paci_schedule.runtime.deferred.norms import CarriedNorms
+from paci_schedule.runtime.deferred.tied import TiedGradient, delay_between
 
 __all__ = ["Late", "fingerprint", "tied_embedding", "unwrapped"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from paci_schedule.choice import check_schedule
+from paci_schedule.adapters.choice import check_schedule
+from paci_schedule.adapters.patience import LONGEST, is_timeout
+from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.patience import LONGEST, is_timeout
-from paci_schedule.stale import check_reach, interval_of
 
 __all__ = ["PaciOptions", "read_schedule"]
 
@@ -26,9 +26,7 @@ def _calls() -> Any:
 class PaciOptions:
     """The dictionary ``config.paci``."""
 
-    timeout: float = _option(
-        600.0, f"a number of seconds greater than 0 and at most {LONGEST} (30 days)", is_timeout
-    )
+    timeout: float = _option(600.0, f"a number of seconds greater than 0 and at most {LONGEST} (30 days)", is_timeout)
     """Seconds that a neighbouring stage may take to answer before this rank gives up with a LinkError."""
 
     clip: Literal["global", "stage"] = _option(
@@ -52,7 +50,7 @@ class PaciOptions:
 
     early_receives: bool = _option(False, "True or False", lambda value: type(value) is bool)
     """Post the receives of gradients one op earlier, for stages that differ.  On NCCL a job in which anything waits for
-    the whole device then hangs (`paci_schedule.lower`)."""
+    the whole device then hangs (`paci_schedule.core.lower`)."""
 
     prediction: str | int = "off"
     """Which stale forwards run on predicted weights: "off", "window", "every" or every k-th (`predict.prediction`)."""
@@ -79,9 +77,7 @@ class PaciOptions:
                     f"config.paci = {{{name!r}: ...}}: unknown option; valid are {nearest(name, list(known))}"
                 )
             if known[name].metadata and not known[name].metadata["holds"](value):
-                raise ConfigError(
-                    f"config.paci = {{{name!r}: {value!r}}}: must be {known[name].metadata['rule']}"
-                )
+                raise ConfigError(f"config.paci = {{{name!r}: {value!r}}}: must be {known[name].metadata['rule']}")
         interval_of(block.get("prediction", "off"), f"config.paci = {{'prediction': {block.get('prediction')!r}}}")
         options = cls(**block)
         said = f"config.paci = {{'prediction_reach': {options.prediction_reach!r}}}"

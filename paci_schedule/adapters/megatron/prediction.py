@@ -14,9 +14,9 @@ from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers, owner_of
 from paci_schedule.adapters.megatron.working import KNOWN, WorkingWeights
+from paci_schedule.core.staleness import interval_of
 from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import Prediction, check
-from paci_schedule.stale import interval_of
 
 __all__ = ["build_prediction", "reasons"]
 
@@ -82,7 +82,8 @@ def _partial(model: torch.nn.Module, config: Any) -> list[torch.nn.Parameter]:
     """Parameters of whose gradient a slice has a part, which `finalize_model_grads` sums over the slices."""
     in_sequence, in_heads = config.sequence_parallel, getattr(config, "qk_layernorm", False)
     return [
-        parameter for name, parameter in unwrapped(model).named_parameters()
+        parameter
+        for name, parameter in unwrapped(model).named_parameters()
         if (in_sequence and getattr(parameter, "sequence_parallel", False))
         or (in_heads and ("q_layernorm" in name or "k_layernorm" in name))
     ]

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
-from paci_schedule.runtime.norms import CarriedNorms, NormGroup
+from paci_schedule.runtime.deferred.norms import CarriedNorms, NormGroup
 
 __all__ = ["StageSums", "chains", "is_sharded", "optimizers", "owner_of"]
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+from paci_schedule import trace
 from paci_schedule.adapters.megatron import job
 from paci_schedule.adapters.megatron.checks import agree
 from paci_schedule.adapters.megatron.compute import ModelCompute
@@ -20,13 +21,12 @@ from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.plan import Plan
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
+from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.links import Links
-from paci_schedule.runtime.norms import CarriedNorms
-from paci_schedule.runtime.recording import write_recording
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
-from paci_schedule.spec import PipelineSpec
 
 __all__ = ["ModelStream"]
 
@@ -70,9 +70,7 @@ class ModelStream:
         prediction = build_prediction(self._model, self._config, options)
         self.late = Late(norms, weight, ends, spec, timeout, prediction, device)
         self._sums = StageSums(self._config, norms, warn=stage == 0)
-        links = Links(
-            spec, pipelines, device, timeout, early_receives=options.early_receives, record=options.record
-        )
+        links = Links(spec, pipelines, device, timeout, early_receives=options.early_receives, record=options.record)
         self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, self.late)
         self._stopwatch = Stopwatch(device, records=options.record is not None)
         copies = [(0, stages - 1)] if ties else []
@@ -128,7 +126,7 @@ class ModelStream:
         self._end_call()
         if self._record is not None and not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
             replica = parallel_state.get_data_parallel_rank()
-            write_recording(self._record, runner.spec, runner.stage, replica, self._stopwatch)
+            trace.write(self._record, runner.spec, runner.stage, replica, self._stopwatch.spans())
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())

@@ -98,13 +98,17 @@ class WorkingWeights:
         self, owned: Mapping[torch.Tensor, tuple[_Owned, Any]], scale: float, factor: torch.Tensor | None
     ) -> dict[torch.Tensor, torch.Tensor | None]:
         """What is there of the gradients, as the mean that stands for the whole window's, clipped; copies."""
-        there = {stepped: (each, cut) for stepped, (each, cut) in owned.items()
-                 if each.parameter not in self._late and each.total() is not None}
+        there = {
+            stepped: (each, cut)
+            for stepped, (each, cut) in owned.items()
+            if each.parameter not in self._late and each.total() is not None
+        }
         if not there:
             return {}
         parts = torch._foreach_mul([each.total()[cut].float() for each, cut in there.values()], scale)
-        partial = [part for (each, _), part in zip(there.values(), parts, strict=True)
-                   if each.parameter in self._partial]
+        partial = [
+            part for (each, _), part in zip(there.values(), parts, strict=True) if each.parameter in self._partial
+        ]
         if partial:
             flat = _flatten_dense_tensors(partial)
             dist.all_reduce(flat, group=self._slices)

@@ -1,0 +1,131 @@
+"""Timelines as SVG and PNG, and the file of any picture; `render.py` says what the colours mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.draw.text import HUES, STEP, chrome_trace, colour, shortest_op, shown, text
+from paci_schedule.errors import ConfigError
+from paci_schedule.simulate.timeline import Span, Timeline
+
+__all__ = ["picture"]
+
+_MOST_OPS, _MOST_ROWS = 50_000, 200  # more take minutes, and nobody sees them
+_FORMATS = (".svg", ".png", ".json", ".txt")
+
+
+def picture(timelines: Mapping[str, Timeline], path: Path, unit: str = "") -> None:
+    """Draw timelines below each other, on one axis of time, into an SVG, PNG, Chrome trace or text file.
+
+    Args:
+        timelines: title -> timeline.
+        path: what to write; its ending says in which format.
+        unit: the unit of the axis.
+
+    Raises:
+        ConfigError: the ending is not one of a known format, the file cannot be written, or there is too much to draw.
+    """
+    if path.suffix not in _FORMATS:
+        raise ConfigError(f"output={str(path)!r}: the ending says the format; use one of {', '.join(_FORMATS)}")
+    try:
+        if path.suffix == ".json":
+            path.write_text(json.dumps(chrome_trace(timelines)))
+        elif path.suffix == ".txt":
+            path.write_text(
+                "\n\n".join(f"{title}\n{text(timeline).plain}" for title, timeline in timelines.items()) + "\n"
+            )
+        else:
+            _draw(timelines, path, unit)
+    except OSError as error:
+        raise ConfigError(
+            f"output={str(path)!r}: {error.strerror}; name a file in a folder that can be written"
+        ) from None
+
+
+def _draw(timelines: Mapping[str, Timeline], path: Path, unit: str) -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = [row for timeline in timelines.values() for row in shown(timeline)]
+    ops = [span.op for row in rows for span, *_ in row]
+    if len(ops) > _MOST_OPS or len(rows) > _MOST_ROWS:
+        raise ConfigError(
+            f"{len(ops)} ops in {len(rows)} rows: a picture shows at most {_MOST_OPS} in {_MOST_ROWS}; draw fewer, "
+            "or a .json for Perfetto"
+        )
+    longest = max(timeline.makespan for timeline in timelines.values()) or 1.0
+    shortest = min(shortest_op(timeline) for timeline in timelines.values())
+    characters = 1 + max((len(_label(op)) for op in ops), default=1)
+    inches = min(24.0, max(7.0, characters * longest / shortest / 15))
+    heights = [0.5 + 0.3 * len(timeline.rows) for timeline in timelines.values()]
+    with rc_context({"svg.hashsalt": "paci", "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(inches, sum(heights) + 0.7), layout="constrained")
+        axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, (title, timeline) in zip(axes, timelines.items(), strict=True):
+            for stage, row in enumerate(shown(timeline)):
+                _draw_row(ax, stage, row, timeline.start, character=longest / inches / 15)
+            ax.set(
+                title=title, yticks=range(len(timeline.rows)), ylim=(len(timeline.rows) - 0.5, -0.5), xlim=(0, longest)
+            )
+            ax.set_yticklabels([f"stage {stage}" for stage in range(len(timeline.rows))])
+            ax.tick_params(length=0)
+            ax.spines[:].set_visible(False)
+        axes[-1].set_xlabel(f"time ({unit})" if unit else "time")
+        _legend(figure, timelines)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_row(ax: object, stage: int, row: Sequence[tuple[Span, int, int]], origin: float, character: float) -> None:
+    """One stage: a bar for every op on a bar for all its time, labelled where its characters fit."""
+    if not row:
+        return
+    begin, end = row[0][0].start, row[-1][0].end
+    ax.broken_barh([(begin - origin, end - begin)], (stage - 0.4, 0.8), facecolors="#f0f0f0")
+    bars, colours, stripes, stripe_colours = [], [], [], []
+    for span, version, older in row:
+        start, length = span.start - origin, span.end - span.start
+        label = _label(span.op)
+        bars.append((start, length))
+        colours.append(colour(span.op.kind, version))
+        if version > older and span.op.kind is not OpKind.STEP:
+            stripes.append((start, length / 5))
+            stripe_colours.append(colour(OpKind.BACKWARD, older))
+        if span.op.kind is OpKind.STEP:
+            ax.plot([start + length] * 2, [stage - 0.45, stage + 0.45], color=STEP, linewidth=1.2)
+        elif length >= character * len(label):
+            white = span.op.kind is not OpKind.FORWARD
+            ax.text(
+                start + length / 2,
+                stage,
+                label,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if white else "black",
+                clip_on=True,
+            )
+    ax.broken_barh(bars, (stage - 0.4, 0.8), facecolors=colours, edgecolors="white", linewidth=0.5)
+    ax.broken_barh(stripes, (stage - 0.4, 0.8), facecolors=stripe_colours, linewidth=0)
+
+
+def _label(op: Op) -> str:
+    """What stands on an op in a picture: its micro-batch, with a prime for chunk 1."""
+    return str(op.index) + "'" * op.chunk
+
+
+def _legend(figure: object, timelines: Mapping[str, Timeline]) -> None:
+    from matplotlib.patches import Patch
+
+    spans = [each for timeline in timelines.values() for row in shown(timeline) for each in row]
+    kinds = {span.op.kind for span, *_ in spans}
+    used = sorted({version for span, version, _ in spans if span.op.kind is not OpKind.STEP})
+    names = {OpKind.FORWARD: "F", OpKind.BACKWARD: "B", OpKind.WEIGHT: "W"}
+    patches = [Patch(color=colour(kind, 0), label=name) for kind, name in names.items() if kind in kinds]
+    patches += [Patch(color=STEP, label="step"), Patch(color="#f0f0f0", label="wait")]
+    patches += [
+        Patch(color=colour(OpKind.BACKWARD, version), label=f"version {version}") for version in used[: len(HUES)]
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=7)

@@ -1,0 +1,145 @@
+"""What each layer of a model costs, measured on the device that will run it.
+
+Layers run one after the other on a sample micro-batch, each on what the one before it gave, forward and backward as in
+a pipeline stage: gradients are added to those that are there, and the inputs of all layers but the first get one.  Only
+one layer is on the device at a time, so a model may be larger than the device.
+
+Seconds are the least of several runs, for whatever disturbs a run only adds to it: on CUDA between events in the
+device's stream, on CPU by the host's clock.  Bytes are those of the tensors that are made: what the forward leaves is
+saved for the backward, the rest is workspace; a kernel's inner scratch is not seen.  A layer that recomputes itself is
+measured as it is: a longer backward, little saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from paci_schedule.errors import ConfigError
+from paci_schedule.measure.live_bytes import LiveBytes
+from paci_schedule.plan.partition import LayerCost
+from paci_schedule.runtime.message import Layout, Payload
+
+__all__ = ["Layer", "profile_layers"]
+
+Layer = Callable[[Payload], Payload]
+"""A module, or a function without parameters, from what the layer before gives to what the next one takes."""
+
+
+def profile_layers(
+    layers: Iterable[Layer],
+    sample: Payload,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    bytes_per_parameter: float = 16.0,
+    repeats: int = 5,
+) -> list[LayerCost]:
+    """The cost of each layer, in order.  Leaves torch's random state as it was before the first layer was made.
+
+    Args:
+        layers: of the whole model, in order; taken one at a time, so make them on the way if they are large.  A module
+            is moved to the device and trained on: hand in a copy of one that is still needed.
+        sample: inputs of the first layer, for one micro-batch.
+        device: where to measure.
+        dtype: of the modules' floating-point parameters and buffers; None leaves them as they are.
+        bytes_per_parameter: of a trained parameter's weight, gradient and optimizer states together: 16 for Adam in
+            fp32, and for bf16 weights and gradients with Adam on fp32 copies.
+        repeats: how often a layer is timed, after two runs that are not.
+
+    Raises:
+        ConfigError: a layer does not run on what it gets, or `repeats` is less than 1.
+    """
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats!r}: must be at least 1")
+    sample = tuple(sample) if isinstance(sample, list) else sample
+    if not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(sample)):
+        raise ConfigError(f"sample={sample!r}: must be a tensor or a tuple of tensors, one micro-batch of inputs")
+    costs: list[LayerCost] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        inputs = tree_map(lambda tensor: tensor.detach().to(device), sample)
+        for layer in layers:
+            if isinstance(layer, nn.Module):
+                layer.to(device=device, dtype=dtype).train()
+            try:
+                cost, inputs = _measure(layer, inputs, device, bytes_per_parameter, repeats, first=not costs)
+            except Exception as error:
+                name = getattr(layer, "__name__", type(layer).__name__)
+                raise ConfigError(
+                    f"layer {len(costs)}, {name}, fails on {Layout.of(inputs)}: {type(error).__name__}: {error}; "
+                    "correct the layer, or the sample: one micro-batch as the data iterator yields it"
+                ) from error
+            costs.append(cost)
+            del layer  # before the next one is made
+    return costs
+
+
+def _measure(
+    layer: Layer, inputs: Payload, device: torch.device, bytes_per_parameter: float, repeats: int, first: bool
+) -> tuple[LayerCost, Payload]:
+    """What the layer costs, and its outputs."""
+
+    def fresh() -> Payload:
+        # A clone is no leaf, so a layer may work in place, as behind another one.
+        return tree_map(
+            lambda tensor: tensor.detach().requires_grad_(not first and tensor.is_floating_point()).clone(), inputs
+        )
+
+    gradients = _backward(layer(fresh()))  # parameters have gradients from here on, as in a job that runs
+    given = fresh()
+    with LiveBytes() as counter:
+        outputs = layer(given)
+        kept = counter.live
+        _backward(outputs, gradients)
+    handed_on = sum(tensor.nbytes for tensor in tree_leaves(outputs) if tensor in counter)
+    # As in a pipeline a forward lies between a micro-batch's forward and its backward, which finds no warm caches.
+    marks, behind = [], layer(fresh())
+    for _ in range(repeats):
+        given = fresh()
+        begin = _mark(device)
+        results = layer(given)
+        middle = _mark(device)
+        _backward(behind, gradients)
+        marks.append((begin, middle, _mark(device)))
+        behind = results
+    own = list(chain(layer.parameters(), layer.buffers())) if isinstance(layer, nn.Module) else []
+    cost = LayerCost(
+        forward=min(_seconds(begin, middle) for begin, middle, _ in marks),
+        backward=min(_seconds(middle, end) for _, middle, end in marks),
+        input_bytes=sum(tensor.nbytes for tensor in tree_leaves(inputs)),
+        saved_bytes=max(0, kept - handed_on),
+        workspace_bytes=counter.peak - kept,
+        output_bytes=sum(tensor.nbytes for tensor in tree_leaves(outputs)),
+        state_bytes=round(sum(bytes_per_parameter * one.numel() if one.requires_grad else one.nbytes for one in own)),
+    )
+    return cost, tree_map(torch.Tensor.detach, outputs)
+
+
+def _backward(outputs: Payload, gradients: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Backward from the outputs; returns the gradients to begin with, ones unless they are given."""
+    differentiable = [tensor for tensor in tree_leaves(outputs) if tensor.requires_grad]
+    if gradients is None:
+        gradients = [torch.ones_like(tensor) for tensor in differentiable]
+    if differentiable:
+        torch.autograd.backward(differentiable, gradients)
+    return gradients
+
+
+def _mark(device: torch.device) -> float | torch.cuda.Event:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

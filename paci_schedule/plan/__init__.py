@@ -1,0 +1,1 @@
+"""Which pipeline suits a job: layers, their division into stages, and the search."""

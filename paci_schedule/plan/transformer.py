@@ -1,0 +1,200 @@
+"""What the planner must know of a model: a row of layers, each with its time, parameters and activations.
+
+From a Hugging Face config the figures are computed: 2 operations for each matrix parameter and token plus 4 s h for the
+attention of a token, backward twice the forward; activations as in arXiv 2205.05198, equation 2, without the s x s
+terms that flash attention does not keep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from paci_schedule.errors import ConfigError
+from paci_schedule.simulate.costs import check_amount
+
+__all__ = ["Layer", "Model", "built_in", "from_config", "from_layers", "load_config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer, its times and bytes those of one sequence."""
+
+    forward: float
+    """Seconds; or, of a model from its config, floating-point operations."""
+
+    backward: float
+    """The whole backward, in the same unit."""
+
+    parameters: float
+    """How many."""
+
+    activation_bytes: float
+    """Kept from F to the end of B."""
+
+    input_bytes: float
+    """Kept instead where the layer is recomputed; also what a stage sends to the next one."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of layers.
+
+    Attributes:
+        layers: from the first to the last.
+        sequence_length: tokens of a sequence.
+        measured: True where the layers' times are seconds, False where they are floating-point operations.
+    """
+
+    layers: Sequence[Layer]
+    sequence_length: int
+    measured: bool
+
+    @property
+    def parameters(self) -> float:
+        """Of all layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+
+_KEYS = MappingProxyType(
+    {  # what we need -> the names that model families give it
+        "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+        "hidden": ("hidden_size", "n_embd", "d_model"),
+        "heads": ("num_attention_heads", "n_head", "num_heads"),
+        "vocabulary": ("vocab_size",),
+        "sequence": ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
+    }
+)
+
+_EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
+_MOST_LAYERS = 1000
+
+_SIZES = MappingProxyType(
+    {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
+        "gpt2": (12, 768, 12),
+        "gpt2-medium": (24, 1024, 16),
+        "gpt2-large": (36, 1280, 20),
+        "gpt2-xl": (48, 1600, 25),
+        "gpt-1.5b": (22, 2304, 24),
+        "gpt-6.2b": (30, 4096, 32),
+        "gpt-14.6b": (46, 5120, 40),
+        "gpt-28.3b": (62, 6144, 48),
+    }
+)
+
+
+def built_in() -> tuple[str, ...]:
+    """The names of the sizes that need no file."""
+    return tuple(_SIZES)
+
+
+def load_config(name: str) -> dict[str, object] | None:
+    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if it is none of
+    them.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if name in _SIZES:
+        layers, hidden, heads = _SIZES[name]
+        return {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50257, "n_positions": 1024}
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    return _read_json("model", path) if path.exists() else None
+
+
+def from_config(config: dict[str, object], sequence_length: int | None = None) -> Model:
+    """The layers of a transformer with this Hugging Face config: embedding, blocks, head (untied).
+
+    Args:
+        config: GPT-2's names or those of newer models.
+        sequence_length: tokens of a sequence; None: the longest of the config.
+
+    Raises:
+        ConfigError: a key is missing or has no sense, or the model is a mixture of experts.
+    """
+    found = {}
+    for need, names in _KEYS.items():
+        values = [config[name] for name in names if isinstance(config.get(name), int)]
+        if not values:
+            raise ConfigError(f"model config without {' or '.join(names)}: the planner needs it; add it to the config")
+        found[need] = values[0]
+    for key in _EXPERTS:
+        if (config.get(key) or 1) != 1:
+            raise ConfigError(f"{key}={config[key]!r}: the planner knows dense models only; measure the layers")
+    hidden, vocabulary, sequence = found["hidden"], found["vocabulary"], sequence_length or found["sequence"]
+    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    queries, keys = found["heads"], config.get("num_key_value_heads") or found["heads"]
+    width = config.get("head_dim") or hidden / queries if queries else 0
+    given = {**found, "inner": inner, "key-value heads": keys, "head width": width, "sequence": sequence}
+    for name, value in given.items():
+        if not isinstance(value, int | float) or not value >= 1:
+            raise ConfigError(f"model config with {name}={value!r}: must be a number of at least 1")
+    if found["layers"] > _MOST_LAYERS:
+        raise ConfigError(f"model config with layers={found['layers']}: must be at most {_MOST_LAYERS}")
+    gated = config.get("hidden_act") in ("silu", "swish")
+    matrices = 2 * hidden * width * (queries + keys) + (3 if gated else 2) * hidden * inner
+    row = 2 * sequence * hidden
+    block_work = sequence * (2 * matrices + 4 * sequence * hidden)
+    head_work = sequence * 2 * hidden * vocabulary
+    block = Layer(
+        forward=block_work,
+        backward=2 * block_work,
+        parameters=matrices + 4 * hidden,
+        activation_bytes=sequence * (18 * hidden + 4 * inner),
+        input_bytes=row,
+    )
+    embedding = Layer(forward=0.0, backward=0.0, parameters=hidden * vocabulary, activation_bytes=0.0, input_bytes=row)
+    head = Layer(
+        forward=head_work,
+        backward=2 * head_work,
+        parameters=hidden * vocabulary,
+        activation_bytes=4 * sequence * vocabulary + row,
+        input_bytes=row,
+    )
+    return Model([embedding, *[block] * found["layers"], head], sequence, measured=False)
+
+
+def from_layers(path: Path) -> Model:
+    """The layers that were measured, from a JSON file; times in seconds and bytes are those of one sequence.
+
+    `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
+    "input_bytes": 2e6, "count": 24}, ...]}`; "count" repeats a layer and may be left out.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.
+    """
+    content = _read_json("layers", path)
+    layers: list[Layer] = []
+    try:
+        for number, entry in enumerate(content["layers"]):
+            values = {key: float(entry[key]) for key in Layer.__annotations__}
+            for key, value in values.items():
+                check_amount(f"{key} of layer {number}", value)
+            layers += [Layer(**values)] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
+        sequence = int(content["sequence_length"])
+    except ConfigError as error:
+        raise ConfigError(f"layers={str(path)!r}: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs "
+            f"{', '.join(Layer.__annotations__)}, and the file a sequence_length"
+        ) from None
+    if not 1 <= len(layers) <= _MOST_LAYERS or sequence < 1:
+        raise ConfigError(f"layers={str(path)!r}: needs 1 to {_MOST_LAYERS} layers and a sequence_length of at least 1")
+    if not any(layer.forward + layer.backward for layer in layers):
+        raise ConfigError(f"layers={str(path)!r}: no layer takes any time; write the measured seconds")
+    return Model(layers, sequence, measured=True)
+
+
+def _read_json(option: str, path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}={str(path)!r}: cannot be read as JSON ({error}); name a JSON file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{option}={str(path)!r}: must hold a JSON object, not a {type(content).__name__}")
+    return content

@@ -1,0 +1,1 @@
+"""What a stage learns late by design: gradient norms and tied sums of other stages."""

@@ -1,0 +1,1 @@
+"""How long a schedule takes: a simulator and the figures that come from it."""

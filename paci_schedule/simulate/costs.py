@@ -1,0 +1,148 @@
+"""How long things take: ops, messages and their jitter.  In seconds, or in any other unit that all of them share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from paci_schedule.core.ops import OpKind
+from paci_schedule.core.schedules.base import Schedule
+from paci_schedule.errors import ConfigError
+
+__all__ = ["Costs", "Noise", "check_amount"]
+
+PerStage = float | Sequence[float]
+
+_MOST = 1e100  # sums over a run, and squares, stay finite
+_MOST_JITTER = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What every op and message costs; a list gives every stage its own, a number holds for all.
+
+    F, B and W are those of one micro-batch through everything that a stage holds; a schedule with several chunks a
+    stage spreads them evenly over the chunks.
+
+    Raises:
+        ConfigError: a cost is not a number from 0 to 1e100.
+    """
+
+    forward: PerStage
+    """F."""
+
+    backward: PerStage
+    """The whole backward; or, where `weight` is given, its input half."""
+
+    weight: PerStage | None = None
+    """W, the weight half of the backward.  Without it a schedule that splits the backward splits it evenly."""
+
+    step: PerStage = 0.0
+    """One optimizer update."""
+
+    latency: PerStage = 0.0
+    """From the end of a send to its arrival; a list has one for each link between neighbours, in order."""
+
+    bandwidth: float = math.inf
+    """Bytes a unit of time; messages of one direction of a link go one after the other."""
+
+    message_bytes: float = 0.0
+    """Bytes of an activation, and of a gradient, between two stages."""
+
+    jitter: float = 0.0
+    """Coefficient of variation of every F, B and W: lognormal, its mean left where it is."""
+
+    seed: int = 0
+    """Which jitter."""
+
+    sync: float | None = None
+    """Time of a collective over all stages at the end of every call, once all are there; None: there is none."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, Sequence) else [value]:
+                if number is None or (field.name == "bandwidth" and number == math.inf):
+                    continue
+                check_amount(field.name, number)
+        if self.jitter > _MOST_JITTER:
+            raise ConfigError(
+                f"jitter={self.jitter}: must be at most {_MOST_JITTER}; it is the standard deviation of an op's time "
+                "by its mean, 0.05 for 5%"
+            )
+        if not self.bandwidth:
+            raise ConfigError("bandwidth=0: must be more than 0; leave it out for links of any bandwidth")
+
+    def durations(self, schedule: Schedule, stages: int) -> dict[OpKind, np.ndarray]:
+        """Kind -> time of one op of one chunk, an array of shape (stages,)."""
+        forward, backward = self._spread("forward", stages), self._spread("backward", stages)
+        if schedule.splits_backward:
+            halved = self.weight is None
+            weight = backward / 2 if halved else self._spread("weight", stages)
+            backward = backward / 2 if halved else backward
+        else:
+            weight = np.zeros(stages)
+            backward = backward if self.weight is None else backward + self._spread("weight", stages)
+        return {
+            OpKind.FORWARD: forward / schedule.chunks,
+            OpKind.BACKWARD: backward / schedule.chunks,
+            OpKind.WEIGHT: weight / schedule.chunks,
+            OpKind.STEP: self._spread("step", stages),
+        }
+
+    def latencies(self, stages: int) -> np.ndarray:
+        """The latency of the link behind each stage, shape (stages,); from the last stage to the first, the longest."""
+        if isinstance(self.latency, Sequence):
+            if len(self.latency) != stages - 1:
+                raise ConfigError(
+                    f"latency={list(self.latency)}: {len(self.latency)} values for the {stages - 1} links of "
+                    f"{stages} stages; give one for each, or a single one for all"
+                )
+            return np.array([*self.latency, max(self.latency, default=0.0)], dtype=float)
+        return np.full(stages, float(self.latency))
+
+    @property
+    def transfer(self) -> float:
+        """How long a message occupies its link."""
+        return self.message_bytes / self.bandwidth
+
+    def noise(self, kind: OpKind, chunk: int, stages: int) -> Noise | None:
+        """The jitter of one kind of op of one chunk, or None without jitter."""
+        varies = self.jitter and kind is not OpKind.STEP
+        return Noise(self.jitter, [self.seed, list(OpKind).index(kind), chunk], stages) if varies else None
+
+    def _spread(self, name: str, stages: int) -> np.ndarray:
+        value = getattr(self, name)
+        if isinstance(value, Sequence):
+            if len(value) != stages:
+                raise ConfigError(
+                    f"{name}={list(value)}: {len(value)} values for {stages} stages; give one for each, or a "
+                    "single one for all"
+                )
+            return np.array(value, dtype=float)
+        return np.full(stages, float(value))
+
+
+def check_amount(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a number from 0 to 1e100."""
+    if not isinstance(value, int | float) or not 0 <= value <= _MOST:
+        raise ConfigError(f"{name}={value!r}: must be a number from 0 to {_MOST:g}")
+
+
+class Noise:
+    """Lognormal factors of mean 1, one for each micro-batch and stage, the same however many are drawn at a time."""
+
+    def __init__(self, variation: float, seed: Sequence[int], stages: int) -> None:
+        self._generator = np.random.default_rng(seed)
+        self._spread = math.sqrt(math.log1p(variation**2))
+        self._stages = stages
+
+    def rows(self, count: int) -> np.ndarray:
+        """The factors of the next `count` micro-batches, shape (count, stages)."""
+        normal = self._generator.standard_normal((count, self._stages))
+        normal *= self._spread
+        normal -= self._spread**2 / 2
+        return np.exp(normal, out=normal)
