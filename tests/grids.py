@@ -4,7 +4,7 @@ import random
 
 from paci_schedule.core.lower import lower
 from paci_schedule.core.ops import Op
-from paci_schedule.core.schedules import paci
+from paci_schedule.core.schedules import one_f_one_b, paci
 
 
 def text(ops):
@@ -43,6 +43,11 @@ def calls(spec, script):
 def leading_calls(spec, count, end=None):
     """The first `count` calls of the leading cut; the pipe is empty after `end` micro-batches."""
     return [paci.lead_batch(spec, number * spec.accumulation, end) for number in range(count)]
+
+
+def flushed_calls(spec, count):
+    """Batches of 1F1B, each from an empty pipe to an empty pipe."""
+    return [one_f_one_b.batch(spec)] * count
 
 
 def random_script(seed, length):

@@ -9,6 +9,7 @@ from paci_schedule.check.validate import check_segments
 from paci_schedule.core.lower import lower
 from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules import one_f_one_b
+from tests import golden
 from tests.grids import calls, leading_calls, program_grid, random_script
 
 # Two calls and the drain.  The gradient of a stage's last round goes at the start of the next segment: SG1 of stage 1
@@ -147,6 +148,12 @@ def test_sums_of_tied_weights_are_golden_in_leading_calls():
     """The update of a call follows it, so its sum is posted in the next one; that of the last call at its end."""
     segments = leading_calls(PipelineSpec(stages=2, accumulation=1), 3, end=3)
     assert program_grid(segments, ties=[(0, 1)]) == TIED_LEADING
+
+
+def test_programs_are_those_of_the_golden_file():
+    kept = golden.FILE.read_text().splitlines()
+    for number, (found, line) in enumerate(itertools.zip_longest(golden.lines(), kept), start=1):
+        assert found == line, f"line {number} of {golden.FILE.name}"
 
 
 def indices(ops, kind):
