@@ -27,7 +27,6 @@ from benchmarks.paced import PacedLayer
 from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
 from paci_schedule.core.schedules.registry import schedule
-from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.transfers import simulate_transfers
 
