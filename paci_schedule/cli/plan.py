@@ -16,7 +16,8 @@ from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
 from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.plan.search import Job, Row, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
+from paci_schedule.plan.search import Job, Row, calibrated, search
+from paci_schedule.plan.settings import deepspeed_config, megatron_flags, pipeline_module
 from paci_schedule.plan.transformer import built_in, from_config, from_layers, load_config
 
 __all__ = ["plan_"]
@@ -103,7 +104,7 @@ def plan_(
     )
     if measured is not None:
         job = calibrated(job, measured)
-    rows = plan(job)
+    rows = search(job)
     best = next((row for row in rows if not row.refused and row.schedule in ("paci", "1f1b")), None)
     if as_json:
         settings = best and {

@@ -22,24 +22,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from paci_schedule.errors import ConfigError
 from paci_schedule.measure.live_bytes import LiveBytes
-from paci_schedule.plan.partition import LayerCost
+from paci_schedule.plan.layers import Layer
 from paci_schedule.runtime.message import Layout, Payload
 
-__all__ = ["Layer", "profile_layers"]
+__all__ = ["Runnable", "profile_layers"]
 
-Layer = Callable[[Payload], Payload]
+Runnable = Callable[[Payload], Payload]
 """A module, or a function without parameters, from what the layer before gives to what the next one takes."""
 
 
 def profile_layers(
-    layers: Iterable[Layer],
+    layers: Iterable[Runnable],
     sample: Payload,
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
-    bytes_per_parameter: float = 16.0,
     repeats: int = 5,
-) -> list[LayerCost]:
+) -> list[Layer]:
     """The cost of each layer, in order.  Leaves torch's random state as it was before the first layer was made.
 
     Args:
@@ -48,8 +47,6 @@ def profile_layers(
         sample: inputs of the first layer, for one micro-batch.
         device: where to measure.
         dtype: of the modules' floating-point parameters and buffers; None leaves them as they are.
-        bytes_per_parameter: of a trained parameter's weight, gradient and optimizer states together: 16 for Adam in
-            fp32, and for bf16 weights and gradients with Adam on fp32 copies.
         repeats: how often a layer is timed, after two runs that are not.
 
     Raises:
@@ -60,14 +57,14 @@ def profile_layers(
     sample = tuple(sample) if isinstance(sample, list) else sample
     if not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(sample)):
         raise ConfigError(f"sample={sample!r}: must be a tensor or a tuple of tensors, one micro-batch of inputs")
-    costs: list[LayerCost] = []
+    costs: list[Layer] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         inputs = tree_map(lambda tensor: tensor.detach().to(device), sample)
         for layer in layers:
             if isinstance(layer, nn.Module):
                 layer.to(device=device, dtype=dtype).train()
             try:
-                cost, inputs = _measure(layer, inputs, device, bytes_per_parameter, repeats, first=not costs)
+                cost, inputs = _measure(layer, inputs, device, repeats, first=not costs)
             except Exception as error:
                 name = getattr(layer, "__name__", type(layer).__name__)
                 raise ConfigError(
@@ -80,8 +77,8 @@ def profile_layers(
 
 
 def _measure(
-    layer: Layer, inputs: Payload, device: torch.device, bytes_per_parameter: float, repeats: int, first: bool
-) -> tuple[LayerCost, Payload]:
+    layer: Runnable, inputs: Payload, device: torch.device, repeats: int, first: bool
+) -> tuple[Layer, Payload]:
     """What the layer costs, and its outputs."""
 
     def fresh() -> Payload:
@@ -108,14 +105,15 @@ def _measure(
         marks.append((begin, middle, _mark(device)))
         behind = results
     own = list(chain(layer.parameters(), layer.buffers())) if isinstance(layer, nn.Module) else []
-    cost = LayerCost(
+    cost = Layer(
         forward=min(_seconds(begin, middle) for begin, middle, _ in marks),
         backward=min(_seconds(middle, end) for _, middle, end in marks),
         input_bytes=sum(tensor.nbytes for tensor in tree_leaves(inputs)),
         saved_bytes=max(0, kept - handed_on),
         workspace_bytes=counter.peak - kept,
         output_bytes=sum(tensor.nbytes for tensor in tree_leaves(outputs)),
-        state_bytes=round(sum(bytes_per_parameter * one.numel() if one.requires_grad else one.nbytes for one in own)),
+        parameters=sum(one.numel() for one in own if one.requires_grad),
+        frozen_bytes=sum(one.nbytes for one in own if not one.requires_grad),
     )
     return cost, tree_map(torch.Tensor.detach, outputs)
 
