@@ -16,8 +16,8 @@ from paci_schedule.cli.options import (
     width_option,
 )
 from paci_schedule.cli.printing import print_grid, print_json, screen
+from paci_schedule.draw.chrome import chrome_trace
 from paci_schedule.draw.picture import picture
-from paci_schedule.draw.text import chrome_trace
 from paci_schedule.simulate.execute import simulate
 
 __all__ = ["show"]

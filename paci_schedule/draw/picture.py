@@ -1,4 +1,4 @@
-"""Timelines as SVG and PNG, and the file of any picture; `render.py` says what the colours mean."""
+"""Timelines as SVG and PNG, and the file of any picture; `colours.py` says what the colours mean."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.draw.text import HUES, STEP, chrome_trace, colour, shortest_op, shown, text
+from paci_schedule.draw.chrome import chrome_trace
+from paci_schedule.draw.colours import HUES, STEP, colour
+from paci_schedule.draw.shown import shortest_op, shown
+from paci_schedule.draw.text import text
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.timeline import Span, Timeline
 
