@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
         ("--context 999", "has 1280 tokens"),
         ("--updates 0", "updates=0"),
         ("--lr 0", "lr=0"),
-        ("--warm-up -1", "warm_up=-1"),
+        ("--warm-up -1", "--warm-up=-1"),
         ("--dtype fp8", "dtype='fp8'"),
         ("--vocabulary 100", "vocabulary=100: must be at least 257 (256 bytes and one pair)"),
         ("--device abacus", "device='abacus'"),

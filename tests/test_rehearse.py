@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from paci_schedule import ConfigError, PipelineSpec, UnsupportedError
 from paci_schedule.core.drift import drift_of
-from paci_schedule.rehearse import SCHEDULES, rehearse
+from paci_schedule.rehearse import REHEARSABLE, rehearse
 from paci_schedule.rehearse import stage as stage_module
 from paci_schedule.rehearse.stash import Stash
 
@@ -93,7 +93,7 @@ HANDS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", REHEARSABLE)
 @pytest.mark.parametrize(("stages", "a"), [(2, 1), (2, 3), (3, 2), (4, 3), (4, 5)])
 def test_the_weights_are_those_of_arithmetic_by_hand(name, stages, a):
     weights, inputs = [1.5, -0.75, 2.0, 0.5][:stages], [0.25 * (1 + (3 * m) % 5) for m in range(5 * a)]
@@ -219,7 +219,7 @@ def test_clipping_by_a_norm_that_is_never_reached_changes_nothing(name):
     assert not same(trained(schedule=name, clip=0.2)[0], trained(schedule=name)[0])
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", REHEARSABLE)
 def test_no_activation_is_kept_after_a_rehearsal_and_no_gradient(name):
     modules = network()
     seen = []
@@ -230,7 +230,7 @@ def test_no_activation_is_kept_after_a_rehearsal_and_no_gradient(name):
     assert all(parameter.grad is None for module in modules for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", REHEARSABLE)
 def test_parameters_stay_in_their_storage(name):
     modules = network()
     before = [parameter.data_ptr() for module in modules for parameter in module.parameters()]
@@ -567,7 +567,7 @@ def test_a_micro_batch_that_is_no_pair_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "prediction"), [*((name, "off") for name in SCHEDULES), *(("paci", each) for each in PREDICTIONS)]
+    ("name", "prediction"), [*((name, "off") for name in REHEARSABLE), *(("paci", each) for each in PREDICTIONS)]
 )
 @pytest.mark.parametrize("a", [1, 4])
 def test_nothing_waits_for_the_device_until_a_loss_is_read(name, prediction, a):

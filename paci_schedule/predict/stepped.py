@@ -21,18 +21,18 @@ class SteppedWeights:
     Args:
         optimizers: of the stage, each on parameters of its own; `momentum.check` lets them pass.  The part of their
             gradients is in `.grad`.
-        late: parameters whose next update applies another gradient than the one that is being summed; they are
-            predicted from what their momentum expects, as all are where no part is there.
+        deferred: parameters whose next update applies an older gradient than the one that is being summed; they are
+            predicted from what their momentum expects, as all parameters are where no part of the gradient is there.
         clean: what an update does to its gradients, in place, before it clips them.
     """
 
     def __init__(
         self,
         optimizers: Sequence[Optimizer],
-        late: Collection[torch.Tensor] = (),
+        deferred: Collection[torch.Tensor] = (),
         clean: Callable[[Iterable[torch.Tensor]], None] | None = None,
     ) -> None:
-        self._optimizers, self._late, self._clean = optimizers, frozenset(late), clean
+        self._optimizers, self._deferred, self._clean = optimizers, frozenset(deferred), clean
         self._real: list[torch.Tensor] | None = None  # while the parameters hold a prediction
 
     def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
@@ -45,7 +45,7 @@ class SteppedWeights:
             for stepping, group, entries in pieces(optimizer):
                 gradients = self._part(entries, scale, factor)
                 for known, of, _ in entries:
-                    if not scale or of in self._late:
+                    if not scale or of in self._deferred:
                         gradient = expected_gradient(stepping, group, known, known.detach())
                         if gradient is not None:
                             gradients[known] = gradient
@@ -72,7 +72,7 @@ class SteppedWeights:
         self, entries: Sequence[tuple[torch.Tensor, torch.Tensor, Any]], scale: float, factor: torch.Tensor | None
     ) -> dict[torch.Tensor, torch.Tensor]:
         """The part of the gradients that is there, by `pieces`' entries, as the mean of the whole window's, clipped."""
-        held = [(known, of.grad[cut]) for known, of, cut in entries if of.grad is not None and of not in self._late]
+        held = [(known, of.grad[cut]) for known, of, cut in entries if of.grad is not None and of not in self._deferred]
         if not (scale and held):
             return {}
         parts = torch._foreach_mul([gradient for _, gradient in held], scale)

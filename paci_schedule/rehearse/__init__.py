@@ -5,6 +5,6 @@ weights are those that the engines would come to.
 """
 
 from paci_schedule.rehearse.masters import with_masters
-from paci_schedule.rehearse.run import SCHEDULES, Update, rehearse
+from paci_schedule.rehearse.run import REHEARSABLE, Update, rehearse
 
-__all__ = ["SCHEDULES", "Update", "rehearse", "with_masters"]
+__all__ = ["REHEARSABLE", "Update", "rehearse", "with_masters"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.rehearse.run import SCHEDULES
+from paci_schedule.rehearse.run import REHEARSABLE
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run
 from paci_schedule.rehearse.variant import Variant
@@ -37,13 +37,13 @@ def variants(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence
     asked = [Variant.parse("paci", each) for each in predictions]
     found = [each for name in schedules for each in (asked if name == "paci" else [Variant(name)])]
     for each in found:
-        SCHEDULES[each.schedule].schedule.check(spec)
+        REHEARSABLE[each.schedule].schedule.check(spec)
     return found
 
 
 def slots(schedule: str, settings: Settings) -> float:
     """How long a batch takes at best, in forwards and backwards of a micro-batch: a, and with a flush a + P - 1."""
-    bubble = settings.stages - 1 if SCHEDULES[schedule].schedule.flushes else 0
+    bubble = settings.stages - 1 if REHEARSABLE[schedule].schedule.flushes else 0
     return settings.accumulation + bubble
 
 

@@ -31,7 +31,7 @@ from paci_schedule.rehearse.owners import as_lists, check_owners
 from paci_schedule.rehearse.stage import Stage
 from paci_schedule.rehearse.stash import Stash
 
-__all__ = ["SCHEDULES", "Update", "rehearse"]
+__all__ = ["REHEARSABLE", "Update", "rehearse"]
 
 _ENDLESS = 1 << 40  # batches; how many there are is known when they end
 
@@ -51,7 +51,7 @@ def _two_versions(parameters: Sequence[nn.Parameter]) -> Stash:
     return Stash(parameters, delayed=True)
 
 
-SCHEDULES: Mapping[str, _Kind] = MappingProxyType(
+REHEARSABLE: Mapping[str, _Kind] = MappingProxyType(
     {
         "flush": _Kind(OneFOneB()),
         "paci": _Kind(Paci()),
@@ -126,11 +126,11 @@ def rehearse(
         ConfigError: a value does not fit; a batch has not `accumulation` pairs.
         UnsupportedError: a weight that several stages share, or a combination that does not exist.
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"schedule={schedule!r}: must be one of {nearest(str(schedule), SCHEDULES)}")
+    if schedule not in REHEARSABLE:
+        raise ConfigError(f"schedule={schedule!r}: must be one of {nearest(str(schedule), REHEARSABLE)}")
     stages = list(stages)
     spec = PipelineSpec(stages=len(stages), accumulation=accumulation, extra_in_flight=extra_in_flight)
-    kind = SCHEDULES[schedule]
+    kind = REHEARSABLE[schedule]
     kind.schedule.check(spec)
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < float("inf"):
         raise ConfigError(f"clip={clip!r}: must be a number of at least 0, where 0 clips nothing")

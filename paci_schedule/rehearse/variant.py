@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.rehearse.run import SCHEDULES
+from paci_schedule.rehearse.run import REHEARSABLE
 
 __all__ = ["Variant"]
 
@@ -24,8 +24,8 @@ class Variant:
     prediction_reach: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedules={self.schedule!r}: must be one of {nearest(self.schedule, SCHEDULES)}")
+        if self.schedule not in REHEARSABLE:
+            raise ConfigError(f"schedules={self.schedule!r}: must be one of {nearest(self.schedule, REHEARSABLE)}")
         interval_of(self.prediction)
         check_reach(self.prediction_reach, self.prediction)
 
