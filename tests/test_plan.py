@@ -361,5 +361,5 @@ def test_calibration_needs_one_run():
     config = from_config(load_config("gpt2"))
     with pytest.raises(ConfigError, match=r"measured: \d+ pipelines match"):
         calibrated(job(model=config), 1.0)
-    with pytest.raises(ConfigError, match="not to be reached"):
+    with pytest.raises(ConfigError, match="cannot be reached"):
         calibrated(job(model=config, stages=(8,), micro_batch_sizes=(1,), latency=10.0), 100.0)

@@ -84,7 +84,7 @@ def test_two_optimizers_of_a_parameter_are_refused():
 def test_a_tied_weight_is_refused():
     modules = network()
     modules[3][0].weight = modules[0][0].weight
-    with pytest.raises(UnsupportedError, match=r"0\.weight of stage 3 is a parameter of stage 0 too"):
+    with pytest.raises(UnsupportedError, match=r"0\.weight of stage 3 is also a parameter of stage 0"):
         asked(stages=modules)
 
 

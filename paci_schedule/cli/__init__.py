@@ -1,7 +1,6 @@
-"""The `paci` command: see schedules, check, simulate and rehearse them, plan a job, read a recorded run, examine this
-machine.
+"""The `paci` command: it draws, checks, simulates and rehearses schedules, plans a job, and reads recorded runs.
 
-Bad input is one line on standard error that names the value, the rule and the remedy, and exit code 2.
+Bad input gives one line on standard error, which names the value, the rule and the remedy, and exit code 2.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__)
 def _paci() -> None:
-    """See pipeline schedules, check, simulate, plan and rehearse them, and read recorded runs."""
+    """Draw, check, simulate, plan and rehearse pipeline schedules, and read recorded runs."""
 
 
 for _command in (show, check, simulate_, plan_, rehearse, trace_, doctor):
@@ -56,7 +55,7 @@ for _command in (show, check, simulate_, plan_, rehearse, trace_, doctor):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command with `arguments`, or those of the process, and exit."""
+    """Run the command with `arguments`, by default those of the process, and exit."""
     try:
         code = _paci.main(arguments, prog_name="paci", standalone_mode=False) or 0
     except click.exceptions.Abort:

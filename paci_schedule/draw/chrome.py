@@ -12,9 +12,9 @@ __all__ = ["chrome_trace"]
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, object]:
-    """Timelines (title -> timeline, its times in seconds) as a Chrome trace for Perfetto (ui.perfetto.dev).
+    """Timelines (title -> timeline, with times in seconds) as a Chrome trace for Perfetto (ui.perfetto.dev).
 
-    A timeline is a process, a stage a thread.
+    Each timeline becomes a process, and each stage a thread of it.
     """
     events: list[dict[str, object]] = []
     for process, (title, timeline) in enumerate(timelines.items()):
@@ -27,7 +27,7 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, object]:
 
 
 def _slices(row: Sequence[Span], origin: float) -> Iterator[dict[str, object]]:
-    """What a Chrome trace says of the ops of one stage; microseconds."""
+    """The events of one stage's ops, in microseconds."""
     names = {OpKind.FORWARD: "forward", OpKind.BACKWARD: "backward", OpKind.WEIGHT: "weight", OpKind.STEP: "step"}
     for span, version, older in versions(row):
         yield {

@@ -21,15 +21,15 @@ _FORMATS = (".svg", ".png", ".json", ".txt")
 
 
 def picture(timelines: Mapping[str, Timeline], path: Path, unit: str = "") -> None:
-    """Draw timelines below each other, on one axis of time, into an SVG, PNG, Chrome trace or text file.
+    """Write timelines, one below the other on one time axis, to an SVG, PNG, Chrome trace or text file.
 
     Args:
         timelines: title -> timeline.
-        path: what to write; its ending says in which format.
+        path: the file to write; its ending decides the format.
         unit: the unit of the axis.
 
     Raises:
-        ConfigError: the ending is not one of a known format, the file cannot be written, or there is too much to draw.
+        ConfigError: the ending belongs to no known format, the file cannot be written, or there is too much to draw.
     """
     if path.suffix not in _FORMATS:
         raise ConfigError(f"output={str(path)!r}: the ending says the format; use one of {', '.join(_FORMATS)}")
@@ -82,7 +82,7 @@ def _draw(timelines: Mapping[str, Timeline], path: Path, unit: str) -> None:
 
 
 def _draw_row(ax: object, stage: int, row: Sequence[tuple[Span, int, int]], origin: float, character: float) -> None:
-    """One stage: a bar for every op on a bar for all its time, labelled where its characters fit."""
+    """Draw one stage: a bar for every op, with its label if that fits, on a bar for the whole time of the stage."""
     if not row:
         return
     begin, end = row[0][0].start, row[-1][0].end
@@ -115,7 +115,7 @@ def _draw_row(ax: object, stage: int, row: Sequence[tuple[Span, int, int]], orig
 
 
 def _label(op: Op) -> str:
-    """What stands on an op in a picture: its micro-batch, with a prime for chunk 1."""
+    """The label of an op in a picture: its micro-batch, with a prime for chunk 1."""
     return str(op.index) + "'" * op.chunk
 
 

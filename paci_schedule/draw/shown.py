@@ -12,7 +12,7 @@ __all__ = ["shortest_op", "shown", "versions"]
 
 
 def versions(row: Sequence[Span]) -> Iterator[tuple[Span, int, int]]:
-    """For every span of a stage: the span, the updates done before it, and those done before its micro-batch's F."""
+    """For every span of a stage: the span, the updates before it, and the updates before its micro-batch's F."""
     version, at_forward = next((span.op.index for span in row if span.op.kind is OpKind.STEP), 0), {}
     for span in row:
         key = span.op.index, span.op.chunk
@@ -23,13 +23,13 @@ def versions(row: Sequence[Span]) -> Iterator[tuple[Span, int, int]]:
 
 
 def shown(timeline: Timeline) -> list[list[tuple[Span, int, int]]]:
-    """The `versions` of what is to be drawn of every stage."""
+    """The `versions` of the spans that are drawn, for every stage."""
     begin = timeline.shown_from
     return [[each for each in versions(row) if each[0].start >= begin < each[0].end] for row in timeline.rows]
 
 
 def shortest_op(timeline: Timeline) -> float:
-    """The time of the shortest kind of op, updates aside: the median of its ops."""
+    """The median time of the shortest kind of op; updates do not count."""
     lengths: dict[OpKind, list[float]] = {}
     for row in shown(timeline):
         for span, *_ in row:

@@ -21,11 +21,11 @@ _WIDEST = 100_000  # characters of a line of text
 
 
 def text(timeline: Timeline, width: int | None = None) -> Text:
-    """The timeline as aligned text: a column is a unit of time, `.` is waiting, `|` an update that takes hardly any.
+    """The timeline as aligned text: a column is a unit of time, `.` is waiting, and `|` is a very short update.
 
     Args:
         timeline: what to draw.
-        width: characters after which a line is cut off; None: 100,000.
+        width: the number of characters at which a line is cut off; None means 100,000.
     """
     from rich.text import Text
 
@@ -63,7 +63,7 @@ def _style(span: Span, version: int, older: int) -> str:
 
 
 def _unit(timeline: Timeline) -> float:
-    """The longest time of which every start and end is a multiple; where that makes wide grids, `shortest_op`."""
+    """The longest time that divides every start and end; `shortest_op` where that would make the grid too wide."""
     spans = [span for row in shown(timeline) for span, *_ in row if span.end > span.start]
     moments = {
         Fraction(moment - timeline.start).limit_denominator(1000) for span in spans for moment in (span.start, span.end)

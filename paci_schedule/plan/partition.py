@@ -48,8 +48,8 @@ class Partition:
 
     Attributes:
         bounds: P + 1 numbers from 0 to n; stage s has the layers bounds[s] to bounds[s + 1] - 1.
-        seconds: of each stage for one micro-batch, forward and backward.
-        peak_bytes: of each stage, see `evaluate`.
+        seconds: what one micro-batch takes on each stage, forward and backward together.
+        peak_bytes: the most memory that each stage takes (see `evaluate`).
     """
 
     bounds: tuple[int, ...]
@@ -161,7 +161,7 @@ def balance(layers: Sequence[Layer], rooms: Sequence[Room], *, recompute_every: 
 def evaluate(
     layers: Sequence[Layer], rooms: Sequence[Room], bounds: Sequence[int], *, recompute_every: int = 0
 ) -> Partition:
-    """What a given partition costs.
+    """A given partition, with its costs.
 
     A stage's peak has three parts: the state of its layers; for each micro-batch in flight what the stage received, its
     layers' inputs, what they save and what it handed on; and, once, what the most demanding layer needs while it runs

@@ -32,33 +32,33 @@ _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained, on what, and what may be searched.
+    """What is to be trained, on which devices, and what the search may choose.
 
     Raises:
-        ConfigError: a value has no sense.
+        ConfigError: a value is out of its range.
     """
 
     model: Model
-    """The layers."""
+    """The layers to divide."""
 
     devices: int
-    """How many, all alike."""
+    """The number of devices, which are all alike."""
 
     memory: float
-    """Bytes of one device."""
+    """The memory of one device, in bytes."""
 
     global_batch: int
-    """Sequences of an optimizer update."""
+    """The number of sequences in an optimizer update."""
 
     flops: float = 1.0
-    """Floating-point operations that a device does in a second; of measured layers, how many times as fast a device is
-    as they say."""
+    """Floating-point operations that a device does in a second.  For measured layers: how many times as fast a device
+    is as the one that they were measured on."""
 
     bandwidth: float = float("inf")
-    """Bytes a second between two devices."""
+    """Bytes per second between two devices."""
 
     latency: float = 0.0
-    """Seconds of a message."""
+    """Seconds that a message is on its way, whatever its size."""
 
     zero: int = 1
     """ZeRO stage of the optimizer state: 0 or 1."""
@@ -67,26 +67,26 @@ class Job:
     """The most updates between a forward and its backward."""
 
     schedules: Sequence[str] = tuple(SCHEDULES)
-    """Which schedules to look at."""
+    """The schedules to search."""
 
     stages: Sequence[int] = ()
-    """Which numbers of stages; none means every divisor of `devices`."""
+    """The numbers of stages to search; empty means every divisor of `devices`."""
 
     micro_batch_sizes: Sequence[int] = ()
-    """Which micro-batch sizes, in sequences; none means every power of 2 that divides a replica's share."""
+    """The micro-batch sizes to search, in sequences; empty means every power of 2 that divides a replica's share."""
 
     recompute: Sequence[bool] = (False, True)
     """Whether layers are recomputed in the backward."""
 
     prediction: str | int = "off"
-    """When PACI's stale forwards predict their weights (`stale.interval_of`)."""
+    """When PACI predicts the weights of stale forwards (`core.staleness.interval_of`)."""
 
     def __post_init__(self) -> None:
         for name in ("devices", "global_batch", "memory", "flops", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be more than 0")
         if self.flops == inf:
-            raise ConfigError(f"flops={self.flops}: must be finite; say what a device really does")
+            raise ConfigError(f"flops={self.flops}: must be finite; give what a device really does")
         check_amount("latency", self.latency)
         if self.max_drift < 0:
             raise ConfigError(f"max_drift={self.max_drift}: must be at least 0")
@@ -114,33 +114,33 @@ class Row:
     accumulation: int
     recompute: bool
     tokens_per_second: float = 0.0
-    """Predicted, of the whole job; 0 where the row is refused."""
+    """The predicted speed of the whole job; 0 where the row is refused."""
 
     samples_per_second_per_device: float = 0.0
     speedup: float | None = None
-    """Against 1f1b of the same stages, micro-batch size and recompute; None where that is not in the plan."""
+    """The speed relative to 1f1b with the same stages, micro-batch size and recompute; None without such a row."""
 
     memory: float = 0.0
     """Bytes of the fullest stage."""
 
     drift: int = 0
-    """The bound at the first stage."""
+    """The bound of the drift at the first stage."""
 
     layers: list[int] = field(default_factory=list)
     """How many layers each stage holds."""
 
     predictions: int = 0
-    """Of weights, by the first stage for an update.  Each takes an optimizer step's time, of which the plan knows only
-    what travels between replicas."""
+    """How often the first stage predicts its weights in an update.  Each prediction takes as long as an optimizer step;
+    the plan counts only the part of it that replicas spend on sending."""
 
     refused: str = ""
     """Why the row cannot be run; empty where it can."""
 
 
 def search(job: Job) -> list[Row]:
-    """All rows: those that can run, the fastest first, then the refused ones with their reasons.
+    """All rows: first those that can run, beginning with the fastest, then the refused ones with their reasons.
 
-    Jobs without a pipeline, on one stage, appear as 1f1b.
+    On one stage every schedule is plain gradient accumulation; such rows appear once, as 1f1b.
     """
     table = _Table(job)
     rows = [
@@ -157,10 +157,13 @@ def search(job: Job) -> list[Row]:
 
 
 def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
-    """The job on devices as fast as a run with 1f1b showed; the job's `stages` and `micro_batch_sizes` name that run.
+    """The same job on devices that are as fast as a measured run with 1f1b showed them to be.
+
+    The job's `stages` and `micro_batch_sizes` must name that run.
 
     Raises:
-        ConfigError: the job does not name one run, or 1f1b cannot run there, or links alone take longer than measured.
+        ConfigError: the job does not name one run, 1f1b cannot run there, or the links by themselves take longer than
+            the measured run.
     """
     if not samples_per_second_per_device > 0:
         raise ConfigError(f"measured={samples_per_second_per_device}: must be more than 0")
@@ -177,11 +180,13 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
         if abs(ratio - 1) < 1e-9:
             return job
         job = replace(job, flops=job.flops * ratio)
-    raise ConfigError(f"measured={samples_per_second_per_device}: not to be reached with this bandwidth and latency")
+    raise ConfigError(
+        f"measured={samples_per_second_per_device}: cannot be reached with this bandwidth and latency; correct these"
+    )
 
 
 def _rank(row: Row) -> tuple[bool, float, float, int]:
-    """What rows are sorted by; speeds that differ in their rounding alone are equal."""
+    """The key by which rows are sorted; speeds that differ only in rounding count as equal."""
     return bool(row.refused), -float(f"{row.tokens_per_second:.9g}"), row.memory, row.drift
 
 
@@ -190,7 +195,7 @@ def _place(row: Row) -> tuple[int, int, bool]:
 
 
 def _shapes(job: Job) -> Iterator[tuple[int, int, int, bool]]:
-    """(stages, micro-batch size, accumulation, recompute) of everything to look at."""
+    """(stages, micro-batch size, accumulation, recompute) of every pipeline to search."""
     for stages in job.stages or _divisors(job.devices):
         share, rest = divmod(job.global_batch * stages, job.devices)
         if rest:
@@ -262,7 +267,7 @@ class _Table:
 
 
 def _impossible(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row) -> str:
-    """Why the row cannot be, before looking at memory; "" where it can."""
+    """Why the row cannot run, whatever its memory; "" where it can."""
     if spec.stages * chosen.chunks > len(job.model.layers):
         return f"{spec.stages} stages with {chosen.chunks} chunks, and {len(job.model.layers)} layers"
     if row.recompute and chosen.splits_backward:
@@ -290,7 +295,7 @@ def _room(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row, stage: int) 
 
 
 def _costs(job: Job, spec: PipelineSpec, row: Row, partition: Partition) -> Costs:
-    """What things take in this row, in seconds."""
+    """The costs of ops and messages in this row, in seconds."""
     stages = [job.model.layers[start:stop] for start, stop in pairwise(partition.bounds)]
     speed = row.micro_batch_size / job.flops
     forward = [sum(layer.forward for layer in layers) * speed for layers in stages]
@@ -310,6 +315,6 @@ def _costs(job: Job, spec: PipelineSpec, row: Row, partition: Partition) -> Cost
 
 
 def _gathers(job: Job, spec: PipelineSpec, stage: int) -> int:
-    """How often a stage's replicas gather weights for the predictions of an update, and the real ones after them."""
+    """How often in an update a stage's replicas gather weights: those of a prediction, and the real ones after it."""
     made = predictions_of_an_update(spec, stage, job.prediction)
     return 2 * made if interval_of(job.prediction) == 1 else made + min(made, 1)

@@ -1,4 +1,4 @@
-"""The settings of a planned row, in the words of DeepSpeed and of Megatron-LM."""
+"""The settings of a planned row: DeepSpeed's config, and Megatron-LM's flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["deepspeed_config", "megatron_flags", "pipeline_module"]
 
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
-    """The DeepSpeed JSON of a row; what else DeepSpeed must know is in `pipeline_module`."""
+    """The DeepSpeed config of a row; `pipeline_module` has what DeepSpeed takes elsewhere."""
     return {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
@@ -20,12 +20,12 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
 
 
 def pipeline_module(row: Row) -> dict[str, int]:
-    """The arguments of DeepSpeed's PipelineModule for a row."""
+    """The arguments of DeepSpeed's PipelineModule that a row sets."""
     return {"num_stages": row.stages} | ({"activation_checkpoint_interval": 1} if row.recompute else {})
 
 
 def megatron_flags(job: Job, row: Row) -> list[str]:
-    """The Megatron-LM flags of a row; the model's own are not among them."""
+    """The Megatron-LM flags of a row, without those of the model itself."""
     flags = {
         "--pipeline-model-parallel-size": row.stages,
         "--micro-batch-size": row.micro_batch_size,
@@ -33,13 +33,13 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
         "--seq-length": job.model.sequence_length,
         "--pipeline-schedule": row.schedule,
     }
-    words = [word for flag, value in flags.items() for word in (flag, str(value))]
-    words += ["--untie-embeddings-and-output-weights", "--bf16"]
-    words += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
-    words += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
-    words += ["--use-distributed-optimizer"] * job.zero
+    arguments = [each for flag, value in flags.items() for each in (flag, str(value))]
+    arguments += ["--untie-embeddings-and-output-weights", "--bf16"]
+    arguments += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
+    arguments += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
+    arguments += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    return words + recompute * row.recompute
+    return arguments + recompute * row.recompute
 
 
 def _predicts(job: Job, row: Row) -> bool:

@@ -75,8 +75,7 @@ def built_in() -> tuple[str, ...]:
 
 
 def load_config(name: str) -> dict[str, object] | None:
-    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if it is none of
-    them.
+    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if there is none.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -90,11 +89,11 @@ def load_config(name: str) -> dict[str, object] | None:
 
 
 def from_config(config: dict[str, object], sequence_length: int | None = None) -> Model:
-    """The layers of a transformer with this Hugging Face config: embedding, blocks, head (untied).
+    """The layers of a transformer with this Hugging Face config: an embedding, blocks and an untied head.
 
     Args:
-        config: GPT-2's names or those of newer models.
-        sequence_length: tokens of a sequence; None: the longest of the config.
+        config: with GPT-2's names of the keys, or with those of newer models.
+        sequence_length: tokens of a sequence; None takes the longest that the config allows.
 
     Raises:
         ConfigError: a key is missing or its value cannot be, or the model is a mixture of experts.

@@ -1,4 +1,4 @@
-"""What is compared: a schedule with a prediction."""
+"""One side of a comparison: a schedule with a prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Variant:
     """A schedule, and for PACI when and how far it predicts the weights of stale forwards, as `rehearse` takes them.
 
     Raises:
-        ConfigError: there is no such schedule, prediction or reach.
+        ConfigError: the schedule, the prediction or the reach is unknown.
     """
 
     schedule: str
@@ -31,7 +31,7 @@ class Variant:
 
     @classmethod
     def parse(cls, schedule: str, prediction: str) -> Variant:
-        """From what a command line says: a prediction, with a reach behind a colon, as "every:1.5"."""
+        """Parse the prediction of a command line, where a reach may follow a colon, as in "every:1.5"."""
         when, _, reach = prediction.partition(":")
         try:
             far = float(reach or 1)
