@@ -139,7 +139,7 @@ def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str 
 
 
 def _seed_layer(seed: int) -> None:
-    # DeepSpeed 0.19.8's own default fails from Python 3.11 on: the seed that it makes is a numpy integer.
+    # DeepSpeed's own default fails from Python 3.11 on: the seed that it makes is a numpy integer.
     torch.manual_seed(int(seed))
 
 

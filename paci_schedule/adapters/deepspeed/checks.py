@@ -57,7 +57,7 @@ def _config_reasons(config: DeepSpeedConfig, stages: int) -> Iterator[str]:
     if config.wall_clock_breakdown and stages > 1:
         said = '"wall_clock_breakdown": true' if raw.get("wall_clock_breakdown") else '"flops_profiler"'
         yield (
-            f"{said}: DeepSpeed 0.19.8 starts the same timer twice on every stage but the last, "
+            f"{said}: DeepSpeed starts the same timer twice on every stage but the last, "
             "under 1F1B too; switch it off, engine.pipeline_stats() says where the time goes"
         )
 
