@@ -23,7 +23,7 @@ LAYERS = {  # a folder, or a module at the top -> the others that it may import;
     "draw": {"errors", "core", "simulate"},
     "trace": {"errors", "core", "simulate"},
     "predict": {"errors", "core"},
-    "measure": {"errors", "core"},
+    "measure": {"errors", "core", "plan", "runtime"},
     "runtime": {"errors", "core", "predict", "trace"},
     "rehearse": {"errors", "core", "predict"},
     "adapters": {"errors", "core", "plan", "predict", "trace", "measure", "runtime"},
