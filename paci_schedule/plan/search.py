@@ -204,7 +204,7 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     }
     words = [word for flag, value in flags.items() for word in (flag, str(value))]
     words += ["--untie-embeddings-and-output-weights", "--bf16"]
-    words += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
+    words += ["--rerun-mode", "disabled"] * (not schedule(row.schedule).flushes)
     words += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
     words += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
@@ -212,7 +212,7 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
 
 
 def _predicts(job: Job, row: Row) -> bool:
-    return row.schedule == "paci" and job.prediction != "off"
+    return "prediction" in schedule(row.schedule).options and job.prediction != "off"
 
 
 def _rank(row: Row) -> tuple[bool, float, float, int]:
@@ -255,7 +255,7 @@ def _row(job: Job, name: str, stages: int, size: int, accumulation: int, recompu
         accumulation=accumulation,
         recompute=recompute,
         drift=chosen.drift_bound(spec, 0),
-        predictions=predictions_of_an_update(spec, 0, job.prediction) if name == "paci" else 0,
+        predictions=predictions_of_an_update(spec, 0, job.prediction) if "prediction" in chosen.options else 0,
     )
     reason = _impossible(job, chosen, spec, row)
     if reason:
