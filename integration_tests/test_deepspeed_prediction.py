@@ -15,7 +15,7 @@ from integration_tests.late_oracle import LateReference
 from integration_tests.predicting_oracle import PredictingReference
 from integration_tests.test_deepspeed_replicas import follow_all
 from integration_tests.test_rehearse import rehearsed
-from paci_schedule.adapters.deepspeed import masters
+from paci_schedule.adapters.deepspeed import working
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.prediction import build_prediction
 from paci_schedule.core.drift import drift_of
@@ -273,7 +273,7 @@ def on_two_ranks(folder):
     engine = late_job.build(OVERFLOWING["ZeRO-1"])
     engine.optimizer.dtype = torch.float16  # a CPU has no fp16 of DeepSpeed's
     options = PaciOptions(prediction="every")
-    results["fp16"] = why_not(lambda job: build_prediction(engine, options, spec_of(job), None), REPLICATED["fp32"])
+    results["fp16"] = why_not(lambda job: build_prediction(engine, options, spec_of(job), [], None), REPLICATED["fp32"])
     return results
 
 
@@ -289,13 +289,13 @@ def poison_third_update(engine):
         run(slot)
         done.append(slot)
         if engine.stage_id == 0 and len(done) == 5:
-            engine._gradient(list(engine.module.parameters())[3]).view(-1)[2] = torch.inf
+            engine.gradient_of(list(engine.module.parameters())[3]).view(-1)[2] = torch.inf
 
     engine._exec_backward_pass = poisoned
 
 
 def on_four_ranks(folder):
-    with mock.patch.object(masters, "PIECE", 100):  # masters are gone through in pieces, which changes nothing
+    with mock.patch.object(working, "PIECE", 100):  # masters are gone through in pieces, which changes nothing
         return follow_all(REPLICATED, folder)
 
 

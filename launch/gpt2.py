@@ -141,7 +141,7 @@ def gpt2_pipeline(
 
 
 def _seed_layer(seed: int) -> None:
-    # DeepSpeed 0.19.8's own default fails from Python 3.11 on: the seed that it makes is a numpy integer.
+    # DeepSpeed's own default fails from Python 3.11 on: the seed that it makes is a numpy integer.
     torch.manual_seed(int(seed))
 
 

@@ -91,7 +91,7 @@ def own(names):
 
 
 MODULES = modules()
-PURE = [name for name in MODULES if layer(name) in TORCH_FREE]
+PURE = [name for name in MODULES if layer(name) in TORCH_FREE and name != "cli.__main__"]
 
 
 def test_every_folder_is_a_layer():
