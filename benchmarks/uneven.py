@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import Race, engine_for, milliseconds, race
-from benchmarks.paced import PacedLayer
+from benchmarks.gpt import gpt_layers, token_loss
+from benchmarks.pacing import PacedLayer
 from integration_tests.ranks import run_ranks
-from launch.gpt2 import gpt2_config, gpt2_layers, next_token_loss
 from paci_schedule import PipelineSpec
 from paci_schedule.adapters.deepspeed import layer_costs
 from paci_schedule.plan.partition import Cut, LayerCost, balance, evaluate
@@ -46,9 +46,9 @@ class Model:
     tokens: int
 
     def layers(self) -> list[LayerSpec]:
-        config = gpt2_config("tiny", vocabulary=self.vocabulary, sequence_length=self.tokens, blocks=self.blocks)
-        config.update({"n_embd": self.hidden, "n_head": _HEADS})
-        return gpt2_layers(config)
+        return gpt_layers(
+            vocabulary=self.vocabulary, tokens=self.tokens, width=self.hidden, heads=_HEADS, blocks=self.blocks
+        )
 
     def micro_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.randint(self.vocabulary, (self.samples, self.tokens), generator=torch.Generator().manual_seed(1))
@@ -66,9 +66,7 @@ class Rounds:
 
 def profile(model: Model, repeats: int) -> list[LayerCost]:
     """What the layers cost, one parameter counted as one byte of state."""
-    return layer_costs(
-        model.layers(), model.micro_batch(), loss_fn=next_token_loss, bytes_per_parameter=1, repeats=repeats
-    )
+    return layer_costs(model.layers(), model.micro_batch(), loss_fn=token_loss, bytes_per_parameter=1, repeats=repeats)
 
 
 def cuts_of(costs: Sequence[LayerCost], stages: int) -> dict[str, Cut]:
@@ -84,7 +82,7 @@ def cuts_of(costs: Sequence[LayerCost], stages: int) -> dict[str, Cut]:
 
 def _real(model: Model, cuts: dict[str, Cut], rounds: Rounds) -> Race:
     def engine(cut: Cut) -> Any:
-        options = {"micro_batch": model.samples, "loss": next_token_loss, "cut": cut.bounds}
+        options = {"micro_batch": model.samples, "loss": token_loss, "cut": cut.bounds}
         return engine_for(model.layers(), "paci", accumulation=rounds.accumulation, **options)
 
     return _race(engine, cuts, model.micro_batch(), rounds)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from integration_tests import deepspeed_job, jobs, oracle, ranks
+from integration_tests import deepspeed_job, jobs, ranks
 from integration_tests.jobs import Job
+from integration_tests.reference.deepspeed import run as reference_of
 
 JOB = Job(stages=2, accumulation=2, script=("train",))
 
@@ -287,7 +288,7 @@ def test_data_that_ends_drains_and_says_so_on_every_rank(stages, accumulation, l
     """Two whole batches, and the start of a third or none of it.  The two count, once each; the rest does not."""
     job = Job(stages=stages, accumulation=accumulation, script=("train x2", "drain"))
     results = ranks.run_ranks(run_out, stages, (job, 2 * accumulation + left_over, str(tmp_path)))
-    truth = oracle.run(job)[-1]
+    truth = reference_of(job)[-1]
     for stage, result in enumerate(results):
         assert result["calls"] == 2
         assert result["raised"][0] == "DataEndedError"

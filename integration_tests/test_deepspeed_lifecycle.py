@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, oracle, ranks
+from integration_tests import deepspeed_job, jobs, ranks
 from integration_tests.jobs import Job
+from integration_tests.reference import deepspeed as reference
 
 NAMED = pytest.mark.skipif(ranks.backend(3) != "gloo", reason="on NCCL nothing is raised: its watchdog ends the job")
 
@@ -27,7 +28,7 @@ def end(job):
 
 
 def test_the_end_of_training_drains():
-    truth = oracle.run(dataclasses.replace(JOB, script=("train x3", "drain")))[-1]
+    truth = reference.run(dataclasses.replace(JOB, script=("train x3", "drain")))[-1]
     for stage, (stands, weights) in enumerate(ranks.run_ranks(end, 3, (JOB,))):
         assert stands == [([2, 2, 3][stage], 2 - stage), (3, 0)]
         assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
@@ -77,11 +78,11 @@ def change_shape(job, announced):
 
 
 def test_shapes_change_between_batches_when_told():
-    reference = oracle.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
-    reference.run()
-    reference._data = narrow(4)
-    reference.act("train")
-    truth = reference.act("drain")
+    truth = reference.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
+    truth.run()
+    truth.data = [narrow(4)]
+    truth.act("train")
+    truth = truth.act("drain")
     for stage, weights in enumerate(ranks.run_ranks(change_shape, 3, (JOB, True))):
         assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
 

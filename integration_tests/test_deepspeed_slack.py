@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from integration_tests import late_job, late_oracle
+from integration_tests import deepspeed_job
 from integration_tests.jobs import Job
 from paci_schedule import PipelineSpec
 from paci_schedule.core.drift import drift_of
@@ -46,7 +46,7 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("slack"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("slack"))
 
 
 def look_aheads(job):
@@ -59,7 +59,7 @@ def look_aheads(job):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_engine_is_the_reference(name, runs):
-    late_oracle.assert_equal(JOBS[name], runs[name])
+    deepspeed_job.assert_as_reference(JOBS[name], runs[name])
 
 
 @pytest.mark.parametrize("name", JOBS)

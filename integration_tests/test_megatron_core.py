@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from integration_tests.megatron_cpu import shim
-from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
+from integration_tests.megatron_job import refusals, train_all, train_recorded
+from integration_tests.megatron_model import GptJob
 from integration_tests.nccl_like import BACKEND as NCCL_LIKE
 from integration_tests.ranks import backend, on_gpus, run_ranks
 from paci_schedule import PipelineSpec, trace
@@ -21,7 +22,7 @@ from paci_schedule.core.schedules import paci
 if not exists("megatron.core"):  # without an import, for which the CPU may have to play CUDA
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
-from integration_tests.megatron_oracle import oracle_all
+from integration_tests.reference import megatron as reference
 
 STOCK = pytest.mark.skipif(backend(2) == NCCL_LIKE, reason="stock groups its messages, which is not played")
 EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
@@ -44,10 +45,10 @@ def assert_equal(got, expected, what):
         assert difference == 0.0, f"{what} {name}: {difference}"
 
 
-def assert_as_the_oracle_says(jobs, oracle=oracle_all):
-    """Returns what the ranks gave, by job."""
+def assert_as_reference(jobs):
+    """Weights, norms, losses and drift, with difference 0.  Returns what the ranks gave, by job."""
     ranks = run_ranks(train_all, world(jobs[0]), (jobs,))
-    [expected] = run_ranks(oracle, 1, (jobs,))
+    [expected] = run_ranks(reference.train_all, 1, (jobs,))
     for number, job in enumerate(jobs):
         spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation)
         count = job.calls * job.accumulation
@@ -59,7 +60,7 @@ def assert_as_the_oracle_says(jobs, oracle=oracle_all):
             reordered |= job.stages > 2 and "flush_warmup_steps" in job.paci
             assert got.norms == (pytest.approx(should.norms, rel=1e-5) if reordered else should.norms)
             assert got.losses == (should.losses if stage == job.stages - 1 else [[]] * job.calls)
-            drifts = should.stats["drifts"]
+            drifts = should.drift
             assert got.stats["version"] == job.calls
             assert all(got.kept)
             assert got.stats["backwards"] == count == len(drifts)
@@ -74,13 +75,13 @@ def assert_as_the_oracle_says(jobs, oracle=oracle_all):
 @EXACT
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_weights_losses_norms_and_drift_are_the_oracles(stages):
-    assert_as_the_oracle_says([GptJob(stages=stages, accumulation=accumulation) for accumulation in (1, 2, 3, 4)])
+    assert_as_reference([GptJob(stages=stages, accumulation=accumulation) for accumulation in (1, 2, 3, 4)])
 
 
 @EXACT
 def test_so_they_are_however_the_stage_computes():
     plain = GptJob(stages=2, accumulation=3, calls=4)
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             dataclasses.replace(plain, **change)
             for change in (
@@ -115,7 +116,7 @@ def test_so_they_are_with_tied_embeddings_and_global_clipping(stages):
         dataclasses.replace(plain, paci={"drain_interval": 3}),
         dataclasses.replace(plain, paci={"train_iters": 6}, clip_grad=0.0),
     ]
-    for job, ranks in zip(jobs, assert_as_the_oracle_says(jobs), strict=True):
+    for job, ranks in zip(jobs, assert_as_reference(jobs), strict=True):
         first, last = ranks[0].weights["embedding.word_embeddings.weight"], ranks[-1].weights["output_layer.weight"]
         assert torch.equal(first, last) == job.tied
 
@@ -125,7 +126,7 @@ def test_so_they_are_with_tied_embeddings_and_global_clipping(stages):
 def test_so_they_are_where_the_first_end_comes_before_the_pipe_is_full(stages):
     """No stage waits for a gradient that needs a forward it has yet to do."""
     plain = GptJob(stages=stages, accumulation=1, clip_grad=0.2)
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             dataclasses.replace(plain, calls=3, paci={"drain_interval": 1}),
             dataclasses.replace(plain, calls=stages - 1, paci={"train_iters": stages - 1}, tied=True),
@@ -136,7 +137,7 @@ def test_so_they_are_where_the_first_end_comes_before_the_pipe_is_full(stages):
 @EXACT
 def test_so_they_are_with_data_parallel_replicas():
     plain = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             dataclasses.replace(plain, **change)
             for change in (

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from integration_tests.megatron_job import GptJob, build, prepare, set_up, train_all, train_recorded
+from integration_tests.megatron_job import prepare, train_all, train_recorded
+from integration_tests.megatron_model import GptJob, build, set_up
 from integration_tests.megatron_optimizers import OF_ALL, OF_MAIN, is_main, missing
 from integration_tests.ranks import run_ranks
-from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_the_oracle_says, assert_equal
+from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_reference, assert_equal
 from paci_schedule import PaciError
 
 
@@ -30,7 +31,7 @@ def layer_wise(optimizer, **job):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_losses_norms_and_drift_are_the_oracles(name):
     plain = GptJob(stages=2, accumulation=3, calls=4, optimizer=name)
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             dataclasses.replace(plain, **change)
             for change in ({}, {"clip_grad": 0.1}, {"bf16": True, "clip_grad": 0.1, "tied": True}, {"accumulation": 1})
@@ -43,12 +44,12 @@ def test_weights_losses_norms_and_drift_are_the_oracles(name):
 def test_so_they_are_with_replicas_that_share_the_weights_out(name):
     """The layer-wise optimizer: each replica updates some weights whole, and they are gathered."""
     plain = layer_wise(name, stages=2, accumulation=2, calls=4)
-    assert_as_the_oracle_says([plain, dataclasses.replace(plain, clip_grad=0.1, tied=True)])
+    assert_as_reference([plain, dataclasses.replace(plain, clip_grad=0.1, tied=True)])
     shared = dataclasses.replace(plain, data_parallel=2)
     jobs = [shared, dataclasses.replace(shared, tied=True)]
     if plain.bf16:  # matrices and all else in buffers of their own: Megatron-LM's main
         jobs.append(dataclasses.replace(shared, tied=True, distributed_optimizer=True))
-    assert_as_the_oracle_says(jobs)
+    assert_as_reference(jobs)
 
 
 @STOCK

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from integration_tests.megatron_job import GptJob, train_all
+from integration_tests.megatron_job import train_all
+from integration_tests.megatron_model import GptJob
 from integration_tests.ranks import run_ranks
-from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_the_oracle_says, assert_equal
+from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_reference, assert_equal
 
 pytestmark = STOCK
 
@@ -18,7 +19,7 @@ def warming(updates, **job):
 @EXACT
 def test_weights_losses_norms_and_drift_are_the_oracles():
     """Drift is counted as 0 while it lasts; tied gradients and norms of the flushed updates are of their own update."""
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             warming(2),
             warming(1, accumulation=1, clip_grad=0.2),
@@ -33,7 +34,7 @@ def test_weights_losses_norms_and_drift_are_the_oracles():
 @EXACT
 @pytest.mark.slow
 def test_so_they_are_with_three_stages():
-    assert_as_the_oracle_says([warming(2, stages=3, accumulation=1, tied=True), warming(3, stages=3, accumulation=4)])
+    assert_as_reference([warming(2, stages=3, accumulation=1, tied=True), warming(3, stages=3, accumulation=4)])
 
 
 def test_while_it_lasts_it_is_the_stock_schedule_and_after_it_there_is_drift():

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from integration_tests import deepspeed_job, jobs, late_job, late_oracle, nccl_like, ranks, replica_oracle
+from integration_tests import deepspeed_job, jobs, nccl_like, ranks
 from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
+from integration_tests.reference.deepspeed import run as reference_of
 from integration_tests.test_deepspeed_replicas import REPLICAS, by_replica, follow_all
 from paci_schedule.runtime.deferred.norms import NormGroup
 
@@ -36,12 +36,12 @@ THREE_STAGES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in THREE_STAGES.items()}, tmp_path_factory.mktemp("habits"))
+    return deepspeed_job.Runs(THREE_STAGES, tmp_path_factory.mktemp("habits"))
 
 
 @pytest.mark.parametrize("name", THREE_STAGES)
 def test_the_engine_is_the_reference(name, runs):
-    late_oracle.assert_equal(THREE_STAGES[name], runs[name])
+    deepspeed_job.assert_as_reference(THREE_STAGES[name], runs[name])
 
 
 def test_replicas_are_the_reference(tmp_path):
@@ -51,7 +51,7 @@ def test_replicas_are_the_reference(tmp_path):
     }
     results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(tmp_path)))
     for name, job in scripts.items():
-        expected = replica_oracle.run(job, REPLICAS, kind=LateReference)
+        expected = reference_of(job, REPLICAS)
         for of_one in by_replica([result[name] for result in results]):
             deepspeed_job.assert_equal(of_one, expected)
 
@@ -60,7 +60,7 @@ def save_and_go_on(job, folder):
     """Losses of two batches after a checkpoint, by the run that wrote it and by one that has loaded it."""
     losses = []
     for resumes in (False, True):
-        engine = late_job.build(job)
+        engine = deepspeed_job.build(job)
         feed = jobs.data(job.model)
         for _ in range(3):
             next(feed) if resumes else engine.train_batch(feed)
@@ -82,9 +82,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
 
 def test_megatron_is_the_reference():
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    from integration_tests.megatron_job import GptJob
-    from integration_tests.megatron_predicting_oracle import predicting_all
-    from integration_tests.test_megatron_core import assert_as_the_oracle_says
+    from integration_tests.megatron_model import GptJob
+    from integration_tests.test_megatron_core import assert_as_reference
 
     sharded = {"bf16": True, "distributed_optimizer": True}
     jobs = [
@@ -92,12 +91,12 @@ def test_megatron_is_the_reference():
         GptJob(stages=2, accumulation=1, clip_grad=0.2, tied=True, **sharded),
         GptJob(stages=2, accumulation=2, clip_grad=0.2, tied=True, **sharded, paci={"prediction": "window"}),
     ]
-    assert_as_the_oracle_says(jobs, predicting_all)
+    assert_as_reference(jobs)
 
 
 def train_and_synchronise(job):
     """Four batches, with a synchronisation of the last stage's device after each, as of a profiler or empty_cache."""
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     feed = jobs.data(job.model)
     for _ in range(4):
         engine.train_batch(feed)
@@ -122,7 +121,7 @@ SYNCHRONISED = {
 
 def train_synchronised(job):
     """As a job whose every op, from the first one on, ends with a synchronisation of the device."""
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     compute = engine._runner._compute
     for name in ("forward", "backward", "step"):
         setattr(compute, name, then_synchronised(getattr(compute, name)))
@@ -144,7 +143,7 @@ def then_synchronised(function):
 @pytest.mark.parametrize("name", SYNCHRONISED)
 def test_every_op_of_every_stage_may_synchronise_its_device_from_the_first_one_on(name):
     job = SYNCHRONISED[name]
-    expected = late_oracle.run(job)
+    expected = reference_of(job)
     for stage, losses in enumerate(ranks.run_ranks(train_synchronised, 3, (job,), timeout=100)):
         truth = [moment.loss[stage] for moment in expected]
         assert losses == pytest.approx(truth, rel=1e-6, nan_ok=True)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from integration_tests import ranks
-from integration_tests.megatron_job import SEQUENCE, GptJob, build, micro_batch, prepare, set_up, train_all
+from integration_tests.megatron_job import prepare, train_all
+from integration_tests.megatron_model import SEQUENCE, GptJob, build, micro_batch, set_up
 from paci_schedule.rehearse import rehearse
 
 JOBS = [
