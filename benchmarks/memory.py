@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import SCHEDULES, engine_for
-from integration_tests.ranks import run_ranks
 from paci_schedule.measure.live_bytes import LiveBytes
+from testing.ranks import run_ranks
 
 _WIDTH, _TOKENS = 128, 256
 

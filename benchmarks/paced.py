@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.delayed import use_delayed_links
 from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.pacing import PacedLayer, Pacing, add_pacing, micro_batches, pacing_of
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from rich.table import Table
 from benchmarks.delayed import use_delayed_links
 from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.pacing import PacedLayer, Pacing, add_pacing, micro_batches, pacing_of
-from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.transfers import simulate_transfers
+from testing.ranks import run_ranks
 
 _SLOWER = 1.25
 _ORDERS = {"default": False, "early": True}

@@ -25,11 +25,11 @@ from torch.distributed import pipelining
 
 from benchmarks.engines import engine_for
 from benchmarks.pacing import Pace, PacedLayer, micro_batches
-from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.figures import time_per_micro_batch
+from testing.ranks import run_ranks
 
 TOLERANCE = 0.05
 WARM_UP = 2

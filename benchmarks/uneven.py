@@ -27,10 +27,10 @@ from rich.table import Table
 from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.gpt import gpt_layers, token_loss
 from benchmarks.pacing import PacedLayer
-from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
 from paci_schedule.adapters.deepspeed import layer_costs
 from paci_schedule.plan.partition import Cut, LayerCost, balance, evaluate
+from testing.ranks import run_ranks
 
 _HEADS = 4
 

@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, ranks
-from integration_tests.reference.deepspeed import run as reference_of
 from integration_tests.test_deepspeed_prediction import MIXED, OFFLOAD, predicting
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import advance, check, expected_gradient, piece_of
+from testing import deepspeed_job, ranks
+from testing.reference.deepspeed import run as reference_of
 from tests.test_predict import assert_same, copies, gradients, step
 
 pytestmark = pytest.mark.slow

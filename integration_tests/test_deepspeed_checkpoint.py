@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests import deepspeed_job, jobs, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import run as reference_of
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 BY_STAGE = {"paci": {"clip": "stage"}}
 MODELS = {

@@ -6,10 +6,10 @@ from unittest import mock
 
 import pytest
 
-from integration_tests import deepspeed_job, jobs, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import Reference
 from integration_tests.test_deepspeed_collectives import spanning, steady_calls
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {

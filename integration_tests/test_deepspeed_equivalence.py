@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from integration_tests import deepspeed_job
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import Reference
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 
 STEADY = ("train x6",)
 MIXED = ("train x3", "drain", "train x2", "eval", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
@@ -83,7 +83,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_engine_is_the_reference(name, runs):
+def test_the_engine_trains_as_the_reference(name, runs):
     assert_as_reference(JOBS[name], runs[name])
 
 
@@ -91,7 +91,7 @@ def test_the_engine_is_the_reference(name, runs):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-bf16"])
 @pytest.mark.parametrize("model", ["words", "pairs"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_the_engine_is_the_reference_everywhere(stages, model, precision, tmp_path):
+def test_the_engine_trains_as_the_reference_in_every_combination(stages, model, precision, tmp_path):
     jobs = {
         str(accumulation): Job(
             stages=stages,
@@ -112,7 +112,7 @@ def test_the_engine_is_the_reference_everywhere(stages, model, precision, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["P=3 a=2", "bf16"])
-def test_two_runs_are_the_same_run(name):
+def test_two_runs_of_a_job_are_equal_to_the_bit(name):
     """Nothing depends on when messages arrive: not one bit differs between runs."""
     job = dataclasses.replace(JOBS[name], script=STEADY)
     first, second = (deepspeed_job.run(job) for _ in range(2))  # in processes of their own
@@ -123,7 +123,7 @@ def test_two_runs_are_the_same_run(name):
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.clip])
-def test_the_clipped_jobs_clip_at_some_updates_and_not_at_others(name):
+def test_jobs_that_clip_do_so_at_some_updates_and_not_at_others(name):
     reference = Reference(JOBS[name])
     reference.run()
     factors = reference.factors()
@@ -151,7 +151,7 @@ def test_a_paci_engine_is_a_pipeline_engine():
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", None, "stock"], ids=["1f1b", "registered, no key", "not registered"])
-def test_otherwise_the_engine_is_the_stock_one(schedule):
+def test_without_the_paci_schedule_the_engine_is_the_stock_class(schedule):
     """The class itself, not one that behaves like it."""
     results = deepspeed_job.run(Job(stages=2, accumulation=2, script=("train x2",)), schedule, inspect=names)
     for result in results:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from integration_tests import deepspeed_job, jobs, ranks, sliced_model
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import Moment, Reference
-from integration_tests.reference.deepspeed import run as reference_of
+from integration_tests import sliced_model
 from integration_tests.test_deepspeed_collectives import recorded
 from integration_tests.test_deepspeed_errors import assert_refused
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import Moment, Reference
+from testing.reference.deepspeed import run as reference_of
 
 SCRIPT = ("train x5", "drain", "train x3", "eval")
 ZERO = {
@@ -124,7 +125,7 @@ def variants():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_its_reference(variants, name):
+def test_a_variant_trains_as_its_reference(variants, name):
     reference = Reference(VARIANTS[name].job)
     VARIANTS[name].prepare(reference)
     deepspeed_job.assert_equal(variants[name], reference.run())
@@ -233,7 +234,7 @@ def assert_near(name: str, whole: list[dict[str, Any]], parts: list[dict[str, An
                 torch.testing.assert_close(moment["weights"][key], expected, rtol=near, atol=near)
 
 
-def test_slices_and_replicas_together():
+def test_slices_and_replicas_together_train_as_whole_layers():
     """Two stages of two replicas of two slices; a rank's collectives are with the other slice and the other replica."""
     names = ("global", "global, ZeRO-1")
     whole = ranks.run_ranks(follow_slices, 4, (1, 2, names))
@@ -286,7 +287,7 @@ def test_what_cannot_run_is_refused(config, says):
 
 
 @pytest.mark.parametrize("key", ["progressive_layer_drop", "curriculum_learning", "sparse_gradients"])
-def test_what_deepspeed_has_removed_it_refuses_itself(key):
+def test_options_that_deepspeed_has_removed_are_refused_by_deepspeed(key):
     assert_refused("DeepSpeedConfigError", {key: {"enabled": True}}, says=[key])
 
 
@@ -299,7 +300,7 @@ def test_what_deepspeed_has_removed_it_refuses_itself(key):
     ids=["bf16 summed in fp32 without ZeRO", "fp32 summed in bf16 without ZeRO"],
 )
 @pytest.mark.parametrize("schedule", ["stock", "paci"])
-def test_sums_that_stock_refuses_too(schedule, config, error):
+def test_gradient_sums_that_stock_refuses_are_refused(schedule, config, error):
     assert_refused(error, config, target=build_with, args=(schedule,), says=["grad_accum_dtype"])
 
 

@@ -9,9 +9,6 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import run as reference_of
 from integration_tests.test_deepspeed_replicas import follow_all
 from integration_tests.test_rehearse import rehearsed
 from paci_schedule.adapters.deepspeed import masters
@@ -20,6 +17,9 @@ from paci_schedule.adapters.deepspeed.prediction import build_prediction
 from paci_schedule.core.drift import drift_of
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, UnsupportedError
+from testing import deepspeed_job, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 PACI = ("train x5", "drain")
 MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2", "drain")
@@ -89,7 +89,7 @@ def test_the_engine_predicts_as_a_rehearsal(name, runs):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_it_counts_its_predictions(name, runs):
+def test_the_engine_predicts_as_often_as_the_option_says(name, runs):
     """Where something is trained: at every stale forward, or at those of them that the option names."""
     job = JOBS[name]
     asked = job.options["prediction"]
@@ -333,6 +333,6 @@ def test_predictions_ask_only_the_replicas_of_a_stage(on_four):
 
 
 @pytest.mark.parametrize("value", ["evry", 0, True, 1.5, None], ids=repr)
-def test_a_value_that_is_no_prediction_is_refused(value):
+def test_a_bad_value_of_the_option_prediction_is_refused(value):
     with pytest.raises(ConfigError, match=rf'"paci": {{"prediction": {value!r}}}: must be .*"?every'):
         PaciOptions.read({"paci": {"prediction": value}})

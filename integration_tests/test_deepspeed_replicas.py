@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import run as reference_of
-from integration_tests.reference.updaters import ZeroArithmetic
 from integration_tests.test_deepspeed_collectives import recorded
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
+from testing.reference.updaters import ZeroArithmetic
 
 REPLICAS = 2
 MIXED = ("train x3", "drain", "train x2", "eval", "train x4", "save", "train x3")
@@ -96,14 +96,14 @@ def by_replica(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_replicas_are_the_reference(followed, name):
+def test_replicas_train_as_the_reference(followed, name):
     expected = reference_of(JOBS[name], REPLICAS)
     for results in by_replica(followed[name]):
         deepspeed_job.assert_equal(results, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, job in GLOBAL.items() if "zero_optimization" not in job.config])
-def test_replicas_clipped_globally_are_the_reference(followed, name):
+@pytest.mark.parametrize("name", GLOBAL)
+def test_replicas_clipped_globally_train_as_the_reference(followed, name):
     expected = reference_of(GLOBAL[name], REPLICAS)
     for results in by_replica(followed[f"global, {name}"]):
         deepspeed_job.assert_equal(results, expected)
@@ -176,7 +176,7 @@ def test_collectives_stay_among_the_replicas_of_a_stage(followed):
         assert [name for name, members in result["collectives"] if len(members) > 1] == ["allreduce"] * 4
 
 
-def test_the_optimizers_are_those_that_the_names_say(followed):
+def test_jobs_run_with_the_optimizers_that_their_names_say(followed):
     zero, bf16 = "DeepSpeedZeroOptimizer", "BF16_Optimizer"
     for name, optimizer in [
         ("fp32", "AdamW"),
@@ -189,7 +189,7 @@ def test_the_optimizers_are_those_that_the_names_say(followed):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-bf16"])
-def test_zero_without_replicas_is_the_reference(precision, tmp_path):
+def test_zero_without_replicas_trains_as_the_reference(precision, tmp_path):
     job = Job(
         stages=3,
         accumulation=2,
@@ -249,7 +249,7 @@ def test_zero_with_bf16_sums_and_clipping_is_the_reference(zero_alone):
 
 
 @pytest.mark.parametrize("schedule", ["stock", "paci"])
-def test_stock_differs_from_other_arithmetic_just_so(schedule):
+def test_stock_zero_differs_from_bf16_optimizer_as_the_reference_does(schedule):
     """One stage, no replicas, no PACI: stock DeepSpeed is the same reference, and as far from the other one."""
     job = dataclasses.replace(LONG, stages=1, script=("train x30",))
     exact, other = reference_of(job), reference_of(without_zero(job))
@@ -257,7 +257,7 @@ def test_stock_differs_from_other_arithmetic_just_so(schedule):
     assert largest_difference(exact, other)[-1] > 1e-2
 
 
-def test_the_difference_is_that_zero_casts_to_fp32_before_it_clips(zero_alone):
+def test_zero_differs_from_bf16_optimizer_since_it_casts_to_fp32_before_it_clips(zero_alone):
     """That one change turns the reference into BF16_Optimizer's, bit for bit; the fp64 norm changes nothing here."""
     other = reference_of(without_zero(LONG))
     scaled_in_bf16 = reference_of(LONG, zero=ZeroArithmetic(scale_dtype=torch.bfloat16))
@@ -268,13 +268,13 @@ def test_the_difference_is_that_zero_casts_to_fp32_before_it_clips(zero_alone):
     assert by_batch[0] == 0.0 < by_batch[1] < 4e-3 < 1e-1 < by_batch[-1]
 
 
-def test_any_last_bit_grows_like_that(zero_alone):
+def test_a_difference_of_one_last_bit_grows_as_large(zero_alone):
     """clip / norm in place of 1 / (norm / clip) is a last bit of one fp32 number, and ends as far away."""
     by_batch = largest_difference(zero_alone, reference_of(LONG, zero=ZeroArithmetic(reciprocal=False)))
     assert by_batch[1] == 0.0
     assert by_batch[-1] > 1e-1
 
 
-def test_without_clipping_the_two_are_the_same():
+def test_without_clipping_zero_and_bf16_optimizer_are_equal():
     job = dataclasses.replace(LONG, clip=0.0)
     assert largest_difference(reference_of(job), reference_of(without_zero(job)))[-1] == 0.0

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from integration_tests import deepspeed_job, jobs, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import Reference
 from paci_schedule import PipelineSpec, trace
 from paci_schedule.core.schedules import paci
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 
 SAMPLES = 3  # in a micro-batch
 
@@ -101,7 +101,7 @@ MONITORED = {
 
 
 @pytest.mark.parametrize("name", MONITORED)
-def test_the_monitor_is_right_about_which_update_it_speaks_of(name, tmp_path):
+def test_the_monitor_names_the_update_that_its_values_are_of(name, tmp_path):
     job = MONITORED[name]
     monitored_job = Job(**{**vars(job), "config": monitored(tmp_path)})
     deepspeed_job.run(monitored_job)
@@ -154,7 +154,7 @@ def print_steps(job):
     return engine.stage_id
 
 
-def test_the_printed_line_is_right_about_which_update_it_speaks_of():
+def test_the_printed_line_names_the_update_that_its_loss_is_of():
     """Every second update: its number and the mean loss of its own micro-batches; only rank 0 prints."""
     job = Job(stages=3, accumulation=2, script=("train x7", "drain"), config={"steps_per_print": 2})
     outcomes = ranks.gather_outcomes(print_steps, 3, (job,))
@@ -212,7 +212,7 @@ def statistics(job):
     return first, second, engine.pipeline_stats()
 
 
-def test_pipeline_stats():
+def test_pipeline_stats_count_ops_drift_and_seconds():
     results = ranks.run_ranks(statistics, 4, (Job(stages=4, accumulation=2, script=()),))
     for stage, (first, second, drained) in enumerate(results):
         assert {

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from integration_tests import deepspeed_job
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import run as reference_of
 from integration_tests.test_deepspeed_clip import norms_of
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 THERE_AND_BACK = ("train x3", "schedule=1f1b", "train x2", "eval", "train", "schedule=paci", "train x3", "drain")
 TWICE = (
@@ -127,7 +127,7 @@ def test_a_warm_up_goes_on_after_a_resume(tmp_path):
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
 
 
-def test_a_flush_and_a_late_update_are_not_the_same():
+def test_switching_schedules_changes_the_training():
     """What is compared above differs from a run that never switched."""
     job = JOBS["P=3 a=2"]
     switched = reference_of(job)[-1]

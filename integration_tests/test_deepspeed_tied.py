@@ -7,12 +7,12 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference import deepspeed as reference
 from integration_tests.test_deepspeed_clip import assert_same_norms, norms_of
 from integration_tests.test_deepspeed_collectives import recorded
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference import deepspeed as reference
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {
@@ -178,7 +178,7 @@ def go_on_both_ways(job, folder):
     return [go_on(job, folder, loads=loads) for loads in (False, True)]
 
 
-def test_what_is_late_stays_where_the_optimizer_s_states_stay(tmp_path):
+def test_loading_weights_only_keeps_pending_sums_and_norms(tmp_path):
     job = dataclasses.replace(JOBS["clipping"], script=())
     for (weights, norm), (others, other) in ranks.run_ranks(go_on_both_ways, 3, (job, str(tmp_path))):
         assert norm == other
@@ -259,7 +259,7 @@ def test_ties_that_bf16_cannot_train_fail_at_once(model, schedule, error, says):
     assert all(outcome.ended == "raised" for outcome in outcomes)
 
 
-def test_what_overflows_is_dropped_element_by_element():
+def test_gradients_that_overflow_are_dropped_element_by_element():
     for dtype, huge in [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float16, 6e4)]:
         gradient = torch.tensor([1.5, torch.inf, -torch.inf, torch.nan, huge, -huge, -2.0, 0.0], dtype=dtype)
         sparse = gradient.to_sparse()

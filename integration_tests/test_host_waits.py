@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests import deepspeed_job, jobs, megatron_job, ranks
 from integration_tests.host_waits import HostWaits
-from integration_tests.megatron_model import GptJob, set_up
 from integration_tests.test_deepspeed_collectives import JOBS
 from paci_schedule.runtime.upload import upload
+from testing import deepspeed_job, jobs, megatron_job, ranks
+from testing.megatron_model import GptJob, set_up
 
 READS, UPLOADS = "reads an element", "uploads and waits"
 

@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from integration_tests.megatron_job import refusals, train_all, train_recorded, wired
-from integration_tests.megatron_model import GptJob
-from integration_tests.ranks import on_gpus, run_ranks
-from integration_tests.test_megatron_core import STOCK, SWITCHED, assert_as_reference, assert_equal
+from integration_tests.megatron_checks import STOCK, assert_as_reference, assert_equal
+from integration_tests.test_megatron_core import SWITCHED
 from paci_schedule.core.drift import drift_of
 from paci_schedule.core.spec import PipelineSpec
+from testing.megatron_job import refusals, train_all, train_recorded, wired
+from testing.megatron_model import GptJob
+from testing.ranks import on_gpus, run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from integration_tests.reference import megatron as reference
+from testing.reference import megatron as reference
 
 EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
 

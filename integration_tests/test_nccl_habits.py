@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from integration_tests import deepspeed_job, jobs, nccl_like, ranks
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import run as reference_of
 from integration_tests.test_deepspeed_replicas import REPLICAS, by_replica, follow_all
 from paci_schedule.runtime.deferred.norms import NormGroup
+from testing import deepspeed_job, jobs, nccl_like, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 SCRIPT = ("train x3", "drain", "train x2", "eval", "save", "train x2")
 SWITCHES = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x2", "drain")
@@ -40,11 +40,11 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", THREE_STAGES)
-def test_the_engine_is_the_reference(name, runs):
+def test_the_engine_trains_as_the_reference_over_nccls_habits(name, runs):
     deepspeed_job.assert_as_reference(THREE_STAGES[name], runs[name])
 
 
-def test_replicas_are_the_reference(tmp_path):
+def test_replicas_train_as_the_reference_over_nccls_habits(tmp_path):
     scripts = {
         "bf16": Job(stages=2, accumulation=2, script=SCRIPT, clip=0.4, precision="bf16"),
         "tied": Job(stages=2, accumulation=1, script=SCRIPT, clip=2.0, model="tied"),
@@ -80,10 +80,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
         assert resumed == pytest.approx(went_on, rel=0, nan_ok=True)
 
 
-def test_megatron_is_the_reference():
+def test_megatron_trains_as_the_reference_over_nccls_habits():
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    from integration_tests.megatron_model import GptJob
-    from integration_tests.test_megatron_core import assert_as_reference
+    from integration_tests.megatron_checks import assert_as_reference
+    from testing.megatron_model import GptJob
 
     sharded = {"bf16": True, "distributed_optimizer": True}
     jobs = [
@@ -182,7 +182,7 @@ def sums(asynchronous, flushing):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("flushing", [False, True])
-def test_a_sum_is_ordered_before_it_is_completed(asynchronous, flushing):
+def test_a_norm_is_summed_over_the_stage_before_others_are_added(asynchronous, flushing):
     expected = (3.0, 2.0, [3.0]) if flushing else (6.0, 2.0, [])
     assert ranks.run_ranks(sums, 2, (asynchronous, flushing)) == [expected] * 2
 
@@ -194,5 +194,5 @@ def fail_inside():
     dist.destroy_process_group()
 
 
-def test_an_error_inside_a_norm_s_group_is_itself():
+def test_an_error_inside_the_norms_group_is_raised_unchanged():
     ranks.run_ranks(fail_inside, 2)

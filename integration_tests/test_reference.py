@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests import deepspeed_job, reference
-from integration_tests.jobs import Job
-from integration_tests.reference import rules
-from integration_tests.reference.deepspeed import Reference, run
 from paci_schedule import PipelineSpec
 from paci_schedule.core.drift import drift_bound, drift_of
+from testing import deepspeed_job, reference
+from testing.jobs import Job
+from testing.reference import rules
+from testing.reference.deepspeed import Reference, run
 
 ROOT = Path(__file__).parents[1]
 BATCHES = ("train x2", "eval", "train x2")
@@ -58,7 +58,7 @@ def test_drained_after_every_batch_the_reference_is_stock_deepspeed(name, runs):
 
 
 @pytest.mark.parametrize("name", [name for name, job in STOCK.items() if job.clip])
-def test_some_updates_are_clipped_and_some_are_not(name):
+def test_stock_jobs_clip_at_some_updates_and_not_at_others(name):
     reference = Reference(STOCK[name])
     reference.run()
     factors = reference.factors()
@@ -70,7 +70,7 @@ def test_some_updates_are_clipped_and_some_are_not(name):
 @pytest.mark.parametrize("model", ["words", "pairs", "hollow"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "groups"])
 @pytest.mark.parametrize("stages", [1, 2, 4])
-def test_every_combination_is_stock_deepspeed(stages, optimizer, model, precision):
+def test_drained_after_every_batch_every_combination_is_stock_deepspeed(stages, optimizer, model, precision):
     job = Job(
         stages=stages,
         accumulation=3,
@@ -87,7 +87,7 @@ def test_every_combination_is_stock_deepspeed(stages, optimizer, model, precisio
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
 @pytest.mark.parametrize("extra", [0, 2])
-def test_drift_and_versions_are_the_closed_form(stages, accumulation, extra):
+def test_drift_and_versions_of_the_reference_are_the_closed_form(stages, accumulation, extra):
     job = Job(
         stages=stages,
         accumulation=accumulation,
@@ -106,7 +106,7 @@ def test_drift_and_versions_are_the_closed_form(stages, accumulation, extra):
         assert end.peak[stage] == min(spec.in_flight(stage), 4 * accumulation)
 
 
-def test_the_delay_matters():
+def test_the_reference_trains_otherwise_than_1f1b():
     """What the equivalence tests compare is not what 1F1B would have made, at any stage."""
     job = Job(stages=3, accumulation=2, script=("train x4", "drain"))
     late, flush = run(job)[-1], flushed(dataclasses.replace(job, script=("train x4",)))[-1]
@@ -156,3 +156,11 @@ def test_the_rules_name_these_updates():
     assert rules.tied_updates(5, 2, 2) == [2, 3]
     assert rules.tied_updates(1, 0, 2) == []
     assert rules.tied_updates(5, 3, 2, flushing=True) == [5, 3, 4]
+
+
+def test_benchmarks_import_neither_tests_nor_training_programmes():
+    """Directly, or through what they share with the tests."""
+    paths = [path for folder in ("benchmarks", "testing") for path in (ROOT / folder).rglob("*.py")]
+    assert len(paths) > 40
+    for path in paths:
+        assert not {name.partition(".")[0] for name in imported(path)} & {"tests", "integration_tests", "launch"}, path

@@ -5,9 +5,9 @@ import math
 import pytest
 from torch import nn
 
-from integration_tests import deepspeed_job, jobs
-from integration_tests.jobs import Job
 from paci_schedule.rehearse import rehearse
+from testing import deepspeed_job, jobs
+from testing.jobs import Job
 
 PACI = ("train x5", "drain")
 FLUSH = ("schedule=1f1b", "train x4")
@@ -73,7 +73,7 @@ def rehearsed(job, look=lambda stages: None):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_rehearsal_is_the_engine(name, runs):
+def test_a_rehearsal_trains_as_the_engine(name, runs):
     job, results = JOBS[name], runs[name]
     stages, updates = rehearsed(job)
     for number, (stage, result) in enumerate(zip(stages, results, strict=True)):

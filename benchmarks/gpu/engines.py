@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.place import Failed, Place
-from integration_tests import deepspeed_job
-from integration_tests.jobs import Job
-from integration_tests.ranks import run_ranks
-from integration_tests.reference.deepspeed import run as reference_of
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.ranks import run_ranks
+from testing.reference.deepspeed import run as reference_of
 
 __all__ = ["run"]
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.place import Failed, Place
-from integration_tests.ranks import free_port
+from testing.ranks import free_port
 
 __all__ = ["run"]
 
 _ROOT = Path(__file__).parents[2]
 _SCRIPT = """
 import torch
-from integration_tests import deepspeed_job
-from integration_tests.jobs import Job
-from integration_tests.reference.deepspeed import run as reference_of
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 job = Job(stages=2, accumulation=3, script=("train x4", "drain", "train x3", "drain"), optimizer="sgd")
 result = deepspeed_job.train(job)

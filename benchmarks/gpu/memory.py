@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.place import Place
 from benchmarks.memory import live_peak, peaks
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 __all__ = ["run"]
 

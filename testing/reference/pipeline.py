@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from integration_tests.reference import rules
+from testing.reference import rules
 
 __all__ = ["Pipeline", "Stage", "StageRun"]
 

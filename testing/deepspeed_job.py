@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from integration_tests import jobs, ranks
-from integration_tests.jobs import Job, Shared
-from integration_tests.reference.deepspeed import Moment, Reference
+from testing import jobs, ranks
+from testing.jobs import Job, Shared
+from testing.reference.deepspeed import Moment, Reference
 
 __all__ = [
     "Runs",

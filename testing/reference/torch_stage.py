@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from integration_tests import jobs
-from integration_tests.jobs import Job, Shared
-from integration_tests.reference.prediction import expected_gradient, stepped_copies
-from integration_tests.reference.updaters import MasterUpdater, ZeroArithmetic, updater_for
+from testing import jobs
+from testing.jobs import Job, Shared
+from testing.reference.prediction import expected_gradient, stepped_copies
+from testing.reference.updaters import MasterUpdater, ZeroArithmetic, updater_for
 
 __all__ = ["TorchStage"]
 

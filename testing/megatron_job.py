@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from integration_tests.collectives import recorded
-from integration_tests.megatron_model import (
+from testing.collectives import recorded
+from testing.megatron_model import (
     SEQUENCE,
     GptJob,
     build,

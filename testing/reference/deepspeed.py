@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from integration_tests import jobs
-from integration_tests.jobs import Job
-from integration_tests.reference import rules
-from integration_tests.reference.pipeline import Pipeline
-from integration_tests.reference.torch_stage import TorchStage
-from integration_tests.reference.updaters import ZeroArithmetic
+from testing import jobs
+from testing.jobs import Job
+from testing.reference import rules
+from testing.reference.pipeline import Pipeline
+from testing.reference.torch_stage import TorchStage
+from testing.reference.updaters import ZeroArithmetic
 
 __all__ = ["Moment", "Reference", "run"]
 

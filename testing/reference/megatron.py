@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from integration_tests.megatron_model import (
+from testing.megatron_model import (
     SEQUENCE,
     GptJob,
     build,
@@ -23,9 +23,9 @@ from integration_tests.megatron_model import (
     micro_batch,
     set_up,
 )
-from integration_tests.reference import rules
-from integration_tests.reference.pipeline import Pipeline
-from integration_tests.reference.prediction import expected_gradient, stepped_copies
+from testing.reference import rules
+from testing.reference.pipeline import Pipeline
+from testing.reference.prediction import expected_gradient, stepped_copies
 
 __all__ = ["Expected", "MegatronStage", "train_all"]
 

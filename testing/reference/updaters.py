@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from integration_tests import jobs
-from integration_tests.jobs import Job
+from testing import jobs
+from testing.jobs import Job
 
 __all__ = ["MasterUpdater", "Updater", "ZeroArithmetic", "ZeroUpdater", "updater_for"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from integration_tests.megatron_cpu import shim
-from integration_tests.megatron_optimizers import build_optimizer, wrapped
+from testing.megatron_cpu import shim
+from testing.megatron_optimizers import build_optimizer, wrapped
 
 __all__ = [
     "SEQUENCE",
