@@ -26,6 +26,7 @@ from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.paced import PacedLayer
 from integration_tests.ranks import run_ranks
 from paci_schedule import PipelineSpec
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.transfers import simulate_transfers
 
@@ -75,7 +76,7 @@ def simulated(job: Job, slack: int, early: bool) -> float:
         backward=[scale * job.backward for scale in scales],
         latency=job.latency,
     )
-    timeline = simulate_transfers(job.spec(slack), costs, warm + batches, early_receives=early)
+    timeline = simulate_transfers(schedule("paci"), job.spec(slack), costs, warm + batches, early_receives=early)
     ends = [timeline.rows[0][done - 1].end for done in timeline.calls[0]]
     return 1e3 * (ends[warm + batches - 1] - ends[warm - 1]) / (batches * job.accumulation)
 

@@ -380,7 +380,7 @@ REFUSED = {
     "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
     "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
-    "must be 'global' or 'stage'": {"paci": {"clip": "none"}},
+    "must be one of 'global', 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
     "'prediction_reach': 1.5}: has no effect without a prediction": {"paci": {"prediction_reach": 1.5}},
     "must be true or false": {"paci": {"early_receives": 1}},

@@ -26,7 +26,7 @@ def test_a_timeout_that_no_clock_can_count_is_refused_with_its_rule(value):
 @pytest.mark.parametrize(
     ("block", "says"),
     [
-        ({"clip": "none"}, "paci.clip = 'none': must be 'global' or 'stage'"),
+        ({"clip": "globl"}, "paci.clip = 'globl': must be one of 'global', 'stage'; did you mean 'global'"),
         ({"flush_warmup_steps": 1.5}, "must be a whole number of updates"),
         ({"flush_warmup_steps": -1}, "must be a whole number of updates"),
         ({"early_receives": 1}, "must be true or false"),

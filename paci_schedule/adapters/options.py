@@ -42,6 +42,14 @@ def option(
     return field(default=default, metadata={"check": check if isinstance(rule, str) else rule, "flag": flag})
 
 
+def _one_of(*names: str) -> Check:
+    def check(value: Any, written: str) -> None:
+        if value not in names:
+            raise ConfigError(f"{written}: must be one of {nearest(str(value), names)}")
+
+    return check
+
+
 def is_count(value: object) -> bool:
     """Whether a value is a whole number of at least 0."""
     return type(value) is int and value >= 0
@@ -65,9 +73,7 @@ class Options:
     )
     """Seconds that a neighbouring stage or a replica may take to answer before this rank gives up with a LinkError."""
 
-    clip: Literal["global", "stage"] = option(
-        "global", "'global' or 'stage'", lambda value: value in ("global", "stage"), str
-    )
+    clip: Literal["global", "stage"] = option("global", _one_of("global", "stage"), flag=str)
     """Whose norm clipping limits: the whole model's, with other stages' parts deferred, or each stage's own."""
 
     flush_warmup_steps: int = option(0, "a whole number of updates of at least 0", is_count, int)

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 
 from paci_schedule import trace
+from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.deferred.state import DeferredState
@@ -32,6 +33,7 @@ class Assembly:
         deferred: the stage's deferred state.
         prediction: of the stage's weights; None for none.
         ties: for each tied weight of this stage, the stages that hold a copy.
+        schedule: what the stage runs at first.
         timeout: how long a neighbouring stage may take to answer.
         early_receives: post the receives of gradients one op earlier (`core.lower`).
         record: the folder to record runs in; None for none.
@@ -48,6 +50,7 @@ class Assembly:
         prediction: Prediction | None,
         ties: Sequence[Sequence[int]],
         *,
+        schedule: Schedule,
         timeout: timedelta,
         early_receives: bool,
         record: str | None,
@@ -55,7 +58,16 @@ class Assembly:
         self.links = Links(spec, pipelines, device, timeout, early_receives=early_receives, record=record)
         self.stopwatch = Stopwatch(device, records=record is not None)
         self.runner = StageRunner(
-            spec, stage, compute, self.links, self.stopwatch, deferred.norms, ties, early_receives, prediction
+            spec,
+            stage,
+            compute,
+            self.links,
+            self.stopwatch,
+            deferred.norms,
+            ties,
+            early_receives,
+            prediction,
+            schedule=schedule,
         )
         self._record = record
 

@@ -26,13 +26,14 @@ from paci_schedule.adapters.choice import check_schedule
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
-from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, note_update
 from paci_schedule.adapters.deepspeed.refusals import check_supported
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.stage_local import StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
 from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.runtime.assembly import Assembly
@@ -65,7 +66,7 @@ class PaciPipelineEngine(DrainingEngine):
     ) -> None:
         self._runner: StageRunner | None = None
         self._options = options = PaciOptions.read(config_class._param_dict)
-        self._schedule = "paci"
+        self._schedule = read_schedule(config_class._param_dict)
         self._timeout = timeout = timedelta(seconds=options.timeout)
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
@@ -109,6 +110,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._deferred,
             self._prediction,
             [self._ties.gradients[name].stages for name in self._ties.across],
+            schedule=schedule(self._schedule),
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
@@ -260,12 +262,13 @@ class PaciPipelineEngine(DrainingEngine):
         runner = self._runner
         if runner.admitted:
             return
-        flushing = self._schedule == "1f1b" or self.global_steps < self._options.flush_warmup_steps
-        if runner.flushing and not flushing:
+        chosen = schedule("1f1b" if self.global_steps < self._options.flush_warmup_steps else self._schedule)
+        if runner.flushing and not chosen.flushes:
             self._deferred.exchange()
-        runner.flushing = flushing
+        if chosen.name != runner.schedule.name:
+            runner.schedule = chosen
         if self._norm_group is not None:
-            self._norm_group.flushing = flushing
+            self._norm_group.flushing = chosen.flushes
 
     def _aggregate(self, losses: torch.Tensor | None) -> torch.Tensor:
         """The mean over the replicas, kept where DeepSpeed keeps it; NaN for None."""

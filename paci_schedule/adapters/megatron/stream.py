@@ -21,6 +21,7 @@ from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import agree
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
 from paci_schedule.adapters.megatron.ties import Ties
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.assembly import Assembly
@@ -79,6 +80,7 @@ class ModelStream:
             self._deferred,
             prediction,
             ties.stages,
+            schedule=schedule("paci", leading=True),
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
@@ -156,7 +158,7 @@ class ModelStream:
         self._sums.flush(True)
         with self._ties.exchanging(now=True):
             reduced = stock()
-        self._runner.count_flushed()
+        self._runner.count_flushed(schedule("1f1b"))
         self._loss = None
         self._end_call()
         return reduced
