@@ -63,7 +63,7 @@ class Assembly:
             compute,
             self.links,
             self.stopwatch,
-            deferred.norms,
+            deferred,
             ties,
             early_receives,
             prediction,

@@ -21,7 +21,7 @@ from paci_schedule.core.schedules.base import Call, Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.predict import Prediction
-from paci_schedule.runtime.deferred.norms import CarriedNorms
+from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
@@ -83,7 +83,7 @@ class StageRunner:
         compute: the framework's part; a `SplitCompute` under a schedule that splits the backward.
         links: the stage's links.
         stopwatch: where the time is booked; the caller of `train_batch` starts it.
-        norms: gradient norms that travel with the messages; None for none.
+        deferred: the stage's deferred state, whose gradient norms travel with the messages; None for none.
         ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
         early_receives: post the receives of gradients before F (`core.lower`).
         prediction: of this stage's weights, for stale forwards; None for none.
@@ -107,7 +107,7 @@ class StageRunner:
         compute: StageCompute,
         links: Links,
         stopwatch: Stopwatch,
-        norms: CarriedNorms | None = None,
+        deferred: DeferredState | None = None,
         ties: Sequence[Sequence[int]] = (),
         early_receives: bool = False,
         prediction: Prediction | None = None,
@@ -122,7 +122,8 @@ class StageRunner:
         self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
-        self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
+        self._compute, self._links, self._stopwatch = compute, links, stopwatch
+        self._deferred, self._norms = deferred, None if deferred is None else deferred.norms
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
@@ -203,16 +204,16 @@ class StageRunner:
         self._stopwatch.start()
         losses = self._call(self.schedule.drain(self.spec, self.admitted))
         self._links.finish()
-        if self._norms is not None:
-            self._norms.exchange()
+        if self._deferred is not None:
+            self._deferred.exchange()
         return losses
 
     def respec(self, spec: PipelineSpec) -> None:
         """Go on with another spec, from an empty pipe."""
         self.spec = spec
         self.schedule = self.schedule
-        if self._norms is not None:
-            self._norms.respec(spec)
+        if self._deferred is not None:
+            self._deferred.respec(spec)
 
     def stats(self) -> dict[str, Any]:
         """What this stage has done since construction, but for the seconds: those are since the last call to this.

@@ -122,7 +122,6 @@ class DrainingEngine(StageLocalEngine):
             check_spec(self, spec)
         super().set_train_batch_size(train_batch_size)
         self._runner.respec(spec)
-        self._deferred.respec(spec)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """As DeepSpeed's, after a `drain`: the shapes of the messages change."""

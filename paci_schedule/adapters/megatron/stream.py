@@ -195,7 +195,6 @@ class ModelStream:
         if num_microbatches != runner.spec.accumulation:
             self._require_empty(f"num_microbatches={num_microbatches} after {runner.spec.accumulation}")
             runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
-            self._deferred.respec(runner.spec)
 
     def _end_call(self) -> None:
         """What the training loop does next is the update."""
