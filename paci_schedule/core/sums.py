@@ -105,7 +105,7 @@ class _Rounds:
 
     def _at_start(self, op: Op, index: int) -> None:
         forward, at = self._find(index)
-        self._add(op, at if forward is None else forward, Place.SUM_AT_START, 4 * index + 1)
+        self._add(op, at if forward is None else forward, Place.SUM_AT_START, (index, 1))
 
     def _after_forward(self, op: Op, index: int) -> None:
         """After the F of the round, or where it would be."""
@@ -113,7 +113,7 @@ class _Rounds:
         if forward is not None:
             self._program.add(op, forward + 1, Place.SUM_AFTER_FORWARD)
         else:
-            self._add(op, at, Place.SUM_WITHOUT_FORWARD, 4 * index + 3)
+            self._add(op, at, Place.SUM_WITHOUT_FORWARD, (index, 3))
 
     def _after_step(self, op: Op, index: int) -> None:
         update = (index - self._ahead) // self._call.spec.accumulation
@@ -124,7 +124,7 @@ class _Rounds:
         position = self._program.position
         return position(OpKind.FORWARD, index), position(OpKind.BACKWARD, index - self._ahead)
 
-    def _add(self, op: Op, at: int | None, place: Place, order: int) -> None:
+    def _add(self, op: Op, at: int | None, place: Place, order: tuple[int, int]) -> None:
         """In a round with neither F nor B it goes to the end, between the activations that are received there."""
         if at is None:
             self._program.add(op, self._program.end, Place.PARKED, order)
