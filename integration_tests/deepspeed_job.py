@@ -150,7 +150,7 @@ def follow(engine: Any, job: Job, schedule: str | None, folder: str | None) -> d
 
 
 def _moment(engine: Any, action: str, loss: float, schedule: str | None) -> dict[str, Any]:
-    stats = engine.pipeline_stats() if schedule == "paci" else {"version": engine.global_steps}
+    stats = engine.pipeline_stats() if hasattr(engine, "pipeline_stats") else {"version": engine.global_steps}
     return {"action": action, "loss": loss, "weights": weights(engine), "stats": stats, "rate": engine.get_lr()[0]}
 
 
