@@ -26,7 +26,7 @@ from torch.distributed import pipelining
 
 from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.pacing import Pace
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 OURS = {"1F1B, DeepSpeed": "1f1b", "GPipe": "gpipe", "ZB-H1": "zb-h1", "PACI": "paci"}
 THEIRS = {"1F1B, torch": "Schedule1F1B", "ZB-H1, torch": "ScheduleInterleavedZeroBubble"}

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
-from integration_tests import deepspeed_job, late_job, late_oracle, ranks
-from integration_tests.jobs import Job
 from integration_tests.test_deepspeed_equivalence import ADAMW
 from paci_schedule import PipelineSpec
 from paci_schedule.core.schedules.registry import schedule as schedule_called
 from paci_schedule.errors import UnsupportedError
+from testing import deepspeed_job, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 
 TRAINED = ("train x3",)
 JOBS = {
@@ -30,14 +31,13 @@ def runs(tmp_path_factory):
         for schedule in ("gpipe", "zb-h1"):
             chosen = dataclasses.replace(job, script=(f"schedule={schedule}", *job.script))
             calls[f"{name}, {schedule}"] = chosen, schedule
-    return late_job.Runs(calls, tmp_path_factory.mktemp("flushed"))
+    return deepspeed_job.Runs(calls, tmp_path_factory.mktemp("flushed"))
 
 
 def assert_as_1f1b(name, results, rounding=0.0):
     """As the reference of a flush after every batch, which sums micro-batches in the order of 1F1B."""
     flush = "schedule=1f1b"
     job = dataclasses.replace(JOBS[name], script=(flush, *JOBS[name].script))
-    reference = late_oracle.LateReference(job)
     renamed = [
         {
             **result,
@@ -48,11 +48,13 @@ def assert_as_1f1b(name, results, rounding=0.0):
         }
         for result in results
     ]
-    deepspeed_job.assert_equal(renamed, reference.run(), counters=False, rounding=rounding)
+    expected = Reference(job).run()
+    deepspeed_job.assert_equal(renamed, expected, counters=False, rounding=rounding)
     if job.clip:
         for stage, result in enumerate(results):
-            norms = [norms[stage] for norms in reference.norms]
-            assert result["norm"] == pytest.approx(norms, rel=max(2e-7, rounding), nan_ok=True)
+            norms = [moment.norm[stage] for moment in expected]
+            found = [moment["norm"] for moment in result["moments"]]
+            assert found == pytest.approx(norms, rel=max(2e-7, rounding), nan_ok=True)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -94,7 +96,7 @@ def refusals():
     zero = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
     for changed, options in ((job, {"activation_checkpoint_interval": 1}), (dataclasses.replace(job, config=zero), {})):
         with pytest.raises(UnsupportedError) as caught:
-            late_job.build(changed, "zb-h1", **options)
+            deepspeed_job.build(changed, "zb-h1", **options)
         said.append(str(caught.value))
     return said
 

@@ -10,14 +10,15 @@ __all__ = ["deepspeed_config", "megatron_flags", "pipeline_module"]
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
     """The DeepSpeed config of a row; `pipeline_module` has what DeepSpeed takes elsewhere."""
-    return {
+    config: dict[str, object] = {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
         "gradient_accumulation_steps": row.accumulation,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": job.zero},
         "pipeline_schedule": row.schedule,
-    } | ({"paci": {"prediction": job.prediction}} if _predicts(job, row) else {})
+    }
+    return config | ({"paci": {"prediction": job.prediction}} if _predicts(job, row) else {})
 
 
 def pipeline_module(row: Row) -> dict[str, int]:
