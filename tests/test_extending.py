@@ -8,7 +8,7 @@ import pytest
 from paci_schedule.check.validate import check_schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.simulate.costs import Costs
-from paci_schedule.simulate.figures import report
+from paci_schedule.simulate.figures import figures_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -29,7 +29,7 @@ def test_the_schedule_of_the_page_keeps_its_rules(eager, stages, accumulation):
 
 def test_its_bubble_is_that_of_1f1b_and_it_holds_more(eager):
     spec = PipelineSpec(stages=4, accumulation=8)
-    figures = report(eager, spec, Costs(forward=2.0, backward=3.0))
+    figures = figures_of(eager, spec, Costs(forward=2.0, backward=3.0))
     assert figures.makespan == (4 - 1 + 8) * 5.0
     assert figures.peak_in_flight == [7, 5, 3, 1]
 
