@@ -151,7 +151,7 @@ def refusals_of_optimizers():
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
     from paci_schedule.adapters.megatron.options import PaciOptions
-    from paci_schedule.adapters.megatron.refusals import agree
+    from paci_schedule.adapters.megatron.refusals import check_supported
 
     class Wrapper(FP32Optimizer):
         """Another one."""
@@ -169,7 +169,7 @@ def refusals_of_optimizers():
             setattr(optimizer.config, name, 9)
         model.config.grad_scale_func = optimizer.scale_loss
         try:
-            agree([model], model.config, PaciOptions(), None, {}, [0])
+            check_supported([model], model.config, PaciOptions(), None, {}, [0])
             said[name] = ""
         except PaciError as error:
             said[name] = str(error)
