@@ -49,10 +49,10 @@ __all__ = ["PaciPipelineEngine"]
 
 
 class PaciPipelineEngine(DrainingEngine):
-    """A pipeline engine whose stages never flush between batches and update by themselves.
+    """A pipeline engine that runs PACI, whose stages never flush between batches, or a schedule that flushes.
 
-    ``deepspeed.initialize`` constructs it when the config says ``"pipeline_schedule": "paci"``.  It is used like
-    DeepSpeed's; what is new is `drain`, `pipeline_stats` and `set_pipeline_schedule`.
+    ``deepspeed.initialize`` constructs it when the config's ``"pipeline_schedule"`` is not DeepSpeed's own, "1f1b".  It
+    is used like DeepSpeed's; what is new is `drain`, `pipeline_stats` and `set_pipeline_schedule`.
 
     `get_global_grad_norm` is the norm that this stage's latest update, number `global_steps`, was clipped by: its own
     at that update, other stages' of the updates that `runtime.deferred.norms` says.

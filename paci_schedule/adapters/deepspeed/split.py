@@ -90,7 +90,7 @@ class SplitBackward:
         try:
             _, groups = stage_backward_input(outputs, gradients, list(inputs), iter(self._weights))
         except RuntimeError as error:
-            if "Checkpointing is not compatible" not in f"{error.__cause__}":
+            if "compatible with .grad()" not in f"{error.__cause__}":  # as torch's and DeepSpeed's checkpoints say it
                 raise
             raise UnsupportedError(
                 "a layer checkpoints its activations by reentrant autograd, which knows no backward of inputs only; "
