@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from paci_schedule.core.schedules.registry import SCHEDULES, schedule
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 
-__all__ = ["IN_EVERY_LOOP", "RUNNABLE", "check_schedule"]
+__all__ = ["IN_EVERY_LOOP", "RUNNABLE", "check_choice"]
 
 RUNNABLE = tuple(name for name in SCHEDULES if not schedule(name).cannot_run)
 """What an engine that owns the optimizer step can run."""
@@ -17,7 +17,7 @@ IN_EVERY_LOOP = tuple(name for name in RUNNABLE if name == "1f1b" or "leading" i
 end for every stage after the same backward."""
 
 
-def check_schedule(name: object, said: str, valid: Sequence[str] = RUNNABLE) -> str:
+def check_choice(name: object, said: str, valid: Sequence[str] = RUNNABLE) -> str:
     """`name`, if it is a schedule's that can be run.
 
     Args:

@@ -22,7 +22,7 @@ class Place(IntEnum):
     SUM_WITHOUT_FORWARD = 6
     POST_ACTIVATION = 7
     RECEIVE = 8
-    PARKED = 9  # activations at the end of a call whose F is in a later one
+    PARKED = 9  # activations at the end of a call whose F is in a later one: posted (0), taken (2), sums around that
     SUM_AT_END = 10
 
 
@@ -46,7 +46,7 @@ class Program:
         self.ops = ops
         self.end = len(ops)
         self._position = {(op.kind, op.index): at for at, op in enumerate(ops)}
-        self._gaps: dict[int, list[tuple[int, int, Op]]] = {}
+        self._gaps: dict[int, list[tuple[int, tuple[int, int], Op]]] = {}
 
     def position(self, kind: OpKind, index: int) -> int | None:
         """Where the compute op stands, which is also the number of the gap before it; None for none in this call."""
@@ -60,8 +60,8 @@ class Program:
                 return at
         return self.begin
 
-    def add(self, op: Op, gap: int, place: Place, order: int = 0) -> None:
-        """Put `op` into the gap before compute op `gap`; behind what was put in the same place with the same order."""
+    def add(self, op: Op, gap: int, place: Place, order: tuple[int, int] = (0, 0)) -> None:
+        """Put `op` into the gap before compute op `gap`; in one place by `order`, and behind what has the same."""
         rank = _BEGIN[place] if gap == self.begin else place
         self._gaps.setdefault(gap, []).append((rank, order, op))
 

@@ -1,7 +1,7 @@
 """One stage at work: executes the programs that the core generates, and keeps the books.
 
-The runner decides no order.  A framework adapter supplies the three things that only it can do (`StageCompute`), the
-links carry the messages, and the drift meter counts what happened.
+The runner decides no order.  A framework adapter supplies what only it can do (`StageCompute`), the links carry the
+messages, and the drift meter counts what happened.
 
 The loss of a micro-batch is known at the last stage only; it travels upstream with that micro-batch's gradient, so
 every stage learns the loss of what it finished without a collective.
