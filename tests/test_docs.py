@@ -55,6 +55,15 @@ def test_links_between_documents_lead_somewhere():
     assert [(document.name, link) for document, link in links if not (document.parent / link).exists()] == []
 
 
+def test_files_that_the_documents_name_exist():
+    """A file is named from the top of the repository, or inside the package, the integration tests or the documents."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    names = {name for path in documents for name in re.findall(r"(?<![\w/.*-])(?:\w+/)+\w+\.py\b", path.read_text())}
+    folders = [ROOT / folder for folder in ("", "paci_schedule", "integration_tests", "docs")]
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not any((folder / name).exists() for folder in folders)] == []
+
+
 def test_every_row_of_what_works_names_tests_that_exist():
     """A name without a file belongs to the file named before it; "the same" means the row before it."""
     text = (ROOT / "docs" / "what-works.md").read_text()

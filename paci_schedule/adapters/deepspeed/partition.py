@@ -26,7 +26,7 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, PaciError
 from paci_schedule.measure.profile import Runnable, profile_layers
 from paci_schedule.plan.layers import Layer
-from paci_schedule.plan.partition import Partition, balance, check_bounds, rooms_of
+from paci_schedule.plan.partition import Partition, balance, check_bounds, memory_of_stages
 
 __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
 
@@ -95,12 +95,12 @@ def balanced_cut(
     """
     stages = num_stages if topology is None else topology.get_dim("pipe")
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
-    rooms = rooms_of(spec, bytes_per_parameter=bytes_per_parameter, memory_limit=memory_limit)
+    memories = memory_of_stages(spec, bytes_per_parameter=bytes_per_parameter, memory_limit=memory_limit)
     take_device()
 
     def measure() -> Partition:
         costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)
-        return balance(costs, rooms, recompute_every=activation_checkpoint_interval)
+        return balance(costs, memories, recompute_every=activation_checkpoint_interval)
 
     cut = None if file is None else _shared(lambda: _read(Path(file), len(layers), stages), [0])
     if cut is None:
