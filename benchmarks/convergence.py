@@ -30,7 +30,7 @@ import torch
 from matplotlib.figure import Figure
 
 from paci_schedule.cli.rehearse import MODELS
-from paci_schedule.rehearse import SCHEDULES
+from paci_schedule.rehearse import REHEARSABLE
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, run
 from paci_schedule.rehearse.variant import Variant
@@ -224,7 +224,7 @@ def _speed_up(flush: Sequence[Run], runs: Sequence[Run]) -> list[str]:
 
 def _ideal_time(run: Run) -> float:
     """In forwards and backwards of a micro-batch, if all stages are equally long and updates cost nothing."""
-    bubble = run["stages"] - 1 if SCHEDULES[run["schedule"]].schedule.flushes else 0
+    bubble = run["stages"] - 1 if REHEARSABLE[run["schedule"]].schedule.flushes else 0
     return run["micro_batches"] * run["length"] * (1 + bubble / run["accumulation"])
 
 

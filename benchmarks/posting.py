@@ -24,6 +24,7 @@ from benchmarks.delayed import use_delayed_links
 from benchmarks.engines import Race, engine_for, milliseconds, race
 from benchmarks.pacing import PacedLayer, Pacing, add_pacing, micro_batches, pacing_of
 from paci_schedule import PipelineSpec
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.transfers import simulate_transfers
 from testing.ranks import run_ranks
@@ -70,7 +71,7 @@ def simulated(job: Orders, slack: int, early: bool) -> float:
         backward=[scale * job.backward for scale in scales],
         latency=job.latency,
     )
-    timeline = simulate_transfers(job.spec(slack), costs, warm + batches, early_receives=early)
+    timeline = simulate_transfers(schedule("paci"), job.spec(slack), costs, warm + batches, early_receives=early)
     ends = [timeline.rows[0][done - 1].end for done in timeline.calls[0]]
     return 1e3 * (ends[warm + batches - 1] - ends[warm - 1]) / (batches * job.accumulation)
 

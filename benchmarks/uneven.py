@@ -29,7 +29,8 @@ from benchmarks.gpt import gpt_layers, token_loss
 from benchmarks.pacing import PacedLayer
 from paci_schedule import PipelineSpec
 from paci_schedule.adapters.deepspeed import layer_costs
-from paci_schedule.plan.partition import Cut, LayerCost, balance, evaluate
+from paci_schedule.plan.layers import Layer
+from paci_schedule.plan.partition import Partition, balance, evaluate, rooms_of
 from testing.ranks import run_ranks
 
 _HEADS = 4
@@ -64,44 +65,44 @@ class Rounds:
     batches: int
 
 
-def profile(model: Model, repeats: int) -> list[LayerCost]:
-    """What the layers cost, one parameter counted as one byte of state."""
-    return layer_costs(model.layers(), model.micro_batch(), loss_fn=token_loss, bytes_per_parameter=1, repeats=repeats)
+def profile(model: Model, repeats: int) -> list[Layer]:
+    """What the layers cost."""
+    return layer_costs(model.layers(), model.micro_batch(), loss_fn=token_loss, repeats=repeats)
 
 
-def cuts_of(costs: Sequence[LayerCost], stages: int) -> dict[str, Cut]:
+def cuts_of(costs: Sequence[Layer], stages: int) -> dict[str, Partition]:
     """By name of the method; DeepSpeed's own as its PipelineModule would cut."""
-    spec = PipelineSpec(stages=stages, accumulation=1)
+    rooms = rooms_of(PipelineSpec(stages=stages, accumulation=1))
     bounds = {
         "uniform": partition_uniform(len(costs), stages),
-        "parameters": [int(bound) for bound in partition_balanced([cost.state_bytes for cost in costs], stages)],
+        "parameters": [int(bound) for bound in partition_balanced([int(cost.parameters) for cost in costs], stages)],
     }
-    cuts = {name: evaluate(costs, spec, bound) for name, bound in bounds.items()}
-    return {**cuts, "profile": balance(costs, spec)}
+    cuts = {name: evaluate(costs, rooms, bound) for name, bound in bounds.items()}
+    return {**cuts, "profile": balance(costs, rooms)}
 
 
-def _real(model: Model, cuts: dict[str, Cut], rounds: Rounds) -> Race:
-    def engine(cut: Cut) -> Any:
+def _real(model: Model, cuts: dict[str, Partition], rounds: Rounds) -> Race:
+    def engine(cut: Partition) -> Any:
         options = {"micro_batch": model.samples, "loss": token_loss, "cut": cut.bounds}
         return engine_for(model.layers(), "paci", accumulation=rounds.accumulation, **options)
 
     return _race(engine, cuts, model.micro_batch(), rounds)
 
 
-def _paced(costs: Sequence[LayerCost], cuts: dict[str, Cut], rounds: Rounds) -> Race:
-    def engine(cut: Cut) -> Any:
+def _paced(costs: Sequence[Layer], cuts: dict[str, Partition], rounds: Rounds) -> Race:
+    def engine(cut: Partition) -> Any:
         layers = [LayerSpec(PacedLayer, cost.forward, cost.backward) for cost in costs]
         return engine_for(layers, "paci", accumulation=rounds.accumulation, cut=cut.bounds)
 
     return _race(engine, cuts, (torch.ones(1, 8), torch.zeros(1, 8)), rounds)
 
 
-def _race(engine: Callable[[Cut], Any], cuts: dict[str, Cut], micro_batch: tuple, rounds: Rounds) -> Race:
+def _race(engine: Callable[[Partition], Any], cuts: dict[str, Partition], micro_batch: tuple, rounds: Rounds) -> Race:
     engines = {name: engine(cut) for name, cut in cuts.items()}
     return race(engines, itertools.repeat(micro_batch), turns=rounds.turns, batches=rounds.batches)
 
 
-def measure(kind: str, stages: int, costs: Sequence[LayerCost], model: Model, rounds: Rounds) -> list[dict[str, Any]]:
+def measure(kind: str, stages: int, costs: Sequence[Layer], model: Model, rounds: Rounds) -> list[dict[str, Any]]:
     """Race the cuts of one kind of stages; a row for each cut."""
     cuts = cuts_of(costs, stages)
     different = {cut.bounds: name for name, cut in reversed(cuts.items())}  # the first name of those that are alike
@@ -128,7 +129,7 @@ def measure(kind: str, stages: int, costs: Sequence[LayerCost], model: Model, ro
     ]
 
 
-def layer_table(layers: Sequence[LayerSpec], costs: Sequence[LayerCost]) -> Table:
+def layer_table(layers: Sequence[LayerSpec], costs: Sequence[Layer]) -> Table:
     """What was measured, for people."""
     head = ("layer", "parameters", "F ms", "B ms", "keeps KiB")
     shown = Table(*head, title="one micro-batch; the last layer with the loss")
@@ -136,7 +137,7 @@ def layer_table(layers: Sequence[LayerSpec], costs: Sequence[LayerCost]) -> Tabl
         kept = (cost.input_bytes + cost.saved_bytes) / 2**10
         shown.add_row(
             layer.typename.__name__,
-            f"{cost.state_bytes:,}",
+            f"{cost.parameters:,}",
             f"{1e3 * cost.forward:.1f}",
             f"{1e3 * cost.backward:.1f}",
             f"{kept:,.0f}",
@@ -197,7 +198,7 @@ def main() -> None:
             json.dump({"layers": [asdict(cost) for cost in costs], "rows": rows}, file, indent=2)
 
 
-def _scaled(costs: Sequence[LayerCost], scale: float) -> list[LayerCost]:
+def _scaled(costs: Sequence[Layer], scale: float) -> list[Layer]:
     return [replace(cost, forward=scale * cost.forward, backward=scale * cost.backward) for cost in costs]
 
 

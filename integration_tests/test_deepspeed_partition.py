@@ -203,8 +203,8 @@ def refused(what):
     ("what", "message"),
     [
         ("layer", r"layer 2, Linear, fails on float32\[6, 4\]: RuntimeError"),
-        ("limit", r"memory_limit: no cut keeps to it; in the nearest, \[.*stage 0 needs"),
-        ("file", r"holds no cut of this model \(cut \[0, 2, 9\].*remove it to measure anew"),
+        ("limit", r"memory_limit: no partition keeps to it; in the nearest, \[.*stage 0 needs"),
+        ("file", r"holds no cut of this model \(partition \[0, 2, 9\].*remove it to measure anew"),
     ],
     ids=["layer", "limit", "file"],
 )
@@ -214,7 +214,8 @@ def test_where_one_rank_finds_no_cut_all_of_them_say_so(what, message, tmp_path)
         path.write_text('{"bounds": [0, 2, 9], "seconds": [1, 2], "peak_bytes": [3, 4]}')
         what = str(path)
     ours, other = gather_outcomes(refused, 2, (what,), timeout=60)
-    assert (ours.raised[0], other.raised[0]) == ("ConfigError", "PaciError")
+    expected = "NothingFitsError" if what == "limit" else "ConfigError"
+    assert (ours.raised[0], other.raised[0]) == (expected, "PaciError")
     assert re.search(message, ours.error)
     assert "rank 0 found no cut: " in other.error
 
@@ -222,7 +223,7 @@ def test_where_one_rank_finds_no_cut_all_of_them_say_so(what, message, tmp_path)
 def test_bounds_that_are_no_cut_of_the_model_are_refused_on_every_rank():
     for rank in gather_outcomes(refused, 2, ("bounds",), timeout=60):
         assert rank.raised[0] == "ConfigError"
-        assert "cut [0, 5, 6]: 5 layers in 2 stages need 3 bounds that rise from 0 to 5" in rank.error
+        assert "partition [0, 5, 6]: 5 layers in 2 stages need 3 bounds that rise from 0 to 5" in rank.error
 
 
 def predict_and_count(bounds, every):
@@ -233,7 +234,7 @@ def predict_and_count(bounds, every):
     import paci_schedule
     from paci_schedule.adapters.deepspeed import CutPipelineModule, layer_costs
     from paci_schedule.measure.live_bytes import LiveBytes
-    from paci_schedule.plan.partition import evaluate
+    from paci_schedule.plan.partition import evaluate, rooms_of
 
     deepspeed.init_distributed(verbose=False)
     paci_schedule.register("deepspeed")
@@ -241,9 +242,10 @@ def predict_and_count(bounds, every):
     layers = [LayerSpec(nn.Embedding, 300, 32), *[block] * 6, LayerSpec(nn.Linear, 32, 300)]
     ids = torch.arange(512).remainder(300).reshape(8, 64)
     micro_batch = ids, ids.roll(1)
-    costs = layer_costs(layers, micro_batch, loss_fn=loss, bytes_per_parameter=4, repeats=1)  # gradients in fp32
+    costs = layer_costs(layers, micro_batch, loss_fn=loss, repeats=1)
     stages = paci_schedule.PipelineSpec(stages=3, accumulation=1)
-    expected = evaluate(costs, stages, bounds, recompute_every=every).peak_bytes[dist.get_rank()]
+    rooms = rooms_of(stages, bytes_per_parameter=4)  # gradients in fp32
+    expected = evaluate(costs, rooms, bounds, recompute_every=every).peak_bytes[dist.get_rank()]
     module = CutPipelineModule(layers, num_stages=3, loss_fn=loss, partition_method=bounds)
     engine, *_ = deepspeed.initialize(
         model=module,

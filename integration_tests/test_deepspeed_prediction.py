@@ -11,7 +11,7 @@ import torch
 
 from integration_tests.test_deepspeed_replicas import follow_all
 from integration_tests.test_rehearse import rehearsed
-from paci_schedule.adapters.deepspeed import masters
+from paci_schedule.adapters.deepspeed import working
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.deepspeed.prediction import build_prediction
 from paci_schedule.core.drift import drift_of
@@ -265,7 +265,7 @@ def on_two_ranks(folder):
     engine = deepspeed_job.build(OVERFLOWING["ZeRO-1"])
     engine.optimizer.dtype = torch.float16  # a CPU has no fp16 of DeepSpeed's
     options = PaciOptions(prediction="every")
-    results["fp16"] = why_not(lambda job: build_prediction(engine, options, spec_of(job), None), REPLICATED["fp32"])
+    results["fp16"] = why_not(lambda job: build_prediction(engine, options, spec_of(job), [], None), REPLICATED["fp32"])
     return results
 
 
@@ -274,7 +274,7 @@ def spec_of(job):
 
 
 def on_four_ranks(folder):
-    with mock.patch.object(masters, "PIECE", 100):  # masters are gone through in pieces, which changes nothing
+    with mock.patch.object(working, "PIECE", 100):  # masters are gone through in pieces, which changes nothing
         return follow_all(REPLICATED, folder)
 
 

@@ -150,8 +150,8 @@ def refusals_of_optimizers():
     prepare()
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
-    from paci_schedule.adapters.megatron.checks import agree
     from paci_schedule.adapters.megatron.options import PaciOptions
+    from paci_schedule.adapters.megatron.refusals import agree
 
     class Wrapper(FP32Optimizer):
         """Another one."""

@@ -17,7 +17,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedMode
 
 from launch.errors import LaunchError
 from paci_schedule.adapters.deepspeed import CutPipelineModule
-from paci_schedule.plan.partition import Cut
+from paci_schedule.plan.partition import Partition
 
 __all__ = ["SIZES", "GPT2Head", "GPT2PipeBlock", "TokenEmbedding", "gpt2_config", "gpt2_layers", "gpt2_pipeline"]
 
@@ -115,7 +115,9 @@ def gpt2_layers(config: GPT2Config) -> list[LayerSpec]:
     return [LayerSpec(TokenEmbedding, config), *blocks, LayerSpec(GPT2Head, config)]
 
 
-def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str | Cut = "parameters") -> PipelineModule:
+def gpt2_pipeline(
+    config: GPT2Config, *, stages: int, seed: int, partition: str | Partition = "parameters"
+) -> PipelineModule:
     """The model cut into `stages`.  Its initial weights depend on `seed` alone, not on the cut.
 
     Args:
@@ -139,7 +141,7 @@ def gpt2_pipeline(config: GPT2Config, *, stages: int, seed: int, partition: str 
 
 
 def _seed_layer(seed: int) -> None:
-    # DeepSpeed 0.19.8's own default fails from Python 3.11 on: the seed that it makes is a numpy integer.
+    # DeepSpeed's own default fails from Python 3.11 on: the seed that it makes is a numpy integer.
     torch.manual_seed(int(seed))
 
 

@@ -39,7 +39,7 @@ from launch.training import LoopOptions, Training
 from paci_schedule import PaciError
 from paci_schedule.adapters.deepspeed import balanced_cut
 from paci_schedule.adapters.deepspeed.device import take_device
-from paci_schedule.plan.partition import Cut
+from paci_schedule.plan.partition import Partition
 
 _DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "gpt_tiny.json"
 
@@ -152,7 +152,7 @@ def _engine(args: argparse.Namespace, config: dict[str, Any], stages: int, vocab
     return engine
 
 
-def _measured_cut(args: argparse.Namespace, config: dict[str, Any], model: GPT2Config, stages: int) -> Cut:
+def _measured_cut(args: argparse.Namespace, config: dict[str, Any], model: GPT2Config, stages: int) -> Partition:
     """The cut that balances the stages on this machine; kept with the run, for it is resumed with the same."""
     samples = config.get("train_micro_batch_size_per_gpu")
     if samples is None:

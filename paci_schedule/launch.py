@@ -24,11 +24,12 @@ import argparse
 import os
 import runpy
 import sys
+from functools import partial
+from typing import Any
 
 from paci_schedule import ConfigError, register
 from paci_schedule.adapters.frameworks import exists
-from paci_schedule.adapters.patience import is_timeout
-from paci_schedule.core.staleness import check_reach, interval_of
+from paci_schedule.adapters.options import Options, flag_options, parse
 
 __all__ = ["main"]
 
@@ -70,51 +71,21 @@ def _our_flags() -> argparse.ArgumentParser:
         "paci_schedule.launch", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     flags.add_argument("--pipeline-schedule")
-    flags.add_argument("--paci-clip", choices=["global", "stage"])
-    flags.add_argument("--paci-timeout", type=seconds)
-    flags.add_argument("--paci-prediction", type=_prediction)
-    flags.add_argument("--paci-prediction-reach", type=_reach)
-    flags.add_argument("--paci-flush-warmup-steps", type=_updates)
-    flags.add_argument("--paci-early-receives", action="store_true", default=argparse.SUPPRESS)
-    flags.add_argument("--paci-record")
+    for name, value_of in flag_options(Options).items():
+        flag = f"--paci-{name.replace('_', '-')}"
+        if value_of is bool:
+            flags.add_argument(flag, action="store_true", default=argparse.SUPPRESS)
+        else:
+            flags.add_argument(flag, type=partial(_value, name))
     return flags
 
 
-def seconds(text: str) -> float:
-    """The value of --paci-timeout; argparse names this function where it is wrong."""
-    if not is_timeout(float(text)):
-        raise ValueError
-    return float(text)
-
-
-def _prediction(text: str) -> str | int:
-    """The value of --paci-prediction."""
-    value = int(text) if text.isdecimal() else text
+def _value(name: str, text: str) -> Any:
+    """The value of a flag; argparse shows the error and names the flag."""
     try:
-        interval_of(value, repr(text))
+        return parse(Options, name, text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return value
-
-
-def _reach(text: str) -> float:
-    """The value of --paci-prediction-reach; whether it fits the prediction is seen with the other options."""
-    try:
-        reach = float(text)
-    except ValueError:
-        reach = text
-    try:
-        check_reach(reach, "every", repr(text))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return reach
-
-
-def _updates(text: str) -> int:
-    """The value of --paci-flush-warmup-steps."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of updates, at least 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import random
 
-from paci_schedule.core.lower import lower
+from paci_schedule.core.lower import Lowering
 from paci_schedule.core.ops import Op
-from paci_schedule.core.schedules import paci
+from paci_schedule.core.schedules import one_f_one_b, paci
 
 
 def text(ops):
@@ -22,9 +22,16 @@ def compute_grid(segments):
     return [[text(segment.ops(stage)) for stage in range(segment.spec.stages)] for segment in segments]
 
 
+def programs(segments, stage, **options):
+    """For every segment the whole program of a stage, messages and all; `options` are those of `Lowering`."""
+    lowering = Lowering(paci.Paci(), segments[0].spec, stage, **options)
+    return [lowering.program(segment) for segment in segments]
+
+
 def program_grid(segments, **options):
-    """For every segment the whole program of every stage, messages and all, as text; `options` are those of `lower`."""
-    return [[text(lower(segment, stage, **options)) for stage in range(segment.spec.stages)] for segment in segments]
+    """For every segment the whole program of every stage, as text."""
+    stages = [programs(segments, stage, **options) for stage in range(segments[0].spec.stages)]
+    return [[text(program) for program in each] for each in zip(*stages, strict=True)]
 
 
 def calls(spec, script):
@@ -43,6 +50,11 @@ def calls(spec, script):
 def leading_calls(spec, count, end=None):
     """The first `count` calls of the leading cut; the pipe is empty after `end` micro-batches."""
     return [paci.lead_batch(spec, number * spec.accumulation, end) for number in range(count)]
+
+
+def flushed_calls(spec, count):
+    """Batches of 1F1B, each from an empty pipe to an empty pipe."""
+    return [one_f_one_b.batch(spec)] * count
 
 
 def random_script(seed, length):

@@ -23,7 +23,7 @@ LAYERS = {  # a folder, or a module at the top -> the others that it may import;
     "draw": {"errors", "core", "simulate"},
     "trace": {"errors", "core", "simulate"},
     "predict": {"errors", "core"},
-    "measure": {"errors", "core"},
+    "measure": {"errors", "core", "plan", "runtime"},
     "runtime": {"errors", "core", "predict", "trace"},
     "rehearse": {"errors", "core", "predict"},
     "adapters": {"errors", "core", "plan", "predict", "trace", "measure", "runtime"},
@@ -91,7 +91,7 @@ def own(names):
 
 
 MODULES = modules()
-PURE = [name for name in MODULES if layer(name) in TORCH_FREE]
+PURE = [name for name in MODULES if layer(name) in TORCH_FREE and name != "cli.__main__"]
 
 
 def test_every_folder_is_a_layer():
@@ -106,7 +106,9 @@ def test_a_layer_imports_only_what_lies_below_it(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name) != "adapters"])
 def test_only_adapters_import_a_framework(module):
-    assert not roots(imports(module, MODULES[module])) & FRAMEWORKS
+    """`paci plan` reads configs of models through transformers, inside a function."""
+    allowed = {"transformers"} if module == "cli.plan" else set()
+    assert not roots(imports(module, MODULES[module])) & FRAMEWORKS - allowed
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name) == "adapters"])
@@ -147,7 +149,7 @@ def test_the_public_names_are_locked():
 @pytest.mark.parametrize("module", PURE)
 def test_every_core_module_declares_names_that_it_has(module):
     namespace = pkgutil.resolve_name(f"paci_schedule.{module}")
-    if MODULES[module].name != "__init__.py":
+    if MODULES[module].name not in ("__init__.py", "__main__.py"):
         assert namespace.__all__ == sorted(namespace.__all__)
     assert all(hasattr(namespace, name) for name in getattr(namespace, "__all__", ()))
     assert namespace.__doc__

@@ -1,4 +1,4 @@
-"""The cut into stages: exact against every cut there is, within memory, and what is said where nothing fits."""
+"""The partition into stages: the best of all that there are, within memory, and the error where nothing fits."""
 
 import itertools
 import math
@@ -7,18 +7,21 @@ import random
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.plan.partition import Cut, LayerCost, balance, check_bounds, evaluate
+from paci_schedule.plan.layers import Layer
+from paci_schedule.plan.partition import Partition, balance, check_bounds, evaluate, rooms_of
 
 
-def spec(stages, extra_in_flight=0):
-    return PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
+def rooms(stages, memory_limit=None, extra_in_flight=0):
+    """Stages that hold so many bytes, with a byte for a parameter."""
+    spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
+    return rooms_of(spec, bytes_per_parameter=1, memory_limit=memory_limit)
 
 
 def layer(forward, backward, **memory):
-    return LayerCost(forward=forward, backward=backward, **memory)
+    return Layer(forward=forward, backward=backward, **memory)
 
 
-def every_cut(layers, stages):
+def every_partition(layers, stages):
     for inner in itertools.combinations(range(1, layers), stages - 1):
         yield (0, *inner, layers)
 
@@ -33,23 +36,23 @@ def stage_costs(layers, bounds, in_flight, every=0):
             inside = sum(one.input_bytes + one.saved_bytes for one in chunk)
             seconds += sum(one.forward + one.backward for one in chunk)
             once = max(one.workspace_bytes for one in chunk)
-            if every and any(one.state_bytes for one in chunk):
+            if every and any(one.parameters for one in chunk):
                 seconds += sum(one.forward for one in chunk)
                 once += inside - chunk[0].input_bytes
                 inside = chunk[0].input_bytes
             live += inside
             running = max(running, once)
         live += mine[0].input_bytes + mine[-1].output_bytes
-        state = sum(one.state_bytes for one in mine if one.tied is None)
-        state += sum({one.tied: one.state_bytes for one in mine if one.tied is not None}.values())
+        state = sum(one.parameters for one in mine if one.tied is None)
+        state += sum({one.tied: one.parameters for one in mine if one.tied is not None}.values())
         costs.append((seconds, state + in_flight[stage] * live + running))
     return costs
 
 
 def best(layers, stages, in_flight, limit=math.inf, every=0):
-    """Slowest stage and sum of squares of the best cut that fits, by looking at all; None if none fits."""
+    """Slowest stage and sum of squares of the best partition that fits, by looking at all; None if none fits."""
     found = []
-    for bounds in every_cut(len(layers), stages):
+    for bounds in every_partition(len(layers), stages):
         costs = stage_costs(layers, bounds, in_flight, every)
         if all(size <= limit for _, size in costs):
             found.append((max(took for took, _ in costs), sum(took**2 for took, _ in costs)))
@@ -67,7 +70,7 @@ def some_layers(seed, count):
             saved_bytes=5 * draw.choice(primes),
             workspace_bytes=3 * draw.choice(primes),
             output_bytes=draw.choice(primes),
-            state_bytes=0 if at % 3 == 2 else 7 * draw.choice(primes[:9]),
+            parameters=0 if at % 3 == 2 else 7 * draw.choice(primes[:9]),
             tied="ends" if at in (1, count - 3) else None,
         )
         for at in range(count)
@@ -76,83 +79,90 @@ def some_layers(seed, count):
 
 @pytest.mark.parametrize(("count", "stages"), [(1, 1), (4, 1), (4, 4), (7, 2), (9, 3), (10, 4), (9, 7), (12, 5)])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_cut_is_the_best_of_all(count, stages, seed):
+def test_the_partition_is_the_best_of_all(count, stages, seed):
     layers = some_layers(seed, count)
-    cut = balance(layers, spec(stages))
-    check_bounds(cut.bounds, count, stages)
-    assert (cut.slowest, sum(took**2 for took in cut.seconds)) == best(layers, stages, [1] * stages)
+    partition = balance(layers, rooms(stages))
+    check_bounds(partition.bounds, count, stages)
+    assert (partition.slowest, sum(took**2 for took in partition.seconds)) == best(layers, stages, [1] * stages)
 
 
 @pytest.mark.parametrize("every", [0, 1, 2, 3])
 @pytest.mark.parametrize("extra", [0, 2, (0, 3, 1)])
-def test_the_cut_is_the_best_of_all_that_fit(every, extra):
-    stages, pipeline, results = 4, spec(4, extra), set()
-    in_flight = [pipeline.in_flight(stage) for stage in range(stages)]
+def test_the_partition_is_the_best_of_all_that_fit(every, extra):
+    stages, results = 4, set()
+    in_flight = [room.in_flight for room in rooms(stages, extra_in_flight=extra)]
     for seed in range(4):
         layers = some_layers(seed, 9)
-        peaks = [max(size for _, size in stage_costs(layers, cut, in_flight, every)) for cut in every_cut(9, stages)]
-        with pytest.raises(ConfigError, match="no cut keeps to it"):
-            balance(layers, pipeline, memory_limit=min(peaks) - 1, recompute_every=every)
+        peaks = [
+            max(size for _, size in stage_costs(layers, partition, in_flight, every))
+            for partition in every_partition(9, stages)
+        ]
+        with pytest.raises(ConfigError, match="no partition keeps to it"):
+            balance(layers, rooms(stages, min(peaks) - 1, extra), recompute_every=every)
         for limit in sorted(peaks)[::3]:
-            cut = balance(layers, pipeline, memory_limit=limit, recompute_every=every)
-            costs = stage_costs(layers, cut.bounds, in_flight, every)
-            assert (cut.seconds, cut.peak_bytes) == tuple(zip(*costs, strict=True))
-            assert (cut.slowest, sum(took**2 for took in cut.seconds)) == best(layers, stages, in_flight, limit, every)
-            assert max(cut.peak_bytes) <= limit
-            results.add((seed, cut.slowest))
+            partition = balance(layers, rooms(stages, limit, extra), recompute_every=every)
+            costs = stage_costs(layers, partition.bounds, in_flight, every)
+            assert (partition.seconds, partition.peak_bytes) == tuple(zip(*costs, strict=True))
+            assert (partition.slowest, sum(took**2 for took in partition.seconds)) == best(
+                layers, stages, in_flight, limit, every
+            )
+            assert max(partition.peak_bytes) <= limit
+            results.add((seed, partition.slowest))
     assert len(results) > 2 * 4  # the limits mattered
 
 
 def test_an_embedding_and_a_head_that_weigh_more_than_a_block():
-    """Six blocks of 2 + 5, an embedding of 1 + 2, a head of 7 + 13 seconds, cut into 3: the head stays alone."""
+    """Six blocks of 2 + 5, an embedding of 1 + 2, a head of 7 + 13 seconds, in 3 stages: the head gets its own."""
     layers = [layer(1, 2), *[layer(2, 5)] * 6, layer(7, 13)]
-    cut = balance(layers, spec(3))
-    assert cut == Cut(bounds=(0, 4, 7, 8), seconds=(24, 21, 20), peak_bytes=(0, 0, 0))
-    assert cut.slowest == 24
-    assert cut.ideal == pytest.approx(65 / 3)
-    assert evaluate(layers, spec(3), [0, 3, 6, 8]).seconds == (17, 21, 27)
+    partition = balance(layers, rooms(3))
+    assert partition == Partition(bounds=(0, 4, 7, 8), seconds=(24, 21, 20), peak_bytes=(0, 0, 0))
+    assert partition.slowest == 24
+    assert partition.ideal == pytest.approx(65 / 3)
+    assert evaluate(layers, rooms(3), [0, 3, 6, 8]).seconds == (17, 21, 27)
 
 
-def test_ties_go_to_the_cut_whose_other_stages_are_even():
-    """A layer of 13 is the slowest stage in any cut; the other four layers could be cut 3 | 10, 5 | 8 or 10 | 3."""
+def test_ties_go_to_the_partition_whose_other_stages_are_even():
+    """A layer of 13 is the slowest stage in any partition; the other four
+    layers could be divided 3 | 10, 5 | 8 or 10 | 3.
+    """
     layers = [layer(0, 13), layer(1, 2), layer(1, 1), layer(2, 3), layer(1, 2)]
-    assert balance(layers, spec(3)).seconds == (13, 5, 8)
+    assert balance(layers, rooms(3)).seconds == (13, 5, 8)
 
 
 def test_early_stages_hold_more_micro_batches():
     """Alike layers, 11 bytes saved by each: with memory for 6 layer-micro-batches the first of 3 stages gets fewer."""
     layers = [layer(2, 3, saved_bytes=11)] * 8
-    assert balance(layers, spec(3)).bounds == (0, 2, 5, 8)
-    cut = balance(layers, spec(3), memory_limit=66)
-    assert cut == Cut(bounds=(0, 2, 5, 8), seconds=(10, 15, 15), peak_bytes=(66, 66, 33))
-    assert balance(layers, spec(3), memory_limit=[33, 66, 66]).bounds == (0, 1, 4, 8)
-    with pytest.raises(ConfigError, match="no cut keeps to it"):
-        balance(layers, spec(3, extra_in_flight=2), memory_limit=54)
+    assert balance(layers, rooms(3)).bounds == (0, 2, 5, 8)
+    partition = balance(layers, rooms(3, 66))
+    assert partition == Partition(bounds=(0, 2, 5, 8), seconds=(10, 15, 15), peak_bytes=(66, 66, 33))
+    assert balance(layers, rooms(3, [33, 66, 66])).bounds == (0, 1, 4, 8)
+    with pytest.raises(ConfigError, match="no partition keeps to it"):
+        balance(layers, rooms(3, 54, extra_in_flight=2))
 
 
 def test_a_tied_layer_counts_once_in_a_stage_and_in_each_of_two():
-    tied, other = layer(1, 2, state_bytes=100, tied="words"), layer(3, 5, state_bytes=7)
-    assert evaluate([tied, other, tied], spec(1), [0, 3]).peak_bytes == (107,)
-    assert evaluate([tied, other, tied], spec(2), [0, 2, 3]).peak_bytes == (107, 100)
+    tied, other = layer(1, 2, parameters=100, tied="words"), layer(3, 5, parameters=7)
+    assert evaluate([tied, other, tied], rooms(1), [0, 3]).peak_bytes == (107,)
+    assert evaluate([tied, other, tied], rooms(2), [0, 2, 3]).peak_bytes == (107, 100)
 
 
 def test_recomputation_costs_a_forward_and_keeps_the_first_input_of_a_chunk():
     """Chunks count from the start of a stage; the one without parameters is not recomputed."""
-    small = layer(2, 3, input_bytes=1, saved_bytes=10, workspace_bytes=40, output_bytes=5, state_bytes=1000)
-    large = layer(5, 7, input_bytes=2, saved_bytes=20, workspace_bytes=50, output_bytes=4, state_bytes=100)
+    small = layer(2, 3, input_bytes=1, saved_bytes=10, workspace_bytes=40, output_bytes=5, parameters=1000)
+    large = layer(5, 7, input_bytes=2, saved_bytes=20, workspace_bytes=50, output_bytes=4, parameters=100)
     bare = layer(11, 13, input_bytes=3, saved_bytes=30, workspace_bytes=60, output_bytes=6)
-    cut = evaluate([small, large, bare, bare, small], spec(2), [0, 4, 5], recompute_every=2)
-    assert cut.seconds == (5 + 12 + 2 * 24 + 7, 5 + 2)
+    partition = evaluate([small, large, bare, bare, small], rooms(2), [0, 4, 5], recompute_every=2)
+    assert partition.seconds == (5 + 12 + 2 * 24 + 7, 5 + 2)
     kept = 1 + (33 + 33) + 1 + 6  # a first input, the bare chunk, what came and what went
-    assert cut.peak_bytes == (1100 + 2 * kept + (10 + 22 + 50), 1000 + (1 + 1 + 5) + (10 + 40))
+    assert partition.peak_bytes == (1100 + 2 * kept + (10 + 22 + 50), 1000 + (1 + 1 + 5) + (10 + 40))
 
 
 def test_what_does_not_fit_is_said_with_the_stage_and_its_need():
-    heavy = layer(2, 3, input_bytes=2**20, saved_bytes=3 * 2**20, output_bytes=2**20, state_bytes=8 * 2**20)
+    heavy = layer(2, 3, input_bytes=2**20, saved_bytes=3 * 2**20, output_bytes=2**20, parameters=8 * 2**20)
     with pytest.raises(ConfigError) as caught:
-        balance([heavy] * 5, spec(2), memory_limit=34 * 2**20)
+        balance([heavy] * 5, rooms(2, 34 * 2**20))
     assert str(caught.value) == (
-        "memory_limit: no cut keeps to it; in the nearest, [0, 2, 5], stage 0 needs 36.0 MiB of 34.0 MiB, "
+        "memory_limit: no partition keeps to it; in the nearest, [0, 2, 5], stage 0 needs 36.0 MiB of 34.0 MiB, "
         "stage 1 needs 38.0 MiB of 34.0 MiB; "
         "use more stages, smaller micro-batches, recomputation or less extra_in_flight"
     )
@@ -160,41 +170,41 @@ def test_what_does_not_fit_is_said_with_the_stage_and_its_need():
 
 @pytest.mark.parametrize("limit", [0, -5, [10, 10, 10], [10], [10, 0], math.nan])
 def test_a_malformed_limit_is_refused(limit):
-    with pytest.raises(ConfigError, match="must be bytes above 0, or 2 of them, one a stage"):
-        balance([layer(1, 2)] * 3, spec(2), memory_limit=limit)
+    with pytest.raises(ConfigError, match="must be bytes above 0, or 2 of them, one for each stage"):
+        balance([layer(1, 2)] * 3, rooms(2, limit))
 
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ConfigError, match="2 layers for 3 stages: every stage needs at least one; use fewer stages"):
-        balance([layer(1, 2)] * 2, spec(3))
+        balance([layer(1, 2)] * 2, rooms(3))
 
 
 @pytest.mark.parametrize(
     "bounds", [[0, 2, 5], [0, 2, 2, 5], [0, 3, 2, 5], [1, 2, 3, 5], [0, 2, 3, 4], [0, 1, 2, 3, 5], []]
 )
-def test_bounds_that_are_no_cut_are_refused(bounds):
+def test_bounds_that_are_no_partition_are_refused(bounds):
     check_bounds([0, 2, 3, 5], 5, 3)
     with pytest.raises(ConfigError, match=r"5 layers in 3 stages need 4 bounds that rise from 0 to 5"):
         check_bounds(bounds, 5, 3)
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["forward", "backward", "saved_bytes", "state_bytes"])
+@pytest.mark.parametrize("name", ["forward", "backward", "saved_bytes", "parameters"])
 def test_a_cost_must_be_finite_and_not_negative(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value}: a layer's cost must be finite and at least 0"):
-        LayerCost(**{"forward": 1.0, "backward": 2.0, name: value})
+        Layer(**{"forward": 1.0, "backward": 2.0, name: value})
 
 
 @pytest.mark.parametrize("every", [-1, 1.5, "2"])
 def test_a_malformed_recomputation_is_refused(every):
     with pytest.raises(ConfigError, match=r"recompute_every=.*must be a whole number of layers, 0 for none"):
-        balance([layer(1, 2)] * 2, spec(2), recompute_every=every)
+        balance([layer(1, 2)] * 2, rooms(2), recompute_every=every)
 
 
-def test_a_cut_prints_what_a_person_wants_to_know():
-    layers = [layer(0.002, 0.003, state_bytes=2**20), layer(0.007, 0.011), layer(0.001, 0.002, saved_bytes=2**19)]
-    assert str(evaluate(layers, spec(2), [0, 1, 3])) == (
-        "cut [0, 1, 3], the slowest stage at 0.619 of the ideal speed\n"
+def test_a_partition_prints_what_a_person_wants_to_know():
+    layers = [layer(0.002, 0.003, parameters=2**20), layer(0.007, 0.011), layer(0.001, 0.002, saved_bytes=2**19)]
+    assert str(evaluate(layers, rooms(2), [0, 1, 3])) == (
+        "partition [0, 1, 3], the slowest stage at 0.619 of the ideal speed\n"
         "  stage 0: layers 0 to 0, 5 ms a micro-batch, 1.0 MiB\n"
         "  stage 1: layers 1 to 2, 21 ms a micro-batch, 0.5 MiB"
     )

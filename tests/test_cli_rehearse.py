@@ -12,16 +12,9 @@ from paci_schedule.rehearse.comparison import batches_of, variants
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings
 from paci_schedule.rehearse.variant import Variant
+from tests.rehearsals import one_thread  # noqa: F401
 
 SIZES = "--stages 3 --accumulation 2 --layers 4 --width 12 --context 8 --micro-batch 2 --updates 6"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -151,7 +144,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
         ("--context 999", "has 1280 tokens"),
         ("--updates 0", "updates=0"),
         ("--lr 0", "lr=0"),
-        ("--warm-up -1", "warm_up=-1"),
+        ("--warm-up -1", "--warm-up=-1"),
         ("--dtype fp8", "dtype='fp8'"),
         ("--vocabulary 100", "vocabulary=100: must be at least 257 (256 bytes and one pair)"),
         ("--device abacus", "device='abacus'"),

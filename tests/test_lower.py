@@ -5,11 +5,11 @@ import itertools
 import pytest
 
 from paci_schedule import PipelineSpec
-from paci_schedule.check.validate import check_segments
-from paci_schedule.core.lower import lower
 from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules import one_f_one_b
-from tests.grids import calls, leading_calls, program_grid, random_script
+from tests import golden
+from tests.grids import calls, leading_calls, program_grid, programs, random_script
+from tests.streams import check_segments
 
 # Two calls and the drain.  The gradient of a stage's last round goes at the start of the next segment: SG1 of stage 1
 # of two, made in call 0, is sent in call 1, whose first gap at stage 0 posts its receive.
@@ -149,6 +149,12 @@ def test_sums_of_tied_weights_are_golden_in_leading_calls():
     assert program_grid(segments, ties=[(0, 1)]) == TIED_LEADING
 
 
+def test_programs_are_those_of_the_golden_file():
+    kept = golden.FILE.read_text().splitlines()
+    for number, (found, line) in enumerate(itertools.zip_longest(golden.lines(), kept), start=1):
+        assert found == line, f"line {number} of {golden.FILE.name}"
+
+
 def indices(ops, kind):
     return [op.index for op in ops if op.kind is kind]
 
@@ -159,11 +165,10 @@ def assert_quiet_between(segments, ties=(), early=False):
     All are taken by the time that the pipe is empty; gradients within the segment, but for slack.
     """
     held = [[] for _ in range(segments[0].spec.stages)]
-    for segment in segments:
-        programs = [
-            list(lower(segment, stage, ties=ties, early_receives=early)) for stage in range(segment.spec.stages)
-        ]
-        for stage, program in enumerate(programs):
+    stages = range(segments[0].spec.stages)
+    made = [programs(segments, stage, ties=ties, early_receives=early) for stage in stages]
+    for segment, *of_stages in zip(segments, *made, strict=True):
+        for stage, program in enumerate(of_stages):
             assert indices(program, OpKind.EXPECT_ACTIVATION) == indices(program, OpKind.RECV_ACTIVATION)
             held[stage] += indices(program, OpKind.EXPECT_GRADIENT)
             taken = indices(program, OpKind.RECV_GRADIENT)
@@ -171,16 +176,18 @@ def assert_quiet_between(segments, ties=(), early=False):
             del held[stage][: len(taken)]
             if stage < segment.spec.stages - 1:
                 assert len(held[stage]) <= segment.spec.gradients_on_wire(stage + 1) - 1
-        for upper, lower_one in itertools.pairwise(programs):
+        for upper, lower_one in itertools.pairwise(of_stages):
             assert indices(upper, OpKind.SEND_ACTIVATION) == indices(lower_one, OpKind.EXPECT_ACTIVATION)
             assert indices(lower_one, OpKind.SEND_GRADIENT) == indices(upper, OpKind.EXPECT_GRADIENT)
         for number, holders in enumerate(ties):
-            sums = [[op for op in programs[stage] if op.kind is OpKind.SUM and op.chunk == number] for stage in holders]
+            sums = [
+                [op for op in of_stages[stage] if op.kind is OpKind.SUM and op.chunk == number] for stage in holders
+            ]
             assert all(posted == sums[0] for posted in sums)
-        assert not indices(programs[0], OpKind.RECV_ACTIVATION)
-        assert not indices(programs[0], OpKind.SEND_GRADIENT)
-        assert not indices(programs[-1], OpKind.SEND_ACTIVATION)
-        assert not indices(programs[-1], OpKind.RECV_GRADIENT)
+        assert not indices(of_stages[0], OpKind.RECV_ACTIVATION)
+        assert not indices(of_stages[0], OpKind.SEND_GRADIENT)
+        assert not indices(of_stages[-1], OpKind.SEND_ACTIVATION)
+        assert not indices(of_stages[-1], OpKind.RECV_GRADIENT)
     if segments[-1].admitted <= segments[-1].stop:
         assert not any(held)
 
@@ -190,8 +197,7 @@ def assert_complete(segments):
     spec = segments[0].spec
     for stage in range(spec.stages):
         taken_early = []
-        for segment in segments:
-            program = list(lower(segment, stage))
+        for segment, program in zip(segments, programs(segments, stage), strict=True):
             for at, op in enumerate(program):
                 before = program[at - 1].kind if at else None
                 if op.kind is OpKind.FORWARD and stage:
@@ -248,7 +254,7 @@ def test_every_update_s_sum_is_posted_once_after_it_and_before_the_step_that_app
         for number, holders in enumerate(ties):
             delay = -(-(spec.look_ahead(holders[0]) - spec.look_ahead(holders[-1])) // accumulation)
             for stage in holders:
-                ops = [op for segment in segments for op in lower(segment, stage, ties=ties)]
+                ops = list(itertools.chain(*programs(segments, stage, ties=ties)))
                 posted = [at for at, op in enumerate(ops) if op.kind is OpKind.SUM and op.chunk == number]
                 steps = [at for at, op in enumerate(ops) if op.kind is OpKind.STEP]
                 assert [ops[at].index for at in posted] == list(range(count))
@@ -263,9 +269,8 @@ def test_receives_are_posted_as_early_as_stated(stages, early):
     """One F or B stands between the posting of a receive and the wait for it, none for the first op of a call; none
     at all for gradients unless they are early, too."""
     spec = PipelineSpec(stages=stages, accumulation=3)
-    for segment in calls(spec, "ttt"):
-        for stage in range(stages):
-            program = list(lower(segment, stage, early_receives=early))
+    for stage in range(stages):
+        for program in programs(calls(spec, "ttt"), stage, early_receives=early):
             done, posted = 0, {}
             for op in program:
                 if op.kind in (OpKind.FORWARD, OpKind.BACKWARD):
@@ -282,8 +287,7 @@ def test_the_receive_of_a_gradient_is_posted_where_it_is_sent(slack):
     """In the round after the one whose B makes it, in the same gap: right after the activation of that round."""
     spec = PipelineSpec(stages=3, accumulation=4, extra_in_flight=(slack, slack))
     for stage in range(2):
-        for segment in calls(spec, "tttt")[:-1]:
-            program = list(lower(segment, stage))
+        for program in programs(calls(spec, "tttt")[:-1], stage):
             for op, following in itertools.pairwise(program):
                 if op.kind is OpKind.SEND_ACTIVATION and following.kind is OpKind.EXPECT_GRADIENT:
                     assert op.index - following.index == spec.look_ahead(stage + 1) + 1

@@ -7,15 +7,22 @@ from dataclasses import replace
 import pytest
 
 from paci_schedule import ConfigError
-from paci_schedule.plan.search import Job, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
-from paci_schedule.plan.transformer import Layer, Model, built_in, from_config, from_layers, load_config
+from paci_schedule.plan.layers import Layer
+from paci_schedule.plan.search import Job, calibrated, search
+from paci_schedule.plan.settings import deepspeed_config, megatron_flags, pipeline_module
+from paci_schedule.plan.transformer import Model, built_in, from_config, from_layers, load_config
 
 GIB = 2**30
 
 
-def uniform(count, forward=0.04, backward=0.08, parameters=1e6, activation_bytes=1e6):
+def uniform(count, forward=0.04, backward=0.08, parameters=1e6, input_bytes=1e4, saved_bytes=1e6):
     layer = Layer(
-        forward=forward, backward=backward, parameters=parameters, activation_bytes=activation_bytes, input_bytes=1e4
+        forward=forward,
+        backward=backward,
+        parameters=parameters,
+        input_bytes=input_bytes,
+        saved_bytes=saved_bytes,
+        output_bytes=input_bytes,
     )
     return Model([layer] * count, 1024, measured=True)
 
@@ -35,7 +42,7 @@ def best(rows, name, **wanted):
 
 @pytest.mark.parametrize(("accumulation", "ratio"), [(8, 1.875), (16, 1.4375)])
 def test_ideal_ratios_of_eight_stages(accumulation, ratio):
-    rows = plan(job(global_batch=accumulation, stages=(8,), micro_batch_sizes=(1,)))
+    rows = search(job(global_batch=accumulation, stages=(8,), micro_batch_sizes=(1,)))
     paci = best(rows, "paci")
     assert (paci.accumulation, paci.drift) == (accumulation, 1)
     assert paci.speedup == pytest.approx(ratio, rel=1e-12)
@@ -46,16 +53,16 @@ def test_ideal_ratios_of_eight_stages(accumulation, ratio):
 def test_the_projected_table():
     """14.6 B, 16 stages, 64 micro-batches: from 1F1B's 1.49 samples/s per GPU to about 1.84; ZB-2p measured 1.83."""
     shape = {"devices": 16, "global_batch": 64, "stages": (16,), "micro_batch_sizes": (1,)}
-    even = plan(calibrated(job(model=uniform(16), **shape), 1.49))
+    even = search(calibrated(job(model=uniform(16), **shape), 1.49))
     assert best(even, "1f1b").samples_per_second_per_device == pytest.approx(1.49, rel=1e-6)
     assert best(even, "paci").samples_per_second_per_device == pytest.approx(1.49 * 79 / 64, rel=1e-6)
     model = from_config(load_config("gpt-14.6b"))
     assert model.parameters == pytest.approx(14.6e9, rel=0.03)
-    rows = plan(calibrated(job(model=model, **shape), 1.49))
+    rows = search(calibrated(job(model=model, **shape), 1.49))
     assert best(rows, "1f1b").samples_per_second_per_device == pytest.approx(1.49, rel=1e-6)
     assert best(rows, "paci").samples_per_second_per_device == pytest.approx(1.84, rel=0.015)
     assert best(rows, "zb-h2").samples_per_second_per_device == pytest.approx(1.83, rel=0.015)
-    assert best(rows, "zb-h1").samples_per_second_per_device == pytest.approx(1.67, rel=0.02)
+    assert best(rows, "zb-h1").samples_per_second_per_device == pytest.approx(1.67, rel=0.025)
     assert best(rows, "zb-h2").memory > 1.2 * best(rows, "1f1b").memory
 
 
@@ -63,9 +70,9 @@ def test_the_projected_table():
 
 
 def test_memory_of_a_row():
-    rows = plan(
+    rows = search(
         job(
-            model=uniform(4, parameters=1e6, activation_bytes=5e6),
+            model=uniform(4, parameters=1e6, saved_bytes=5e6),
             devices=4,
             global_batch=8,
             stages=(4,),
@@ -74,27 +81,28 @@ def test_memory_of_a_row():
         )
     )
     plain = 1e6 * (2 + 4 + 12)
-    assert best(rows, "1f1b").memory == plain + 4 * 5e6
-    assert best(rows, "paci").memory == plain + 4 * 5e6
-    assert best(rows, "gpipe").memory == plain + 8 * 5e6
-    assert best(rows, "zb-h2").memory == plain + 7 * 5e6
-    assert best(rows, "pipedream-2bw").memory == plain + 2e6 + 4 * 5e6
-    assert best(rows, "pipedream").memory == plain + 3 * 2e6 + 4 * 5e6
+    live = 5e6 + 3 * 1e4  # what the layer saves, its input, what came and what went
+    assert best(rows, "1f1b").memory == plain + 4 * live
+    assert best(rows, "paci").memory == plain + 4 * live
+    assert best(rows, "gpipe").memory == plain + 8 * live
+    assert best(rows, "zb-h2").memory == plain + 7 * live
+    assert best(rows, "pipedream-2bw").memory == plain + 2e6 + 4 * live
+    assert best(rows, "pipedream").memory == plain + 3 * 2e6 + 4 * live
 
 
 def test_zero_divides_the_optimizer_over_the_replicas_and_recompute_keeps_inputs():
     shape = {"devices": 8, "stages": (2,), "micro_batch_sizes": (2,), "schedules": ("1f1b",), "global_batch": 32}
-    with_zero, without = (plan(job(zero=zero, **shape))[0].memory for zero in (1, 0))
+    with_zero, without = (search(job(zero=zero, **shape))[0].memory for zero in (1, 0))
     assert without - with_zero == 4e6 * 12 * 3 / 4
-    recomputed = plan(job(recompute=(True,), **shape))[0]
-    assert recomputed.memory == 4e6 * (6 + 3) + (2 * 4 * 1e4 + 1e6) * 2
-    assert recomputed.tokens_per_second == pytest.approx(plan(job(**shape))[0].tokens_per_second * 3 / 4)
+    recomputed = search(job(recompute=(True,), **shape))[0]
+    assert recomputed.memory == 4e6 * (6 + 3) + (2 * (4 + 2) * 1e4 + 1e6) * 2
+    assert recomputed.tokens_per_second == pytest.approx(search(job(**shape))[0].tokens_per_second * 3 / 4)
 
 
 def test_the_slowest_stage_is_as_fast_as_it_can_be():
     light, heavy = uniform(1).layers[0], uniform(1, forward=0.08, backward=0.16).layers[0]
     model = Model([light] * 5 + [heavy], 1024, measured=True)
-    row = plan(
+    row = search(
         job(
             model=model,
             devices=3,
@@ -109,9 +117,22 @@ def test_the_slowest_stage_is_as_fast_as_it_can_be():
     assert row.tokens_per_second == pytest.approx(1024 / (3 * 0.12))
 
 
+def test_where_the_even_partition_does_not_fit_an_uneven_one_is_found():
+    """The first of two stages keeps two micro-batches of every layer: with memory for seven it gets three layers."""
+    shape = {"devices": 2, "stages": (2,), "micro_batch_sizes": (1,), "schedules": ("1f1b",), "global_batch": 4}
+    model = uniform(8, parameters=0.0, input_bytes=0.0, saved_bytes=1e6)
+    (even,) = search(job(model=model, **shape))
+    (uneven,) = search(job(model=model, memory=7e6, **shape))
+    (refused,) = search(job(model=model, memory=5e6, **shape))
+    assert (even.layers, even.memory) == ([4, 4], 8e6)
+    assert (uneven.layers, uneven.memory) == ([3, 5], 6e6)
+    assert uneven.tokens_per_second < even.tokens_per_second
+    assert refused.refused.startswith("needs 0.0 GiB of")
+
+
 def test_replicas_pay_for_their_gradients():
     fast, slow = (
-        plan(
+        search(
             job(
                 devices=4,
                 stages=(2,),
@@ -129,7 +150,7 @@ def test_replicas_pay_for_their_gradients():
 
 
 def test_rows_are_ranked_and_refusals_say_why():
-    rows = plan(job(memory=0.09 * GIB, global_batch=32, max_drift=1))
+    rows = search(job(memory=0.08 * GIB, global_batch=32, max_drift=1))
     runs = [row for row in rows if not row.refused]
     speeds = [row.tokens_per_second for row in runs]
     assert all(faster >= slower * (1 - 1e-8) for faster, slower in itertools.pairwise(speeds))
@@ -143,13 +164,13 @@ def test_rows_are_ranked_and_refusals_say_why():
 
 
 def test_a_split_backward_cannot_recompute():
-    rows = plan(job(recompute=(True,), stages=(8,), schedules=("zb-h1",)))
+    rows = search(job(recompute=(True,), stages=(8,), schedules=("zb-h1",)))
     assert all("W needs" in row.refused for row in rows)
 
 
 def test_settings_of_a_row():
     wanted = job(stages=(8,), micro_batch_sizes=(1,), schedules=("paci",), recompute=(True,))
-    row = plan(wanted)[0]
+    row = search(wanted)[0]
     assert deepspeed_config(wanted, row) == {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 1,
@@ -174,8 +195,8 @@ def predicted(prediction, accumulation=8, **changes):
     """The row of PACI on four stages of 1e9 parameters each, with so many micro-batches an update."""
     shape = {"devices": 4, "stages": (4,), "micro_batch_sizes": (1,), "schedules": ("paci",), "max_drift": 3} | changes
     replicas = shape["devices"] // 4
-    model = uniform(4, forward=1.0, backward=2.0, parameters=1e9, activation_bytes=0.0)
-    (row,) = plan(job(model=model, global_batch=accumulation * replicas, prediction=prediction, **shape))
+    model = uniform(4, forward=1.0, backward=2.0, parameters=1e9, input_bytes=0.0, saved_bytes=0.0)
+    (row,) = search(job(model=model, global_batch=accumulation * replicas, prediction=prediction, **shape))
     return row
 
 
@@ -213,7 +234,7 @@ def test_replicas_gather_what_they_predict_and_the_real_weights_again(prediction
 
 
 def test_other_schedules_predict_nothing():
-    rows = plan(job(prediction="every", stages=(8,), micro_batch_sizes=(1,)))
+    rows = search(job(prediction="every", stages=(8,), micro_batch_sizes=(1,)))
     assert {row.schedule: row.predictions for row in rows if row.predictions} == {"paci": 7}
     assert all("paci" not in deepspeed_config(job(prediction="every"), row) for row in rows if row.schedule != "paci")
 
@@ -328,10 +349,10 @@ def test_configs_without_sense_are_refused(changes, message):
 
 
 def test_many_devices_are_searched_by_their_divisors():
-    rows = plan(job(devices=10**9 + 7, global_batch=8, schedules=("paci",)))
+    rows = search(job(devices=10**9 + 7, global_batch=8, schedules=("paci",)))
     assert {row.stages for row in rows} == {10**9 + 7}
     assert all("stages with 1 chunks, and 8 layers" in row.refused for row in rows)
-    rows = plan(job(devices=36, global_batch=36, schedules=("1f1b",)))
+    rows = search(job(devices=36, global_batch=36, schedules=("1f1b",)))
     assert sorted({row.stages for row in rows}) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert [row.micro_batch_size for row in rows if row.stages == 6] == [1, 2]
 
@@ -340,5 +361,5 @@ def test_calibration_needs_one_run():
     config = from_config(load_config("gpt2"))
     with pytest.raises(ConfigError, match=r"measured: \d+ pipelines match"):
         calibrated(job(model=config), 1.0)
-    with pytest.raises(ConfigError, match="not to be reached"):
+    with pytest.raises(ConfigError, match="cannot be reached"):
         calibrated(job(model=config, stages=(8,), micro_batch_sizes=(1,), latency=10.0), 100.0)

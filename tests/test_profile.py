@@ -62,12 +62,12 @@ def test_seconds_are_the_least_without_the_first_runs(clock):
 def test_bytes_that_a_layer_saves_besides_input_and_output():
     """Batch 5, widths 3 -> 7, fp32: a linear saves its input, a tanh its output, a product both factors."""
     layers = [nn.Linear(3, 7), nn.Tanh(), lambda values: values * (values + 1), nn.Flatten(0)]
-    linear, tanh, product, flat = profile_layers(layers, torch.ones(5, 3), CPU, bytes_per_parameter=12)
+    linear, tanh, product, flat = profile_layers(layers, torch.ones(5, 3), CPU)
     assert (linear.input_bytes, linear.saved_bytes, linear.output_bytes) == (60, 0, 140)
-    assert linear.state_bytes == 12 * (21 + 7)
-    assert (tanh.input_bytes, tanh.saved_bytes, tanh.output_bytes, tanh.state_bytes) == (140, 0, 140, 0)
+    assert linear.parameters == 21 + 7
+    assert (tanh.input_bytes, tanh.saved_bytes, tanh.output_bytes, tanh.parameters) == (140, 0, 140, 0)
     assert (product.input_bytes, product.saved_bytes, product.output_bytes) == (140, 140, 140)
-    assert (flat.saved_bytes, flat.state_bytes) == (0, 0)
+    assert (flat.saved_bytes, flat.frozen_bytes) == (0, 0)
 
 
 def test_workspace_is_what_a_run_takes_beyond_what_it_keeps():
@@ -96,8 +96,8 @@ def test_storages_count_once_and_whole_however_they_are_viewed():
 def test_frozen_parameters_and_buffers_have_their_own_size_and_no_states():
     layer = nn.BatchNorm1d(3)  # weight, bias; mean and variance fp32, a counter int64
     layer.bias.requires_grad_(False)
-    (cost,) = profile_layers([layer], torch.randn(5, 3), CPU, bytes_per_parameter=18.0)
-    assert cost.state_bytes == 18 * 3 + 4 * 3 + (12 + 12 + 8)
+    (cost,) = profile_layers([layer], torch.randn(5, 3), CPU)
+    assert (cost.parameters, cost.frozen_bytes) == (3, 4 * 3 + (12 + 12 + 8))
 
 
 def test_a_layer_that_recomputes_itself_is_measured_as_it_is(clock):
@@ -151,7 +151,7 @@ def test_dtype():
     layers = [nn.Embedding(9, 4), nn.Linear(4, 4)]
     costs = profile_layers(layers, torch.tensor([1, 2, 3]), CPU, dtype=torch.bfloat16)
     assert [cost.output_bytes for cost in costs] == [24, 24]
-    assert costs[1].state_bytes == 16 * 20
+    assert costs[1].parameters == 20
 
 
 def test_one_layer_at_a_time_and_the_random_state_stays():

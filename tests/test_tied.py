@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime.deferred.tied import TiedGradient
 
 
@@ -27,6 +28,11 @@ def started():
         yield seen
 
 
+def tied_gradient(delay):
+    """Of a weight that the first and the last stage share, whose sums are applied so many updates later."""
+    return TiedGradient(None, [0, delay], PipelineSpec(stages=delay + 1, accumulation=1), timedelta(1))
+
+
 def hand_in(tied, value):
     """Returns what the update applies."""
     gradient = torch.tensor([float(value)])
@@ -35,7 +41,7 @@ def hand_in(tied, value):
 
 
 def test_a_part_is_held_until_its_sum_is_posted(started):
-    tied = TiedGradient(None, 2, timedelta(1))
+    tied = tied_gradient(2)
     assert [hand_in(tied, 1), hand_in(tied, 2), started] == [0, 0, []]
     tied.post()
     assert started == [1]
@@ -47,7 +53,7 @@ def test_a_part_is_held_until_its_sum_is_posted(started):
 
 def test_a_sum_posted_before_its_part_starts_with_it(started):
     """The last call before an empty pipe posts the sum of the update that follows it."""
-    tied = TiedGradient(None, 1, timedelta(1))
+    tied = tied_gradient(1)
     tied.post()
     assert hand_in(tied, 1) == 0
     assert started == [1]
@@ -57,7 +63,7 @@ def test_a_sum_posted_before_its_part_starts_with_it(started):
 
 
 def test_asking_for_the_pending_sums_posts_what_is_held_and_only_once(started):
-    tied = TiedGradient(None, 1, timedelta(1))
+    tied = tied_gradient(1)
     hand_in(tied, 1)
     assert [total.item() for total in tied.pending()] == [2]
     tied.post()  # where the program has it
@@ -68,7 +74,7 @@ def test_asking_for_the_pending_sums_posts_what_is_held_and_only_once(started):
 
 def test_a_weight_of_one_stage_has_its_sum_already_and_nothing_is_started(started):
     with mock.patch.object(dist, "get_process_group_ranks", return_value=[4]):
-        tied = TiedGradient(None, 0, timedelta(1))
+        tied = tied_gradient(0)
     assert (hand_in(tied, 3), started) == (3, [])
     gradient = torch.tensor([5.0])
     tied.exchange_now(gradient)

@@ -103,16 +103,19 @@ def test_a_ring_buffers_content_is_simulated_where_it_is_whole(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: [], "line 1 is not of a trace"),
+        (lambda lines: [], "line 1 does not belong to a trace"),
         (lambda lines: ["{}", *lines[1:]], "line 1 .*KeyError"),
-        (lambda lines: [*lines[:2], "{oops", *lines[3:]], "line 3 is not of a trace"),
+        (lambda lines: [*lines[:2], "{oops", *lines[3:]], "line 3 does not belong to a trace"),
         (lambda lines: [*lines[:2], '{"op": "Z3", "start": 1, "end": 2}'], "line 3 .*'Z3' is not an op"),
         (lambda lines: [lines[0].replace('"stage": 0', '"stage": 3'), *lines[1:]], "line 1 .*stages 0 to 2"),
         (lambda lines: [lines[0].replace('"stages": 3', '"stages": Infinity'), *lines[1:]], "line 1 .*stages=inf"),
-        (lambda lines: [*lines[:2], '{"op": "F3", "start": 2, "end": 1}'], "line 3 .*from 2.0 to 1.0 is no time"),
+        (
+            lambda lines: [*lines[:2], '{"op": "F3", "start": 2, "end": 1}'],
+            "line 3 .*from 2.0 to 1.0 is not a span of time",
+        ),
         (lambda lines: [*lines[:2], '{"op": "F3", "start": NaN, "end": 1}'], "line 3 .*from nan"),
         (lambda lines: [lines[0].replace("1000.0", "Infinity"), *lines[1:]], "line 1 .*the clocks are inf apart"),
-        (lambda lines: lines[:1], "holds no forward"),
+        (lambda lines: lines[:1], "contains no forward"),
     ],
 )
 def test_broken_files_are_refused_with_their_line(tmp_path, change, message):
@@ -127,7 +130,7 @@ def test_an_order_that_cannot_run_is_refused(tmp_path):
     lines = paths[1].read_text().splitlines()
     early = next(line for line in lines if '"B4"' in line)
     paths[1].write_text("\n".join([lines[0], early, *lines[1:]]))
-    with pytest.raises(ConfigError, match="cannot run in the order"):
+    with pytest.raises(ConfigError, match="cannot run in their order"):
         trace.simulated(trace.merge([trace.read(path) for path in paths]))
 
 

@@ -11,7 +11,7 @@ from paci_schedule.simulate.transfers import simulate_transfers
 
 def period(spec, costs, early):
     """Time per micro-batch of the first stage, of the last of many batches."""
-    timeline = simulate_transfers(spec, costs, 40, early_receives=early)
+    timeline = simulate_transfers(Paci(), spec, costs, 40, early_receives=early)
     ends = [timeline.rows[0][done - 1].end for done in timeline.calls[0]]
     return (ends[38] - ends[18]) / (20 * spec.accumulation)
 
@@ -37,7 +37,7 @@ def test_where_messages_take_no_time_the_order_of_postings_is_of_no_effect(stage
     spec = PipelineSpec(stages=stages, accumulation=3)
     costs = Costs(forward=[2, 5, 3, 2, 7][:stages], backward=[3, 4, 9, 5, 3][:stages], jitter=0.1)
     expected = simulate(Paci(leading), spec, costs, 6)
-    found = simulate_transfers(spec, costs, 6, leading=leading, early_receives=early)
+    found = simulate_transfers(Paci(leading), spec, costs, 6, early_receives=early)
     assert found.calls == expected.calls
     assert found.rows == expected.rows
 
@@ -48,11 +48,11 @@ def test_posting_early_is_never_slower(slack, leading):
     spec = PipelineSpec(stages=4, accumulation=2, extra_in_flight=slack)
     costs = Costs(forward=[2, 5, 3, 2], backward=[3, 4, 9, 5], latency=[1, 4, 2], message_bytes=1, bandwidth=2)
     early, late = (
-        simulate_transfers(spec, costs, 6, leading=leading, early_receives=order).makespan for order in (True, False)
+        simulate_transfers(Paci(leading), spec, costs, 6, early_receives=order).makespan for order in (True, False)
     )
     assert simulate(Paci(leading), spec, costs, 6).makespan <= early <= late
 
 
 def test_a_synchronised_run_is_refused():
     with pytest.raises(ConfigError, match="sync=1"):
-        simulate_transfers(PipelineSpec(stages=2, accumulation=2), Costs(forward=1, backward=1, sync=1))
+        simulate_transfers(Paci(), PipelineSpec(stages=2, accumulation=2), Costs(forward=1, backward=1, sync=1))

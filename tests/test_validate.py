@@ -7,12 +7,13 @@ import re
 import pytest
 
 from paci_schedule import PipelineSpec, ScheduleError
-from paci_schedule.check.rendezvous import ALWAYS, Synchronising
-from paci_schedule.check.validate import check_messages, check_rendezvous, check_segments, check_stream
-from paci_schedule.core.lower import lower
+from paci_schedule.check.rendezvous import ALWAYS, NEVER, Synchronising, check_rendezvous
+from paci_schedule.check.validate import check_messages
 from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules import one_f_one_b, paci
-from tests.grids import calls, leading_calls, parsed, random_script, text
+from paci_schedule.core.schedules.registry import SCHEDULES, schedule
+from tests.grids import calls, leading_calls, parsed, programs, random_script, text
+from tests.streams import check_segments, check_stream
 
 # ---- valid ----------------------------------------------------------------------------------------------------------
 
@@ -167,16 +168,16 @@ def test_a_blocking_gradient_send_before_the_receive_is_posted_deadlocks():
 def test_receives_posted_late_deadlock_at_any_size(stages, accumulation):
     """Every EA and EG moved behind, to right before its wait."""
     spec = PipelineSpec(stages=stages, accumulation=accumulation)
-    programs = []
+    late = []
     for stage in range(stages):
-        words = text(op for segment in calls(spec, "tt") for op in lower(segment, stage)).split()
-        programs.append(parsed(" ".join(re.sub("^R", f"E{word[1:]} R", word) for word in words if word[0] != "E")))
+        words = text(itertools.chain(*programs(calls(spec, "tt"), stage))).split()
+        late.append(parsed(" ".join(re.sub("^R", f"E{word[1:]} R", word) for word in words if word[0] != "E")))
     with pytest.raises(ScheduleError, match="deadlock"):
-        check_rendezvous(programs, [spec.gradients_on_wire(stage) for stage in range(stages)])
+        check_rendezvous(late, [spec.gradients_on_wire(stage) for stage in range(stages)])
 
 
 def programs_of(spec, script):
-    return [[op for segment in calls(spec, script) for op in lower(segment, stage)] for stage in range(spec.stages)]
+    return [list(itertools.chain(*programs(calls(spec, script), stage))) for stage in range(spec.stages)]
 
 
 LINKED = [PipelineSpec(stages=3, accumulation=2), PipelineSpec(stages=3, accumulation=2, extra_in_flight=3)]
@@ -281,7 +282,7 @@ def test_stages_that_wait_for_their_device_do_not_deadlock(stages, accumulation,
     for extra in slacks_of(stages, accumulation):
         spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
         for segments, ties in itertools.product(runs(spec, stages), ties_of(stages)):
-            check_messages(spec, segments, ties=ties, synchronising=WAITS[waits])
+            check_messages(paci.Paci(), spec, segments, ties=ties, synchronising=WAITS[waits])
 
 
 @pytest.mark.parametrize("waits", ["compute", "between calls", "launch blocking"])
@@ -293,14 +294,28 @@ def test_one_stage_that_waits_for_its_device_does_not_deadlock(stages, waits):
             one = Synchronising(
                 kinds=WAITS[waits].kinds, between_calls=WAITS[waits].between_calls, stages=frozenset({stage})
             )
-            check_messages(spec, segments, ties=ties, synchronising=one)
+            check_messages(paci.Paci(), spec, segments, ties=ties, synchronising=one)
+
+
+RUNNABLE = [name for name in SCHEDULES if not schedule(name).cannot_run]
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("stages", range(1, 10))
+def test_the_messages_of_every_schedule_that_engines_run_never_wait_in_a_circle(name, stages):
+    """Even where every launch blocks, and with posted receives of gradients where no op waits for its device."""
+    for accumulation in (1, 2, 3, stages, 2 * stages + 1):
+        spec = PipelineSpec(stages=stages, accumulation=accumulation)
+        made = list(schedule(name).run(spec, 3))
+        check_messages(schedule(name), spec, made)
+        check_messages(schedule(name), spec, made, early_receives=True, synchronising=NEVER)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 16])
 def test_many_stages_that_wait_for_their_device_do_not_deadlock(accumulation):
     spec = PipelineSpec(stages=32, accumulation=accumulation)
     segments = next(runs(spec, 3))
-    check_messages(spec, segments, ties=((0, 31), (5, 16, 31)), synchronising=ALWAYS)
+    check_messages(paci.Paci(), spec, segments, ties=((0, 31), (5, 16, 31)), synchronising=ALWAYS)
 
 
 @pytest.mark.slow
@@ -311,7 +326,7 @@ def test_the_full_product_does_not_deadlock(stages):
         for extra in slacks_of(stages, accumulation):
             spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
             for segments, ties in itertools.product(runs(spec, stages + accumulation), ties_of(stages)):
-                check_messages(spec, segments, ties=ties, synchronising=ALWAYS)
+                check_messages(paci.Paci(), spec, segments, ties=ties, synchronising=ALWAYS)
 
 
 @pytest.mark.parametrize("waits", ["compute", "launch blocking"])
@@ -320,9 +335,9 @@ def test_gradients_received_early_deadlock_where_ops_wait_for_the_device(stages,
     """F(i) waits for the gradient that the next stage makes only behind its wait for the activation of i."""
     spec = PipelineSpec(stages=stages, accumulation=accumulation)
     segments = next(runs(spec, 1))
-    check_messages(spec, segments, early_receives=True)
+    check_messages(paci.Paci(), spec, segments, early_receives=True, synchronising=NEVER)
     with pytest.raises(ScheduleError, match=r"(?s)^deadlock: .* or for its own device, at the marked op.*>\S+<"):
-        check_messages(spec, segments, early_receives=True, synchronising=WAITS[waits])
+        check_messages(paci.Paci(), spec, segments, early_receives=True, synchronising=WAITS[waits])
 
 
 @pytest.mark.parametrize(("stages", "accumulation"), [(2, 1), (2, 4), (4, 8), (8, 3)])
@@ -330,19 +345,20 @@ def test_a_sum_posted_with_the_last_stage_s_own_update_deadlocks_between_calls(s
     """It needs the first stage's update, which comes a call later; so even if the last stage alone waits."""
     spec = PipelineSpec(stages=stages, accumulation=accumulation)
     segments, ties, last = next(runs(spec, 1)), ((0, stages - 1),), stages - 1
-    programs, ends = [[] for _ in range(stages)], [[] for _ in range(stages)]
-    for segment, stage in itertools.product(segments, range(stages)):
-        for op in lower(segment, stage, ties=ties):
-            if stage < last or op.kind is not OpKind.SUM:
-                programs[stage].append(op)
-            if stage == last and op.kind is OpKind.STEP:
-                programs[stage].append(op._replace(kind=OpKind.SUM))
-        ends[stage].append(len(programs[stage]))
+    moved, ends = [[] for _ in range(stages)], [[] for _ in range(stages)]
+    for stage in range(stages):
+        for program in programs(segments, stage, ties=ties):
+            for op in program:
+                if stage < last or op.kind is not OpKind.SUM:
+                    moved[stage].append(op)
+                if stage == last and op.kind is OpKind.STEP:
+                    moved[stage].append(op._replace(kind=OpKind.SUM))
+            ends[stage].append(len(moved[stage]))
     wires = [spec.gradients_on_wire(stage) for stage in range(stages)]
-    check_rendezvous(programs, wires)
+    check_rendezvous(moved, wires)
     between = Synchronising(between_calls=True, stages=frozenset({last}))
     with pytest.raises(ScheduleError, match=r"^deadlock"):
-        check_rendezvous(programs, wires, between, ends)
+        check_rendezvous(moved, wires, between, ends)
 
 
 def test_a_sum_that_not_all_post_is_caught():

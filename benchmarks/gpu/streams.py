@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.gpu.place import Failed, Place
 from paci_schedule.core.ops import Op
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.rehearse import rehearse
 from paci_schedule.runtime.stage import StageRunner
@@ -96,7 +97,7 @@ def _run_in_threads(
             with _stream(device):
                 compute = _Compute(stages[stage], [pair for batch in batches for pair in batch], spec, stage)
                 links = _Links(stage, wires, device, random.Random(1000 * seed + stage))
-                runner = StageRunner(spec, stage, compute, links, Stopwatch(device))
+                runner = StageRunner(spec, stage, compute, links, Stopwatch(device), schedule=schedule("paci"))
                 for _ in batches:
                     runner.train_batch()
                 runner.drain()

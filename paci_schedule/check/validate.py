@@ -7,25 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paci_schedule.check.rendezvous import NEVER, Synchronising, check_rendezvous
+from paci_schedule.check.rendezvous import ALWAYS, Synchronising, check_rendezvous
 from paci_schedule.core import grid
-from paci_schedule.core.drift import DriftMeter, drift_bound, drift_of
-from paci_schedule.core.lower import lower
+from paci_schedule.core.drift import DriftMeter
+from paci_schedule.core.lower import Lowering
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.schedules.base import Schedule
-from paci_schedule.core.schedules.paci import Segment
+from paci_schedule.core.schedules.base import Call, Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ScheduleError
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.execute import check_size, execute
 
-__all__ = ["check_grid", "check_messages", "check_rendezvous", "check_schedule", "check_segments", "check_stream"]
+__all__ = ["check_grid", "check_messages", "check_schedule"]
 
 Program = Sequence[Op]
 
 
 def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> None:
-    """Check `batches` batches of any schedule, from an empty pipe to an empty pipe: see `check_grid`.
+    """Check `batches` batches of any schedule, from an empty pipe to an empty pipe.
+
+    The stages' rows are checked as `check_grid` says.  Where engines can run the schedule, its messages are checked,
+    too: they never wait in a circle, even if every op waits for its device.
 
     Raises:
         ConfigError: the schedule does not exist for `spec`, or has more ops than can be held.
@@ -33,6 +35,8 @@ def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> 
     """
     check_size(schedule, spec, batches)
     check_grid(schedule, spec, [list(schedule.stream(spec, stage, batches)) for stage in range(spec.stages)])
+    if not schedule.cannot_run:
+        check_messages(schedule, spec, list(schedule.run(spec, batches)))
 
 
 def check_grid(schedule: Schedule, spec: PipelineSpec, rows: Sequence[Program]) -> None:
@@ -95,96 +99,36 @@ def _check_row(schedule: Schedule, spec: PipelineSpec, stage: int, row: Program)
         raise fail(len(row) - 1, f"{finished} backwards but {meter.version} updates of {per_update * schedule.chunks}")
 
 
-def check_segments(spec: PipelineSpec, segments: Sequence[Segment]) -> None:
-    """Check segments that begin and end with an empty pipe: every stage's stream, and the links between them.
-
-    Raises:
-        ScheduleError: naming the first violation and showing the grid.
-    """
-    for stage in range(spec.stages):
-        ops: list[Op] = []
-        for segment in segments:
-            if segment.start == 0:
-                check_stream(spec, stage, ops)
-                ops = []
-            ops.extend(segment.ops(stage))
-        check_stream(spec, stage, ops)
-    check_messages(spec, segments)
-
-
 def check_messages(
+    schedule: Schedule,
     spec: PipelineSpec,
-    segments: Sequence[Segment],
+    calls: Sequence[Call],
     *,
     ties: Sequence[Sequence[int]] = (),
     early_receives: bool = False,
-    synchronising: Synchronising = NEVER,
+    synchronising: Synchronising = ALWAYS,
 ) -> None:
-    """Check that the programs to which the segments are lowered never wait for one another in a circle.
+    """Check that the stages' programs, with their messages, never wait for one another in a circle.
 
     Args:
+        schedule: what the calls belong to.
         spec: the pipeline.
-        segments: from an empty pipe to an empty pipe; each is a call of the training loop.
-        ties: as in `lower`.
-        early_receives: as in `lower`.
-        synchronising: what waits for its stage's whole device.
+        calls: those of a training loop, from an empty pipe to an empty pipe.
+        ties: as in `Lowering`.
+        early_receives: as in `Lowering`.
+        synchronising: what waits for its stage's whole device; everything, unless said.
 
     Raises:
         ScheduleError: see `check_rendezvous`.
     """
     programs, ends = [], []
     for stage in range(spec.stages):
+        lowering = Lowering(schedule, spec, stage, ties=ties, early_receives=early_receives)
         program: list[Op] = []
         ends.append([])
-        for segment in segments:
-            program.extend(lower(segment, stage, ties=ties, early_receives=early_receives))
+        for call in calls:
+            program.extend(lowering.program(call))
             ends[-1].append(len(program))
         programs.append(program)
-    check_rendezvous(programs, [spec.gradients_on_wire(stage) for stage in range(spec.stages)], synchronising, ends)
-
-
-def check_stream(spec: PipelineSpec, stage: int, ops: Program) -> None:
-    """Check one stage's compute ops, from an empty pipe to an empty pipe.
-
-    Every micro-batch has one F and then one B, in micro-batch order; every a-th B is followed by its STEP; drift equals
-    the closed form and, like the micro-batches in flight, stays within its bound.
-
-    Raises:
-        ScheduleError: naming the op, the rule and showing the stream.
-    """
-    meter, forwards, backwards = DriftMeter(), 0, 0
-
-    def fail(position: int, rule: str) -> ScheduleError:
-        return ScheduleError(f"stage {stage}: {rule}\n{grid.marked({stage: ops}, {stage: position})}")
-
-    for position, op in enumerate(ops):
-        due = backwards // spec.accumulation
-        if op.kind is OpKind.FORWARD:
-            if op.index != forwards:
-                raise fail(position, f"{op} where F{forwards} is next")
-            forwards += 1
-        elif op.kind is OpKind.BACKWARD:
-            if op.index != backwards or backwards >= forwards:
-                raise fail(position, f"{op} where B{backwards} is next and {forwards} forwards are done")
-            if meter.version != due:
-                rule = f"{op} before STEP{due - 1}: a step belongs after every {spec.accumulation}-th backward"
-                raise fail(position, rule)
-            backwards += 1
-        elif op.kind is OpKind.STEP:
-            if op.index != meter.version or (op.index + 1) * spec.accumulation != backwards:
-                raise fail(position, f"{op} after {backwards} backwards, with {spec.accumulation} to an update")
-        else:
-            raise fail(position, f"{op} is not a compute op of this schedule")
-        drift = meter.record(op)
-        if drift is not None and not drift == drift_of(spec, stage, op.index) <= drift_bound(spec, stage):
-            raise fail(
-                position,
-                f"drift {drift} at {op}, closed form {drift_of(spec, stage, op.index)}, "
-                f"bound {drift_bound(spec, stage)}",
-            )
-        if meter.in_flight > spec.in_flight(stage):
-            raise fail(position, f"{meter.in_flight} micro-batches in flight, at most {spec.in_flight(stage)} allowed")
-    if backwards != forwards:
-        raise fail(len(ops) - 1, f"{forwards} forwards but {backwards} backwards")
-    if meter.version != backwards // spec.accumulation:
-        raise fail(len(ops) - 1, f"STEP{meter.version} is missing after {backwards} backwards")
+    on_wire = [schedule.gradients_on_wire(spec, stage) for stage in range(spec.stages)]
+    check_rendezvous(programs, on_wire, synchronising, ends)

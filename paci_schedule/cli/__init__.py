@@ -1,11 +1,11 @@
-"""The `paci` command: see schedules, check, simulate and rehearse them, plan a job, read a recorded run, examine this
-machine.
+"""The `paci` command: it draws, checks, simulates and rehearses schedules, plans a job, and reads recorded runs.
 
-Bad input is one line on standard error that names the value, the rule and the remedy, and exit code 2.
+Bad input gives one line on standard error, which names the value, the rule and the remedy, and exit code 2.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -19,15 +19,35 @@ from paci_schedule.cli.rehearse import rehearse
 from paci_schedule.cli.show import show
 from paci_schedule.cli.simulate import simulate_
 from paci_schedule.cli.trace import trace_
-from paci_schedule.errors import PaciError
+from paci_schedule.errors import ConfigError, PaciError
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+_ALIASES = {"accumulation": "micro_batches", "micro_batches": "accumulation", "flops": "tflops"}
+
+
+class _Group(click.Group):
+    """The commands; an error that begins with the name of a value names the option instead, as the user writes it."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PaciError as error:
+            command = self.commands[str(ctx.invoked_subcommand)]
+            options = (param for param in command.params if isinstance(param, click.Option))
+            flags = {flag.lstrip("-").replace("-", "_"): flag for option in options for flag in option.opts}
+            name = re.match(r"\w*", str(error))[0]
+            flag = flags.get(name) or flags.get(_ALIASES.get(name, ""))
+            if flag is None:
+                raise
+            raise ConfigError(flag + str(error)[len(name) :]) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__)
 def _paci() -> None:
-    """See pipeline schedules, check, simulate, plan and rehearse them, and read recorded runs."""
+    """Draw, check, simulate, plan and rehearse pipeline schedules, and read recorded runs."""
 
 
 for _command in (show, check, simulate_, plan_, rehearse, trace_, doctor):
@@ -35,7 +55,7 @@ for _command in (show, check, simulate_, plan_, rehearse, trace_, doctor):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command with `arguments`, or those of the process, and exit."""
+    """Run the command with `arguments`, by default those of the process, and exit."""
     try:
         code = _paci.main(arguments, prog_name="paci", standalone_mode=False) or 0
     except click.exceptions.Abort:

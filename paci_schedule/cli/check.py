@@ -1,4 +1,4 @@
-"""`paci check`: a schedule, or a grid in a file, against the schedule's rules."""
+"""`paci check`: compare a schedule, or a grid in a file, with the schedule's rules."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ __all__ = ["check"]
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), required=False)
 @click.option("--schedule", "name", required=True, metavar="NAME", help=", ".join(SCHEDULES) + ".")
-@click.option("--stages", type=int, metavar="P", help="Pipeline stages; of FILE, its lines.")
-@click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch.")
+@click.option(
+    "--stages", type=int, metavar="P", help="Number of pipeline stages; with FILE, its number of lines by default."
+)
+@click.option("--micro-batches", type=int, required=True, metavar="M", help="Number of micro-batches in a batch.")
 @variant_options
-@click.option("--batches", type=int, default=3, metavar="N", help="Batches to check (3).")
+@click.option("--batches", type=int, default=3, metavar="N", help="Number of batches to check (default 3).")
 @json_option
 def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **options: object) -> None:
-    """Check a schedule.
+    """Check a schedule against its rules.
 
-    With FILE, check a grid of ops (one line a stage: F0 B0 STEP0) against the schedule's rules.
+    With FILE, check a grid of ops instead; it has one line for each stage, such as F0 B0 STEP0.
 
-    Exit code 1 where it breaks one; the op is marked in the grid.
+    If a rule is broken, the grid is printed with the op marked, and the exit code is 1.
     """
     rows = grid.read(_read(file)) if file else None
     if stages is None and rows is None:
-        raise ConfigError("stages is missing: give --stages P, or a FILE with a line a stage")
+        raise ConfigError("stages is missing: give --stages P, or a FILE with one line for each stage")
     chosen, spec = shape_of(stages=stages if rows is None or stages is not None else len(rows), **options)
     fault = ""
     try:

@@ -1,4 +1,4 @@
-"""`paci doctor`: what is installed here, what of it is supported, and whether each hook exists."""
+"""`paci doctor`: say what is installed here, whether it is supported, and whether each hook exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ __all__ = ["doctor"]
 def doctor(as_json: bool) -> None:
     """Examine this machine.
 
-    Say what is installed and supported and whether each hook exists; exit code 1 if not.
+    Say what is installed, whether it is supported, and whether each hook in the frameworks exists.  If something that
+    PACI needs is missing, the exit code is 1.
     """
     with contextlib.redirect_stdout(sys.stderr):  # where frameworks log while they are imported
         findings = list(examine())

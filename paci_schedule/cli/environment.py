@@ -1,4 +1,7 @@
-"""What is installed here, and is it what PACI needs?  Nothing is imported that is not there."""
+"""The examination of this machine: what is installed, and whether it is what PACI needs.
+
+A package that is missing is reported and not imported.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ _LIBRARIES = ("numpy", "click", "rich", "matplotlib")
 
 
 class Finding(NamedTuple):
-    """One thing looked at.
+    """The result of one look.
 
     Attributes:
-        name: what.
+        name: what was looked at.
         ok: whether it serves.
         detail: its version, or what is wrong and what to do.
-        required: False for what PACI does without; of the frameworks it needs one.
+        required: False for what PACI can do without; it needs only one of the frameworks.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Look at Python, the libraries, PyTorch with its back ends, and the hooks of each framework that is installed.
 
-    What a framework lacks is required only while no other framework has all.
+    What a framework lacks counts as required only if no other framework is complete.
     """
     supported = platform.python_version_tuple() >= ("3", "10")
     yield Finding("python", supported, platform.python_version())
@@ -87,7 +90,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _framework(adapter: str) -> Iterator[Finding]:
-    """Whether a framework is installed, and what its adapter says of the hooks that it relies on."""
+    """Whether a framework is installed, and what its adapter finds out about the hooks that it relies on."""
     found = _distribution(_FRAMEWORKS[adapter])
     yield found
     if not found.ok:

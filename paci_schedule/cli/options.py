@@ -1,4 +1,4 @@
-"""What several commands take: a pipeline, its costs, where the output goes."""
+"""The options that several commands share: the pipeline, its costs, and where the output goes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Numbers(click.ParamType):
 
 
 class _Pair(click.ParamType):
-    """INDEX:NUMBER."""
+    """An index and a number with a colon between them."""
 
     name = "INDEX:NUMBER"
 
@@ -55,7 +55,7 @@ class _Pair(click.ParamType):
 
 
 def _several(*options: Callable) -> Callable:
-    """One decorator out of several."""
+    """One decorator that applies all of these options."""
 
     def decorate(command: Callable) -> Callable:
         for option in reversed(options):
@@ -75,58 +75,106 @@ output_option = click.option(
 )
 
 width_option = click.option(
-    "--width", type=click.IntRange(1), metavar="CHARACTERS", help="Cut the text off there (the terminal's)."
+    "--width",
+    type=click.IntRange(1),
+    metavar="CHARACTERS",
+    help="Width at which lines are cut off (default: the terminal's).",
 )
 
 variant_options = _several(
-    click.option("--chunks", type=int, metavar="V", help="Model chunks a stage (interleaved-1f1b; 2)."),
-    click.option("--cut", type=click.Choice(["lagging", "leading"]), help="Where a call of PACI returns (lagging)."),
     click.option(
-        "--extra-in-flight", type=int, default=0, metavar="K", help="Further micro-batches in flight (paci; 0)."
+        "--chunks", type=int, metavar="V", help="Model chunks on each stage (only interleaved-1f1b; default 2)."
+    ),
+    click.option(
+        "--cut", type=click.Choice(["lagging", "leading"]), help="Where a call of PACI returns (default lagging)."
+    ),
+    click.option(
+        "--extra-in-flight",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Micro-batches in flight beyond the usual ones (only paci; default 0).",
     ),
 )
 
 pipeline_options = _several(
     click.option("--schedule", "name", required=True, metavar="NAME[,NAME...]", help=", ".join(SCHEDULES) + "."),
-    click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages."),
-    click.option("--micro-batches", type=int, required=True, metavar="M", help="Micro-batches of a batch."),
+    click.option("--stages", type=int, required=True, metavar="P", help="Number of pipeline stages."),
+    click.option("--micro-batches", type=int, required=True, metavar="M", help="Number of micro-batches in a batch."),
     variant_options,
 )
 
 costs_options = _several(
     click.option(
-        "--forward", type=_Numbers(), default=1.0, metavar="F", help="Time of a forward; commas: of each stage."
+        "--forward",
+        type=_Numbers(),
+        default=1.0,
+        metavar="F",
+        help="Time of a forward (default 1); with commas, one time for each stage.",
     ),
     click.option(
         "--backward",
         type=_Numbers(),
         default=2.0,
         metavar="B",
-        help="Time of the whole backward, or of its input half where --weight is given.",
+        help="Time of the whole backward (default 2), or only of its input half if --weight is given.",
     ),
     click.option("--weight", type=_Numbers(), metavar="W", help="Time of the weight half of the backward."),
-    click.option("--step", type=_Numbers(), default=0.0, metavar="S", help="Time of an optimizer update."),
-    click.option("--latency", type=_Numbers(), default=0.0, metavar="L", help="Of a message; commas: of each link."),
+    click.option("--step", type=_Numbers(), default=0.0, metavar="S", help="Time of an optimizer update (default 0)."),
     click.option(
-        "--bandwidth", type=float, default=float("inf"), metavar="BYTES", help="Of a link, in a unit of time."
+        "--latency",
+        type=_Numbers(),
+        default=0.0,
+        metavar="L",
+        help="Latency of a message (default 0); with commas, one for each link.",
     ),
-    click.option("--message-bytes", type=float, default=0.0, metavar="BYTES", help="Of one activation or gradient."),
-    click.option("--jitter", type=float, default=0.0, metavar="J", help="Coefficient of variation of F, B and W."),
-    click.option("--seed", type=int, default=0, metavar="N", help="Which jitter."),
     click.option(
-        "--sync", type=float, metavar="C", help="Time of a collective over all stages after every call (none)."
+        "--bandwidth",
+        type=float,
+        default=float("inf"),
+        metavar="BYTES",
+        help="Bytes that a link carries in a unit of time (default: no limit).",
     ),
-    click.option("--straggler", type=_Pair(), multiple=True, metavar="STAGE:FACTOR", help="A stage that is slower."),
     click.option(
-        "--slow-link", type=_Pair(), multiple=True, metavar="LINK:LATENCY", help="Another latency behind a stage."
+        "--message-bytes",
+        type=float,
+        default=0.0,
+        metavar="BYTES",
+        help="Size of one activation or gradient (default 0).",
+    ),
+    click.option(
+        "--jitter", type=float, default=0.0, metavar="J", help="Coefficient of variation of F, B and W (default 0)."
+    ),
+    click.option(
+        "--seed", type=int, default=0, metavar="N", help="Seed of the random numbers behind --jitter (default 0)."
+    ),
+    click.option(
+        "--sync",
+        type=float,
+        metavar="C",
+        help="Time of a collective over all stages after every call (default: no collective).",
+    ),
+    click.option(
+        "--straggler",
+        type=_Pair(),
+        multiple=True,
+        metavar="STAGE:FACTOR",
+        help="Multiply the times of a stage by a factor; can be repeated.",
+    ),
+    click.option(
+        "--slow-link",
+        type=_Pair(),
+        multiple=True,
+        metavar="LINK:LATENCY",
+        help="Set the latency of one link; link 0 is between stages 0 and 1; can be repeated.",
     ),
 )
 
 
 def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
-    """The schedules, with the pipeline and the costs that the options of `pipeline_options` and `costs_options` say.
+    """The schedules, with the pipeline and the costs that `pipeline_options` and `costs_options` describe.
 
-    Of several schedules each gets those of --chunks, --cut and --extra-in-flight that it has.
+    Of several schedules, each gets only those of --chunks, --cut and --extra-in-flight that it takes.
     """
     shape = {key: options.pop(key) for key in ("stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
     names, found = options.pop("name").split(","), []
@@ -142,7 +190,7 @@ def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs
 
 
 def _costs_for(spec: PipelineSpec, options: dict[str, object]) -> Costs:
-    """The costs that the options of `costs_options` say."""
+    """The costs that the options of `costs_options` describe."""
     stragglers, slow_links = options.pop("straggler"), options.pop("slow_link")
     for name in ("forward", "backward", "weight"):
         if options[name] is not None:
@@ -163,14 +211,14 @@ def _with(
     change: Callable[[float, float], float],
     option: str,
 ) -> float | list[float]:
-    """`value` for all of `count`, changed at the indices of `changes`."""
+    """`value` for each of `count` stages or links, changed at the indices in `changes`."""
     if not changes:
         return value
     values = list(value) if isinstance(value, list) else [value] * count
     for index, number in changes:
         if not 0 <= index < min(count, len(values)):
             raise ConfigError(
-                f"{option}={index}:{number}: there are {count} of them, 0 to {count - 1}; name one of those"
+                f"{option}={index}:{number}: there are {count} of them, numbered 0 to {count - 1}; name one of those"
             )
         check_amount(f"{option} {index}", number)
         values[index] = change(values[index], number)
@@ -180,7 +228,7 @@ def _with(
 def shape_of(
     name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
 ) -> tuple[Schedule, PipelineSpec]:
-    """The schedule and the pipeline, checked."""
+    """The schedule and the pipeline, checked against each other."""
     if cut is not None and name != "paci":
         raise ConfigError(f"cut={cut}: {name} returns at the end of every batch; leave it out, or take paci")
     varied = {"chunks": chunks} if chunks is not None else {}

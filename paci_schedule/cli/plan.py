@@ -1,4 +1,4 @@
-"""`paci plan`: the fastest pipeline of a model on so many devices."""
+"""`paci plan`: find the fastest pipeline of a model on a given number of devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
 from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.plan.search import Job, Row, calibrated, deepspeed_config, megatron_flags, pipeline_module, plan
+from paci_schedule.plan.search import Job, Row, calibrated, search
+from paci_schedule.plan.settings import deepspeed_config, megatron_flags, pipeline_module
 from paci_schedule.plan.transformer import built_in, from_config, from_layers, load_config
 
 __all__ = ["plan_"]
@@ -27,41 +28,71 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 @click.command("plan")
 @click.option(
-    "--model", metavar="NAME", help="A Hugging Face config: a size of ours, a config.json, a type, a name on the hub."
+    "--model",
+    metavar="NAME",
+    help="A Hugging Face config: a built-in size, a config.json, a model type, or a name on the hub.",
 )
 @click.option(
-    "--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Measured layers (JSON)."
+    "--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="A JSON file of measured layers."
 )
-@click.option("--devices", type=int, required=True, metavar="N", help="How many devices.")
-@click.option("--memory", type=_POSITIVE, required=True, metavar="GIB", help="Of one device.")
-@click.option("--global-batch", type=int, required=True, metavar="G", help="Sequences of an update.")
-@click.option("--sequence-length", type=click.IntRange(1), metavar="TOKENS", help="Of a sequence (the longest).")
+@click.option("--devices", type=int, required=True, metavar="N", help="Number of devices.")
+@click.option("--memory", type=_POSITIVE, required=True, metavar="GIB", help="Memory of one device.")
 @click.option(
-    "--tflops", type=_POSITIVE, default=100.0, metavar="T", help="What a device really does in a second (100)."
+    "--global-batch", type=int, required=True, metavar="G", help="Number of sequences in an optimizer update."
+)
+@click.option(
+    "--sequence-length", type=click.IntRange(1), metavar="TOKENS", help="Tokens in a sequence (default: the longest)."
+)
+@click.option(
+    "--tflops",
+    type=_POSITIVE,
+    default=100.0,
+    metavar="T",
+    help="Tera operations that a device really does in a second (default 100).",
 )
 @click.option(
     "--measured",
     type=float,
     metavar="RATE",
-    help="Samples a second and device of 1f1b with --stages and --micro-batch-size: how fast the devices really are.",
+    help="Samples per second and device that 1f1b reached with --stages and --micro-batch-size; replaces --tflops.",
 )
 @click.option(
-    "--bandwidth", type=_POSITIVE, default=float("inf"), metavar="GB", help="Of a link in a second (no limit)."
+    "--bandwidth",
+    type=_POSITIVE,
+    default=float("inf"),
+    metavar="GB",
+    help="Gigabytes that a link carries in a second (default: no limit).",
 )
-@click.option("--latency", type=float, default=0.0, metavar="SECONDS", help="Of a message (0).")
-@click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (1).")
-@click.option("--max-drift", type=int, default=1, metavar="D", help="Updates between a forward and its backward (1).")
-@click.option("--schedule", "schedules", multiple=True, metavar="NAME", help="Only these; can be repeated.")
-@click.option("--stages", type=int, multiple=True, metavar="P", help="Only these; can be repeated.")
-@click.option("--micro-batch-size", "sizes", type=int, multiple=True, metavar="S", help="Only these; can be repeated.")
-@click.option("--recompute", type=click.Choice(["none", "full", "both"]), default="both", help="Search which (both).")
+@click.option("--latency", type=float, default=0.0, metavar="SECONDS", help="Latency of a message (default 0).")
+@click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (default 1).")
+@click.option(
+    "--max-drift",
+    type=int,
+    default=1,
+    metavar="D",
+    help="The most updates between a forward and its backward (default 1).",
+)
+@click.option("--schedule", "schedules", multiple=True, metavar="NAME", help="Search only these; can be repeated.")
+@click.option("--stages", type=int, multiple=True, metavar="P", help="Search only these; can be repeated.")
+@click.option(
+    "--micro-batch-size", "sizes", type=int, multiple=True, metavar="S", help="Search only these; can be repeated."
+)
+@click.option(
+    "--recompute", type=click.Choice(["none", "full", "both"]), default="both", help="Which to search (default both)."
+)
 @click.option(
     "--prediction",
     default="off",
     metavar="WHEN",
-    help="Of paci's weights for stale forwards: off, window, every, or a number k for every k-th (off).",
+    help="When paci predicts weights for stale forwards: off, window, every, or k for every k-th (default off).",
 )
-@click.option("--top", type=click.IntRange(1), default=10, metavar="N", help="Rows to print of those that run (10).")
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    default=10,
+    metavar="N",
+    help="Number of rows to print of those that can run (default 10).",
+)
 @json_option
 def plan_(
     model: str | None,
@@ -81,12 +112,12 @@ def plan_(
 ) -> None:
     """Search for the fastest pipeline of a model.
 
-    It is a choice of stages, micro-batch size, accumulation, schedule and recomputation.
+    The search covers stages, micro-batch size, accumulation, schedule and recomputation.
 
-    Exit code 1 where none can run.
+    If no pipeline can run, the exit code is 1.
     """
     if (model is None) == (layers is None):
-        raise ConfigError("the model is missing or there twice: give either --model NAME or --layers FILE")
+        raise ConfigError("the model is missing or given twice: give either --model NAME or --layers FILE")
     if layers and sequence_length:
         raise ConfigError(f"sequence_length={sequence_length}: the layers were measured at the file's; leave it out")
     shape = from_config(_config(model), sequence_length) if layers is None else from_layers(layers)
@@ -103,7 +134,7 @@ def plan_(
     )
     if measured is not None:
         job = calibrated(job, measured)
-    rows = plan(job)
+    rows = search(job)
     best = next((row for row in rows if not row.refused and row.schedule in ("paci", "1f1b")), None)
     if as_json:
         settings = best and {
@@ -163,7 +194,7 @@ def _print_plan(job: Job, rows: Sequence[Row], best: Row | None, top: int) -> No
     if best and best.predictions:
         click.echo(
             f"\nPredictions an update on the first stage: {best.predictions}. Each computes as long as its optimizer's "
-            "step, which is not in the plan; that replicas gather weights for it is."
+            "step, which the plan leaves out; it counts only what replicas gather for them."
         )
     if best:
         module = ", ".join(f"{key}={value}" for key, value in pipeline_module(best).items())
@@ -185,7 +216,7 @@ def _place(row: Row) -> tuple[str, str, str, str]:
 
 
 def _config(name: str) -> dict[str, object]:
-    """The config of a model by name or file: ours, a type's default in transformers, or one on the Hugging Face hub."""
+    """The config of a model: a built-in one, a file, the default of a type in transformers, or one on the hub."""
     config = load_config(name)
     if config is not None:
         return config
@@ -194,16 +225,18 @@ def _config(name: str) -> dict[str, object]:
 
         found = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else _on_the_hub(name)
         return found.get_text_config().to_dict()
-    except Exception as error:  # of transformers, the hub's client or its transport: whichever says that there is none
+    except (
+        Exception
+    ) as error:  # of transformers, the hub's client or its transport: any of them may find that there is none
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model={name!r}: not a size of ours ({nearest(name, built_in())}), no file, no type in transformers, and "
+            f"model={name!r}: not a built-in size ({nearest(name, built_in())}), no file, no type in transformers, and "
             f"not on the hub ({reason}); give a config.json"
         ) from None
 
 
 def _on_the_hub(name: str) -> Any:
-    """The PretrainedConfig of a model on the Hugging Face hub, or of its copy here."""
+    """The PretrainedConfig of a model on the Hugging Face hub, or the copy of it on this machine."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from transformers import AutoConfig
 

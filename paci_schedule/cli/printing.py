@@ -14,7 +14,7 @@ __all__ = ["print_grid", "print_json", "screen"]
 
 
 def screen() -> Console:
-    """Standard output, as wide as the terminal, or wide where there is none."""
+    """Standard output, as wide as the terminal, or 160 characters wide where there is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
@@ -24,6 +24,6 @@ def print_json(value: object) -> None:
 
 
 def print_grid(console: Console, timeline: Timeline, width: int | None) -> None:
-    """Print the timeline as text, cut off at `width`, by default at the terminal's where there is one."""
+    """Print the timeline as text, with lines cut off at `width`, or else at the terminal's width if there is one."""
     fits = width or (console.width if console.is_terminal else None)
     console.print(text(timeline, fits), soft_wrap=True)

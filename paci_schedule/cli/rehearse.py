@@ -1,4 +1,4 @@
-"""`paci rehearse`: what schedules and predictions do to the loss of a small GPT, in one process."""
+"""`paci rehearse`: find out in one process what schedules and predictions do to the loss of a small GPT."""
 
 from __future__ import annotations
 
@@ -27,40 +27,67 @@ MODELS = {
 
 @click.command("rehearse")
 @click.option(
-    "--text", type=click.Path(path_type=Path), required=True, metavar="FILE", help="To train on; validates on the end."
+    "--text",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Text to train on; its end is for validation.",
 )
-@click.option("--stages", type=int, required=True, metavar="P", help="Pipeline stages.")
-@click.option("--accumulation", type=int, required=True, metavar="A", help="Micro-batches of an update.")
+@click.option("--stages", type=int, required=True, metavar="P", help="Number of pipeline stages.")
+@click.option("--accumulation", type=int, required=True, metavar="A", help="Number of micro-batches in an update.")
 @click.option(
     "--schedules",
     default="flush,paci",
     metavar="NAME[,NAME...]",
-    help="flush, paci, paci-stash, pipedream, pipedream-2bw (flush,paci).",
+    help="flush, paci, paci-stash, pipedream, pipedream-2bw (default flush,paci).",
 )
 @click.option(
     "--prediction",
     default="off,every",
     metavar="WHEN[,WHEN...]",
-    help="Of paci's weights for stale forwards: off, window, every, a number k for every k-th, or with a reach, as "
-    "every:1.5 (off,every).",
+    help="When paci predicts weights for stale forwards: off, window, every, or k for every k-th; a reach may follow, "
+    "as in every:1.5 (default off,every).",
 )
-@click.option("--model", default="tiny", metavar="NAME", help="tiny or small: defaults of the next six (tiny).")
-@click.option("--layers", type=int, metavar="L", help="Blocks.")
-@click.option("--width", type=int, metavar="W", help="Of the model, a multiple of 12.")
-@click.option("--context", type=int, metavar="T", help="Tokens of a sequence.")
-@click.option("--micro-batch", type=int, metavar="S", help="Sequences of a micro-batch.")
-@click.option("--updates", type=int, metavar="N", help="Of a run at equal tokens.")
-@click.option("--lr", type=float, metavar="RATE", help="The highest learning rate; Muon's is 5 times it.")
-@click.option("--warm-up", type=int, default=400, metavar="N", help="Micro-batches until that rate is reached (400).")
-@click.option("--optimizer", default="adamw", metavar="NAME", help="adamw, nadam or muon (adamw).")
-@click.option("--dtype", default="fp32", metavar="NAME", help="Of the weights: fp32, or bf16 with fp32 masters (fp32).")
 @click.option(
-    "--vocabulary", type=click.IntRange(0), default=0, metavar="V", help="Of a byte-pair encoding; 0: characters (0)."
+    "--model",
+    default="tiny",
+    metavar="NAME",
+    help="tiny or small: sets the defaults of the next six options (default tiny).",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the weights and the data (0).")
-@click.option("--device", metavar="NAME", help="cpu, cuda, ... (a GPU if there is one).")
+@click.option("--layers", type=int, metavar="L", help="Number of blocks.")
+@click.option("--width", type=int, metavar="W", help="Width of the model, a multiple of 12.")
+@click.option("--context", type=int, metavar="T", help="Tokens in a sequence.")
+@click.option("--micro-batch", type=int, metavar="S", help="Sequences in a micro-batch.")
+@click.option("--updates", type=int, metavar="N", help="Number of updates in a run at equal tokens.")
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the curves: .png or .svg."
+    "--lr", type=float, metavar="RATE", help="The highest learning rate; Muon's matrices take 5 times as much."
+)
+@click.option(
+    "--warm-up", type=int, default=400, metavar="N", help="Micro-batches until that rate is reached (default 400)."
+)
+@click.option("--optimizer", default="adamw", metavar="NAME", help="adamw, nadam or muon (default adamw).")
+@click.option(
+    "--dtype",
+    default="fp32",
+    metavar="NAME",
+    help="Type of the weights: fp32, or bf16 with fp32 masters (default fp32).",
+)
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(0),
+    default=0,
+    metavar="V",
+    help="Size of a byte-pair encoding; 0 takes characters (default 0).",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the weights and the data (default 0)."
+)
+@click.option("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one).")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the loss curves into a .png or .svg file.",
 )
 @json_option
 def rehearse(
@@ -76,7 +103,7 @@ def rehearse(
 ) -> None:
     """Train a small GPT on a text under several schedules, in this process.
 
-    The order of computation is that of the engines, so the losses are theirs; only the time is not.
+    Everything is computed in the order of the engines, so the losses are those of the engines; only the time differs.
     """
     if model not in MODELS:
         raise ConfigError(f"model={model!r}: must be one of {nearest(model, MODELS)}")
@@ -113,7 +140,7 @@ def rehearse(
 
 
 def _device(name: str) -> Any:
-    """The torch device of this name, tried out."""
+    """The torch device of this name; it is tried out."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""`paci show`: a schedule as text, picture or Chrome trace."""
+"""`paci show`: draw a schedule as text, as a picture or as a Chrome trace."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from paci_schedule.cli.options import (
     width_option,
 )
 from paci_schedule.cli.printing import print_grid, print_json, screen
+from paci_schedule.draw.chrome import chrome_trace
 from paci_schedule.draw.picture import picture
-from paci_schedule.draw.text import chrome_trace
 from paci_schedule.simulate.execute import simulate
 
 __all__ = ["show"]
@@ -26,12 +26,12 @@ __all__ = ["show"]
 @click.command("show")
 @pipeline_options
 @costs_options
-@click.option("--batches", type=int, default=1, metavar="N", help="Batches to draw (1).")
+@click.option("--batches", type=int, default=1, metavar="N", help="Number of batches to draw (default 1).")
 @width_option
 @output_option
 @json_option
 def show(batches: int, width: int | None, output: Path | None, as_json: bool, **options: object) -> None:
-    """Draw a schedule: as text, or with --output as a picture.  --json prints the Chrome trace."""
+    """Draw a schedule as text, or with --output as a picture; --json prints the Chrome trace."""
     at_least_one("batches", batches)
     timelines = {
         f"{chosen.name}, {spec.stages} stages, {spec.accumulation} micro-batches": simulate(

@@ -1,4 +1,4 @@
-"""`paci simulate`: the figures of a schedule, or of several side by side."""
+"""`paci simulate`: print the figures of a schedule, or of several side by side."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ __all__ = ["simulate_"]
     "--batches",
     type=int,
     metavar="N",
-    help="Batches that makespan, peaks and drift are of (one, and the steady state).",
+    help="Number of batches for makespan, peaks and drift (default: one batch, and the steady state).",
 )
-@click.option("--activation-bytes", type=float, default=0.0, metavar="BYTES", help="Of one micro-batch on one stage.")
-@click.option("--weight-bytes", type=float, default=0.0, metavar="BYTES", help="Of one stage.")
+@click.option(
+    "--activation-bytes", type=float, default=0.0, metavar="BYTES", help="Activations of one micro-batch on one stage."
+)
+@click.option("--weight-bytes", type=float, default=0.0, metavar="BYTES", help="Weights of one stage.")
 @json_option
 def simulate_(
     batches: int | None, activation_bytes: float, weight_bytes: float, as_json: bool, **options: object
@@ -56,7 +58,7 @@ def _figures(found: dict[str, object]) -> Table:
 
 
 def _comparison(rows: Sequence[dict[str, object]]) -> Table:
-    """The main figures of several schedules, `speed` against the first."""
+    """The main figures of several schedules; `speed` is relative to the first."""
     table = Table(
         "schedule", "time per micro-batch", "speed", "bubble", "bubble share", "in flight", "drift", "weights", box=None
     )
@@ -70,7 +72,7 @@ def _comparison(rows: Sequence[dict[str, object]]) -> Table:
 
 
 def _brief(value: object) -> str:
-    """A figure for a table; of many stages the first, the last and the largest."""
+    """A figure for a table; for many stages only the first, the last and the largest value."""
     if isinstance(value, list) and isinstance(value[0], dict):
         return _brief(dict(sum((Counter(each) for each in value), Counter()))) + " over all stages"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""`paci trace`: a recorded run, and a simulated one beside it."""
+"""`paci trace`: show where the time of a recorded run went, and a simulated run beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ __all__ = ["trace_"]
 @click.command("trace")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="FILE...")
 @click.option(
-    "--batches", type=click.IntRange(1), default=3, metavar="N", help="Draw the last N (3; .json holds the whole run)."
+    "--batches",
+    type=click.IntRange(1),
+    default=3,
+    metavar="N",
+    help="Number of batches to draw, the last ones (default 3); a .json file holds the whole run.",
 )
 @width_option
 @output_option
@@ -28,7 +32,7 @@ __all__ = ["trace_"]
 def trace_(files: Sequence[Path], batches: int, width: int | None, output: Path | None, as_json: bool) -> None:
     """Say where the time of a recorded run went.
 
-    The run is a FILE a stage, or their folder; a simulated run is drawn beside it.
+    Name one FILE for each stage, or the folder that holds them; a simulated run is drawn beside the recorded one.
     """
     paths = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
     if not paths:

@@ -1,127 +1,132 @@
-"""Compute ops to a stage's whole program: where it posts receives, waits for them, sends, and posts sums.
+"""The whole program of a stage: its compute ops of one call, with its messages and sums between them.
 
-Round i of a stage is F(i), then B(i - d); let k be the rounds of slack of the link to the next stage.
+A schedule says only what a stage computes, and in which order.  Four passes add the rest.  They look at the compute ops
+of the stage and of its two neighbours, and at nothing else, so they serve every schedule with one chunk a stage:
 
-    gap before F(i)    ... RA(i)                           wait for the activation
+* *Pair sends and receives.*  A stage waits for an activation (RA) right before the F that takes it, and for a gradient
+  (RG) right before its B.  A send (SA, SG) starts right after the op that made its content.
+* *Keep links quiet between calls.*  What one stage sends in a call, its neighbour receives in the same call, so that a
+  device synchronisation, an evaluation or an exit between two calls waits for nobody (`Link`).
+* *Post early.*  The receive of an activation is posted (EA) before the F or B that precedes its F, so that the transfer
+  overlaps that op.  The receive of a gradient is posted (EG) where the next stage can send it: after the first
+  activation that the next stage takes only after that gradient's B.  Where several gradients may be on the wire (slack,
+  `Schedule.gradients_on_wire`), the transfer is then hidden; else the wait follows at once.
+* *Place the sums of tied weights* (SUM, `sums`).
+
+For 1F1B and PACI the gaps between the compute ops then look like this; k is the slack of the link to the next stage:
+
+    gap before F(i)    ... RA(i)
     gap after F(i)     SA(i)  EG(i-d+k)  EA(i+1)  RG(i-d)
     gap after B(i-d)   SG(i-d)  [STEP]  RA(i+1)
 
-* The receive of an activation is posted (EA) before the compute op that precedes its F, so that the transfer overlaps
-  that op; in rounds without a B that is the F before.
-* The receive of a gradient is posted (EG) where the next stage sends it: in the gap after F(i), when that stage ends
-  its round i - 1.  With slack the transfer is then hidden for k rounds; without, RG follows at once.
-* A send (SA, SG) starts right after the op that made its content, and goes on next_ahead the next ops.  Buffers are
-  bounded: before it starts, the activation before it, or the gradient `PipelineSpec.gradients_on_wire` before it, must
-  be done.
-* What is posted or sent in one segment is sent or posted in it, or was before: between two calls a device
-  synchronisation, an evaluation or an exit waits for nobody.  So the gradient of a stage's last round under the lagging
-  cut, whose receive the stage before posts in its next round, is sent at the start of the next segment; under the
-  leading cut receives of gradients that are made only in the next segment are posted at its start, and an activation
-  that its receiver needs only then is received at the end of this one.
+A send goes on next to the ops that follow.  Buffers are bounded: before a send starts, the activation before it, or the
+gradient `gradients_on_wire` before it, must be done.
 
 Every compute op of this order may wait for the whole device: on NCCL a posted receive is a running kernel, and such an
 op then ends only when the other stage has sent.  Both ends of a link do "activation down, then gradient up", so nobody
-waits in a circle, not even where every op does so (CUDA_LAUNCH_BLOCKING=1).  `rendezvous.check_rendezvous` proves it.
+waits in a circle, not even where every op does so (CUDA_LAUNCH_BLOCKING=1).  `check.rendezvous` proves it.
 
 With `early_receives` the receive of a gradient, too, is posted one compute op earlier, before F(i).  A stage whose F
-takes longer than the next stage's B then finds the gradient there; but F(i) waits for the next stage's B, which waits
-for SA(i), if ops wait for the device: a deadlock.
-
-Between these ops stand the postings of tied weights' sums (SUM, `sums`).
+takes longer than the next stage's B then finds the gradient there.  But F(i) then waits for the next stage's B, which
+waits for SA(i), if ops wait for the device: a deadlock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
+from paci_schedule.core.link import Exchange, Link
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.schedules.paci import Segment
-from paci_schedule.core.sums import Sums
+from paci_schedule.core.places import Place, Program
+from paci_schedule.core.schedules.base import Call, Schedule
+from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.core.sums import place_sums
 
-__all__ = ["lower"]
+__all__ = ["Lowering"]
 
 _RECEIVED = {OpKind.FORWARD: OpKind.RECV_ACTIVATION, OpKind.BACKWARD: OpKind.RECV_GRADIENT}
 
 
-def lower(
-    segment: Segment, stage: int, *, ties: Sequence[Sequence[int]] = (), early_receives: bool = False
-) -> Iterator[Op]:
-    """The program of `stage` for `segment`: its compute ops with its messages and sums between them, in order.
+class Lowering:
+    """The programs of one stage, call by call; it begins with an empty pipe and remembers what its links hold.
 
     Args:
-        segment: what all stages do.
+        schedule: what all stages run.
+        spec: the pipeline.
         stage: which of them.
-        ties: for each tied weight, the stages that hold a copy.  A sum's `chunk` is the number of its tie.
+        ties: for each tied weight, the stages that hold a copy.  A sum's `chunk` is the number of its tie.  Under a
+            schedule that flushes an update waits for its own sums, and none is placed here.
         early_receives: post the receives of gradients before F instead of after it; deadlocks where an op waits for
             the device.
     """
-    program = _program(segment, stage, Sums(segment, stage, ties))
-    return _posted_early(program) if early_receives else program
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        spec: PipelineSpec,
+        stage: int,
+        *,
+        ties: Sequence[Sequence[int]] = (),
+        early_receives: bool = False,
+    ) -> None:
+        self._stage, self._early = stage, early_receives
+        self._ties = () if schedule.flushes else ties
+        self._above = Link(schedule.gradients_on_wire(spec, stage)) if stage else None
+        self._below = Link(schedule.gradients_on_wire(spec, stage + 1)) if stage < spec.stages - 1 else None
+
+    def program(self, call: Call) -> list[Op]:
+        """The program of the next call: its compute ops with the messages and sums between them, in order."""
+        ops = list(call.ops(self._stage))
+        program = Program(ops)
+        if self._above is not None:
+            _exchange_above(program, self._above.exchange(call.ops(self._stage - 1), ops))
+        if self._below is not None:
+            _exchange_below(program, self._below.exchange(ops, call.ops(self._stage + 1)))
+        if self._ties:
+            place_sums(program, call, self._stage, self._ties)
+        if call.finished == call.taken:
+            for link in (self._above, self._below):
+                if link is not None:
+                    link.empty()
+        return _posted_early(program) if self._early else list(program)
 
 
-def _program(segment: Segment, stage: int, sums: Sums) -> Iterator[Op]:
-    spec, rounds = segment.spec, segment.rounds(stage)
-    ahead, accumulation = spec.look_ahead(stage), spec.accumulation
-    above = segment.rounds(stage - 1) if stage else range(0)
-    incoming = range(above.start, min(above.stop, segment.admitted))
-    expected, sent = _gradients(segment, stage), _gradients(segment, stage - 1)
-    next_ahead = ahead - 1 if stage == spec.stages - 1 else spec.look_ahead(stage + 1)
-
-    def expect_activation(index: int) -> Iterator[Op]:
-        if index in incoming:
-            yield Op(OpKind.EXPECT_ACTIVATION, index)
-
-    yield from sums.at_begin
-    yield from expect_activation(rounds.start)
-    for index in expected[: max(0, rounds.start - next_ahead - 1 - expected.start)]:
-        yield Op(OpKind.EXPECT_GRADIENT, index)
-    for index in sent[: max(0, rounds.start - ahead - sent.start)]:
-        yield Op(OpKind.SEND_GRADIENT, index)
-    for index in rounds:
-        forward, backward = index < segment.admitted, index - ahead
-        has_backward = 0 <= backward < segment.admitted
-        yield from sums.at_start[index]
-        if forward:
-            if not has_backward:
-                yield from expect_activation(index + 1)
-            if index in incoming:
-                yield Op(OpKind.RECV_ACTIVATION, index)
-            yield Op(OpKind.FORWARD, index)
-            if stage < spec.stages - 1:
-                yield Op(OpKind.SEND_ACTIVATION, index)
-        if index - next_ahead - 1 in expected:
-            yield Op(OpKind.EXPECT_GRADIENT, index - next_ahead - 1)
-        yield from sums.after_forward[index]
-        if has_backward:
-            yield from expect_activation(index + 1)
-            if stage < spec.stages - 1:
-                yield Op(OpKind.RECV_GRADIENT, backward)
-            yield Op(OpKind.BACKWARD, backward)
-            if backward in sent:
-                yield Op(OpKind.SEND_GRADIENT, backward)
-            if (backward + 1) % accumulation == 0:
-                yield Op(OpKind.STEP, backward // accumulation)
-                yield from sums.after_step[index]
-    for index in incoming[max(0, rounds.stop - incoming.start) :]:
-        if index > rounds.stop:
-            yield from expect_activation(index)
-        yield from sums.at_start[index]
-        yield Op(OpKind.RECV_ACTIVATION, index)
-        yield from sums.after_forward[index]
-    yield from sums.at_end
+def _exchange_above(program: Program, exchange: Exchange) -> None:
+    """Activations that come down to this stage, and gradients that it sends up."""
+    for index in exchange.activations:
+        at = program.position(OpKind.FORWARD, index)
+        if at is not None:
+            program.add(Op(OpKind.EXPECT_ACTIVATION, index), program.before(at), Place.POST_ACTIVATION)
+            program.add(Op(OpKind.RECV_ACTIVATION, index), at, Place.RECEIVE)
+            continue
+        # Its F is in a later call.  While the F of the first of them is the next, the ops before hide its transfer.
+        if index == exchange.next_forward:
+            program.add(Op(OpKind.EXPECT_ACTIVATION, index), program.before(program.end), Place.POST_ACTIVATION)
+        else:
+            program.add(Op(OpKind.EXPECT_ACTIVATION, index), program.end, Place.PARKED, 4 * index)
+        program.add(Op(OpKind.RECV_ACTIVATION, index), program.end, Place.PARKED, 4 * index + 2)
+    for gradient in exchange.gradients:
+        at = program.position(OpKind.BACKWARD, gradient.index)
+        program.add(Op(OpKind.SEND_GRADIENT, gradient.index), program.begin if at is None else at + 1, Place.SEND)
 
 
-def _gradients(segment: Segment, stage: int) -> range:
-    """The gradients whose receive `stage` posts in this segment, and which the next stage sends in it."""
-    spec = segment.spec
-    if not 0 <= stage < spec.stages - 1:
-        return range(0)
-    shift = 0 if segment.leading else spec.look_ahead(stage + 1) + 1
-    start = max(0, segment.start - shift)
-    return range(start, max(start, min(segment.stop - shift, segment.admitted)))
+def _exchange_below(program: Program, exchange: Exchange) -> None:
+    """Activations that this stage sends down, and gradients that come up to it."""
+    for index in exchange.activations:
+        program.add(Op(OpKind.SEND_ACTIVATION, index), program.position(OpKind.FORWARD, index) + 1, Place.SEND)
+    for gradient in exchange.gradients:
+        at, place = program.position(OpKind.FORWARD, gradient.after), Place.POST_GRADIENT
+        if at is not None:
+            at += 1
+        elif not gradient.is_late and gradient.before is not None:
+            at, place = program.position(OpKind.BACKWARD, gradient.before), Place.POST_LAST_GRADIENT
+        program.add(Op(OpKind.EXPECT_GRADIENT, gradient.index), program.begin if at is None else at, place)
+    for at, op in enumerate(program.ops):
+        if op.kind is OpKind.BACKWARD:
+            program.add(Op(OpKind.RECV_GRADIENT, op.index), at, Place.RECEIVE)
 
 
-def _posted_early(program: Iterator[Op]) -> Iterator[Op]:
+def _posted_early(program: Iterable[Op]) -> list[Op]:
     """Each posting of a gradient's receive before the F or B that precedes it, and before what that waits for."""
     ops: list[Op] = []
     at = 0
@@ -133,4 +138,4 @@ def _posted_early(program: Iterator[Op]) -> Iterator[Op]:
             if op.kind in _RECEIVED:
                 at = len(ops) - (ops[-1:] == [Op(_RECEIVED[op.kind], op.index)])
             ops.append(op)
-    yield from ops
+    return ops

@@ -22,73 +22,108 @@ In any case that is before the first STEP that applies the sum (`runtime.tied`).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.schedules.paci import Segment
+from paci_schedule.core.places import Place, Program
+from paci_schedule.core.schedules.base import Rounds
 
-__all__ = ["Sums"]
+__all__ = ["place_sums"]
 
 
-class Sums:
-    """The sums that one stage posts in one segment.
+def place_sums(program: Program, call: Rounds, stage: int, ties: Sequence[Sequence[int]]) -> None:
+    """Put the sums into the program of a stage.
 
     Args:
-        segment: what all stages do.
+        program: of the stage, for the call.
+        call: what all stages do.
         stage: which of them.
         ties: for each tied weight, the stages that hold a copy.
-
-    Attributes:
-        at_begin, at_end: before the first message of the segment, and after the last one.
-        at_start, after_forward, after_step: by round, at its start, after its F or where that would be, after its STEP.
     """
-
-    def __init__(self, segment: Segment, stage: int, ties: Sequence[Sequence[int]]) -> None:
-        self._segment, self._stage = segment, stage
-        self.at_begin: list[Op] = []
-        self.at_end: list[Op] = []
-        self.at_start: defaultdict[int, list[Op]] = defaultdict(list)
-        self.after_forward: defaultdict[int, list[Op]] = defaultdict(list)
-        self.after_step: defaultdict[int, list[Op]] = defaultdict(list)
-        sums = []
+    sums = []
+    for number, holders in enumerate(ties):
+        if stage in holders:
+            first = min(holders)
+            sums += [(first + 2 * end, -first, number, end) for end in _last_rounds(call, first)]
+    rounds = _Rounds(program, call, stage)
+    # By level; of equal levels the one first whose first copy's stage is later, for that stage's own sum is.
+    for _, first, number, end in sorted(sums):
+        update = (end + 1 - call.spec.look_ahead(-first)) // call.spec.accumulation - 1
+        rounds.put(Op(OpKind.SUM, update, number), end, stage + first)
+    if call.leading and call.taken == call.finished:
+        last = call.finished // call.spec.accumulation - 1
         for number, holders in enumerate(ties):
             if stage in holders:
-                first = min(holders)
-                sums += [(first + 2 * end, -first, number, end) for end in self._last_rounds(first)]
-        # By level; of equal levels the one first whose first copy's stage is later, for that stage's own sum is.
-        for _, first, number, end in sorted(sums):
-            update = (end + 1 - segment.spec.look_ahead(-first)) // segment.spec.accumulation - 1
-            self._place(end, stage + first).append(Op(OpKind.SUM, update, number))
-        if segment.leading and segment.admitted <= segment.stop:
-            last = segment.stop // segment.spec.accumulation - 1
-            self.at_end += [Op(OpKind.SUM, last, number) for number, holders in enumerate(ties) if stage in holders]
+                program.add(Op(OpKind.SUM, last, number), program.end, Place.SUM_AT_END)
 
-    def _last_rounds(self, first: int) -> Iterator[int]:
-        """The rounds R of `first` whose updates' sums are posted in this segment."""
-        segment, ahead = self._segment, self._segment.spec.look_ahead(first)
-        if segment.leading:
-            if segment.start:
-                yield segment.start - 1 + ahead
-            return
-        for index in range(segment.start, segment.stop):
-            done = index + 1 - ahead
-            if 0 < done <= segment.admitted and done % segment.spec.accumulation == 0:
-                yield index
 
-    def _place(self, end: int, distance: int) -> list[Op]:
-        """Where the sum of an update goes that the first copy's stage, so many stages before, does in round `end`."""
-        rounds, leading = self._segment.rounds(self._stage), self._segment.leading
+def _last_rounds(call: Rounds, first: int) -> Iterator[int]:
+    """The rounds R of stage `first` whose updates' sums are posted in this call."""
+    ahead, rounds = call.spec.look_ahead(first), call.rounds(first)
+    if call.leading:
+        if rounds.start:
+            yield rounds.start - 1
+        return
+    for index in rounds:
+        done = index + 1 - ahead
+        if 0 < done <= call.taken and done % call.spec.accumulation == 0:
+            yield index
+
+
+class _Rounds:
+    """The rounds of one stage in one call, as places in its program."""
+
+    def __init__(self, program: Program, call: Rounds, stage: int) -> None:
+        self._program, self._call, self._ahead = program, call, call.spec.look_ahead(stage)
+        self._rounds, self._above = call.rounds(stage), call.rounds(stage - 1) if stage else range(0)
+
+    def put(self, op: Op, end: int, distance: int) -> None:
+        """Put in a sum that the stage of the first copy, so many stages before this one, posts in its round `end`."""
         if not distance:
-            return self.at_start[rounds.start] if leading else self.after_step[end]
-        places, index = self.after_forward, end - (distance - 1) // 2
+            if self._call.leading:
+                self._at_start(op, self._rounds.start)
+            else:
+                self._after_step(op, end)
+            return
+        put, index = self._after_forward, end - (distance - 1) // 2
         if distance % 2 == 0:
-            places, index = self.at_start, end + 1 - distance // 2
-        if index < rounds.start:
-            return self.at_begin
-        if index < rounds.stop:
-            return places[index]
-        above = self._segment.rounds(self._stage - 1)  # its activations from rounds.stop on are received at the end
-        if index < above.start:
-            return self.after_step[rounds.stop - 1]
-        return places[index] if index < min(above.stop, self._segment.admitted) else self.at_end
+            put, index = self._at_start, end + 1 - distance // 2
+        if index < self._rounds.start:
+            self._program.add(op, self._program.begin, Place.SUM_AT_START)
+        elif index < self._rounds.stop:
+            put(op, index)
+        # The activations of the stage before, from rounds.stop on, are received at the end of the call.
+        elif index < self._above.start:
+            self._after_step(op, self._rounds.stop - 1)
+        elif index < min(self._above.stop, self._call.taken):
+            put(op, index)
+        else:
+            self._program.add(op, self._program.end, Place.SUM_AT_END)
+
+    def _at_start(self, op: Op, index: int) -> None:
+        forward, at = self._find(index)
+        self._add(op, at if forward is None else forward, Place.SUM_AT_START, 4 * index + 1)
+
+    def _after_forward(self, op: Op, index: int) -> None:
+        """After the F of the round, or where it would be."""
+        forward, at = self._find(index)
+        if forward is not None:
+            self._program.add(op, forward + 1, Place.SUM_AFTER_FORWARD)
+        else:
+            self._add(op, at, Place.SUM_WITHOUT_FORWARD, 4 * index + 3)
+
+    def _after_step(self, op: Op, index: int) -> None:
+        update = (index - self._ahead) // self._call.spec.accumulation
+        self._program.add(op, self._program.position(OpKind.STEP, update) + 1, Place.SUM_AFTER_STEP)
+
+    def _find(self, index: int) -> tuple[int | None, int | None]:
+        """Where the F and the B of a round stand."""
+        position = self._program.position
+        return position(OpKind.FORWARD, index), position(OpKind.BACKWARD, index - self._ahead)
+
+    def _add(self, op: Op, at: int | None, place: Place, order: int) -> None:
+        """In a round with neither F nor B it goes to the end, between the activations that are received there."""
+        if at is None:
+            self._program.add(op, self._program.end, Place.PARKED, order)
+        else:
+            self._program.add(op, at, place)

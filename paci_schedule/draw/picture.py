@@ -1,4 +1,4 @@
-"""Timelines as SVG and PNG, and the file of any picture; `render.py` says what the colours mean."""
+"""Timelines as SVG and PNG, and the file of any picture; `colours.py` says what the colours mean."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.draw.text import HUES, STEP, chrome_trace, colour, shortest_op, shown, text
+from paci_schedule.draw.chrome import chrome_trace
+from paci_schedule.draw.colours import HUES, STEP, colour
+from paci_schedule.draw.shown import shortest_op, shown
+from paci_schedule.draw.text import text
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.timeline import Span, Timeline
 
@@ -18,15 +21,15 @@ _FORMATS = (".svg", ".png", ".json", ".txt")
 
 
 def picture(timelines: Mapping[str, Timeline], path: Path, unit: str = "") -> None:
-    """Draw timelines below each other, on one axis of time, into an SVG, PNG, Chrome trace or text file.
+    """Write timelines, one below the other on one time axis, to an SVG, PNG, Chrome trace or text file.
 
     Args:
         timelines: title -> timeline.
-        path: what to write; its ending says in which format.
+        path: the file to write; its ending decides the format.
         unit: the unit of the axis.
 
     Raises:
-        ConfigError: the ending is not one of a known format, the file cannot be written, or there is too much to draw.
+        ConfigError: the ending belongs to no known format, the file cannot be written, or there is too much to draw.
     """
     if path.suffix not in _FORMATS:
         raise ConfigError(f"output={str(path)!r}: the ending says the format; use one of {', '.join(_FORMATS)}")
@@ -79,7 +82,7 @@ def _draw(timelines: Mapping[str, Timeline], path: Path, unit: str) -> None:
 
 
 def _draw_row(ax: object, stage: int, row: Sequence[tuple[Span, int, int]], origin: float, character: float) -> None:
-    """One stage: a bar for every op on a bar for all its time, labelled where its characters fit."""
+    """Draw one stage: a bar for every op, with its label if that fits, on a bar for the whole time of the stage."""
     if not row:
         return
     begin, end = row[0][0].start, row[-1][0].end
@@ -112,7 +115,7 @@ def _draw_row(ax: object, stage: int, row: Sequence[tuple[Span, int, int]], orig
 
 
 def _label(op: Op) -> str:
-    """What stands on an op in a picture: its micro-batch, with a prime for chunk 1."""
+    """The label of an op in a picture: its micro-batch, with a prime for chunk 1."""
     return str(op.index) + "'" * op.chunk
 
 

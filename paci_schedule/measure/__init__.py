@@ -1,1 +1,1 @@
-"""What layers cost on a device: their seconds and bytes."""
+"""Measurements of what layers cost on a device, in seconds and in bytes."""

@@ -1,6 +1,6 @@
-"""The bytes of the tensors that ops make, for as long as they live, on any device.
+"""A counter of the bytes of tensors, for as long as the tensors live, on any device.
 
-A storage is watched from the op that makes it to its end, whoever holds it: a caller, autograd, a function's ``ctx``.
+A storage is watched from the op that makes it to its end, whether a caller, autograd or a function's ``ctx`` holds it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["LiveBytes"]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that ops make while it is active, until they end.
+    """A counter of the bytes of all storages that ops make while it is active; a storage counts until it is freed.
 
     Attributes:
-        live, peak: bytes now, and at most.
+        live, peak: the bytes now, and the most at any time.
     """
 
     def __init__(self) -> None:

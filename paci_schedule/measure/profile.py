@@ -1,13 +1,13 @@
-"""What each layer of a model costs, measured on the device that will run it.
+"""The profile of a model: what each layer costs, measured on the device that will run it.
 
-Layers run one after the other on a sample micro-batch, each on what the one before it gave, forward and backward as in
-a pipeline stage: gradients are added to those that are there, and the inputs of all layers but the first get one.  Only
-one layer is on the device at a time, so a model may be larger than the device.
+The layers run one after the other on a sample micro-batch; each takes what the layer before it returned.  Forward and
+backward run as in a pipeline stage: gradients are added to those that are there, and the inputs of all layers but the
+first get a gradient.  Only one layer is on the device at a time, so a model may be larger than the device.
 
-Seconds are the least of several runs, for whatever disturbs a run only adds to it: on CUDA between events in the
-device's stream, on CPU by the host's clock.  Bytes are those of the tensors that are made: what the forward leaves is
-saved for the backward, the rest is workspace; a kernel's inner scratch is not seen.  A layer that recomputes itself is
-measured as it is: a longer backward, little saved.
+The seconds are the least of several runs, because a disturbance can only make a run longer.  On CUDA they are taken
+between events in the device's stream, on the CPU by the host's clock.  The bytes are those of the tensors that ops
+make: what the forward leaves behind is saved for the backward, and the rest is workspace.  The scratch memory inside a
+kernel is not seen.  A layer that recomputes itself is measured as it is: its backward is longer, and it saves little.
 """
 
 from __future__ import annotations
@@ -22,35 +22,32 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from paci_schedule.errors import ConfigError
 from paci_schedule.measure.live_bytes import LiveBytes
-from paci_schedule.plan.partition import LayerCost
+from paci_schedule.plan.layers import Layer
 from paci_schedule.runtime.message import Layout, Payload
 
-__all__ = ["Layer", "profile_layers"]
+__all__ = ["Runnable", "profile_layers"]
 
-Layer = Callable[[Payload], Payload]
-"""A module, or a function without parameters, from what the layer before gives to what the next one takes."""
+Runnable = Callable[[Payload], Payload]
+"""A module, or a function without parameters, that takes what the layer before returns."""
 
 
 def profile_layers(
-    layers: Iterable[Layer],
+    layers: Iterable[Runnable],
     sample: Payload,
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
-    bytes_per_parameter: float = 16.0,
     repeats: int = 5,
-) -> list[LayerCost]:
-    """The cost of each layer, in order.  Leaves torch's random state as it was before the first layer was made.
+) -> list[Layer]:
+    """The cost of each layer, in order.  Torch's random state is as it was before the first layer was made.
 
     Args:
-        layers: of the whole model, in order; taken one at a time, so make them on the way if they are large.  A module
-            is moved to the device and trained on: hand in a copy of one that is still needed.
-        sample: inputs of the first layer, for one micro-batch.
-        device: where to measure.
-        dtype: of the modules' floating-point parameters and buffers; None leaves them as they are.
-        bytes_per_parameter: of a trained parameter's weight, gradient and optimizer states together: 16 for Adam in
-            fp32, and for bf16 weights and gradients with Adam on fp32 copies.
-        repeats: how often a layer is timed, after two runs that are not.
+        layers: those of the whole model, in order.  They are taken one at a time, so large ones should be made on the
+            way.  A module is moved to the device, and gradients are added to it: pass a copy if it is still needed.
+        sample: the inputs of the first layer, for one micro-batch.
+        device: the device to measure on.
+        dtype: the type of the modules' floating-point parameters and buffers; None leaves them as they are.
+        repeats: how often a layer is timed, after two runs that are not timed.
 
     Raises:
         ConfigError: a layer does not run on what it gets, or `repeats` is less than 1.
@@ -60,14 +57,14 @@ def profile_layers(
     sample = tuple(sample) if isinstance(sample, list) else sample
     if not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(sample)):
         raise ConfigError(f"sample={sample!r}: must be a tensor or a tuple of tensors, one micro-batch of inputs")
-    costs: list[LayerCost] = []
+    costs: list[Layer] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         inputs = tree_map(lambda tensor: tensor.detach().to(device), sample)
         for layer in layers:
             if isinstance(layer, nn.Module):
                 layer.to(device=device, dtype=dtype).train()
             try:
-                cost, inputs = _measure(layer, inputs, device, bytes_per_parameter, repeats, first=not costs)
+                cost, inputs = _measure(layer, inputs, device, repeats, first=not costs)
             except Exception as error:
                 name = getattr(layer, "__name__", type(layer).__name__)
                 raise ConfigError(
@@ -80,12 +77,12 @@ def profile_layers(
 
 
 def _measure(
-    layer: Layer, inputs: Payload, device: torch.device, bytes_per_parameter: float, repeats: int, first: bool
-) -> tuple[LayerCost, Payload]:
-    """What the layer costs, and its outputs."""
+    layer: Runnable, inputs: Payload, device: torch.device, repeats: int, first: bool
+) -> tuple[Layer, Payload]:
+    """The layer's costs, and its outputs."""
 
     def fresh() -> Payload:
-        # A clone is no leaf, so a layer may work in place, as behind another one.
+        # A clone is no leaf, so a layer may change it in place, as it may change the output of another layer.
         return tree_map(
             lambda tensor: tensor.detach().requires_grad_(not first and tensor.is_floating_point()).clone(), inputs
         )
@@ -97,7 +94,7 @@ def _measure(
         kept = counter.live
         _backward(outputs, gradients)
     handed_on = sum(tensor.nbytes for tensor in tree_leaves(outputs) if tensor in counter)
-    # As in a pipeline a forward lies between a micro-batch's forward and its backward, which finds no warm caches.
+    # As in a pipeline, another forward lies between a micro-batch's forward and its backward, so caches are not warm.
     marks, behind = [], layer(fresh())
     for _ in range(repeats):
         given = fresh()
@@ -108,20 +105,21 @@ def _measure(
         marks.append((begin, middle, _mark(device)))
         behind = results
     own = list(chain(layer.parameters(), layer.buffers())) if isinstance(layer, nn.Module) else []
-    cost = LayerCost(
+    cost = Layer(
         forward=min(_seconds(begin, middle) for begin, middle, _ in marks),
         backward=min(_seconds(middle, end) for _, middle, end in marks),
         input_bytes=sum(tensor.nbytes for tensor in tree_leaves(inputs)),
         saved_bytes=max(0, kept - handed_on),
         workspace_bytes=counter.peak - kept,
         output_bytes=sum(tensor.nbytes for tensor in tree_leaves(outputs)),
-        state_bytes=round(sum(bytes_per_parameter * one.numel() if one.requires_grad else one.nbytes for one in own)),
+        parameters=sum(one.numel() for one in own if one.requires_grad),
+        frozen_bytes=sum(one.nbytes for one in own if not one.requires_grad),
     )
     return cost, tree_map(torch.Tensor.detach, outputs)
 
 
 def _backward(outputs: Payload, gradients: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Backward from the outputs; returns the gradients to begin with, ones unless they are given."""
+    """Run the backward from the outputs; returns the gradients that it began with, ones unless they are given."""
     differentiable = [tensor for tensor in tree_leaves(outputs) if tensor.requires_grad]
     if gradients is None:
         gradients = [torch.ones_like(tensor) for tensor in differentiable]

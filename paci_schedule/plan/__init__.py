@@ -1,1 +1,1 @@
-"""Which pipeline suits a job: layers, their division into stages, and the search."""
+"""The planner: a model's layers, their partition into stages, and the search for the fastest pipeline of a job."""

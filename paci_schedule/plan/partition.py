@@ -1,79 +1,60 @@
-"""Cut a row of layers into stages: the slowest stage as fast as it can be, within the memory of every stage.
+"""The division of a row of layers into stages: the slowest stage as fast as it can be, within the memory of each stage.
 
-With no bubble left, a pipeline is as fast as its slowest stage: the seconds that its layers take for one micro-batch,
-forward and backward.  A stage's memory is its layers' state, once, and what they keep between the forward and the
-backward of a micro-batch, as often as micro-batches are live there (`PipelineSpec.in_flight`): the first stage keeps P
-of them, the last one.  So where memory is short, the early stages get fewer layers.
+Without a bubble a pipeline is as fast as its slowest stage, that is, as the seconds that the stage's layers take for
+the forward and the backward of one micro-batch.  A stage holds the state of its layers once, and what they keep between
+forward and backward once for every micro-batch in flight.  Under PACI and 1F1B the first stage has P micro-batches in
+flight and the last stage one, so where memory is short, the early stages get fewer layers.
 
-The search is exact: a dynamic programme over (stage, layers so far), O(P n^2) for n layers.  Of all cuts with the
-fastest slowest stage it takes one with the least sum of squares of the stages' seconds: the other stages are even too.
+The search is exact: a dynamic programme over (stage, layers so far), O(P n^2) for n layers.  Among the partitions with
+the fastest slowest stage it takes one with the least sum of squares of the stages' seconds, so that the other stages
+are even too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
+from paci_schedule.plan.layers import Layer
 
-__all__ = ["Cut", "LayerCost", "balance", "check_bounds", "evaluate"]
+__all__ = ["NothingFitsError", "Partition", "Room", "balance", "check_bounds", "evaluate", "rooms_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerCost:
-    """What one layer costs the stage that it is in.
+class Room:
+    """The memory of one stage."""
 
-    Raises:
-        ConfigError: a number is negative or not finite.
-    """
+    in_flight: float
+    """The micro-batches that the stage holds at once."""
 
-    forward: float
-    """Seconds for one micro-batch."""
+    bytes_per_parameter: float = 16.0
+    """Weight, gradient and optimizer states of a trained parameter together: 16 for Adam in fp32, and for bf16 weights
+    and gradients with Adam on fp32 copies."""
 
-    backward: float
-    """Seconds for one micro-batch."""
-
-    input_bytes: int = 0
-    """Of what it gets from the layer before, for one micro-batch; kept until the backward."""
-
-    saved_bytes: int = 0
-    """What it keeps for its backward besides its input and its output, for one micro-batch."""
-
-    workspace_bytes: int = 0
-    """What it takes besides, while its forward or backward runs."""
-
-    output_bytes: int = 0
-    """Of what it hands on; counts where a stage ends, within a stage it is the next layer's input."""
-
-    state_bytes: int = 0
-    """Weights, gradients and optimizer states; 0 marks a layer without parameters."""
-
-    tied: str | None = None
-    """The key of a layer that shares its parameters with others; a stage holds them once for each key."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "tied" and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{field.name}={value!r}: a layer's cost must be finite and at least 0")
+    limit: float = math.inf
+    """The bytes that the stage may take."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class Partition:
     """Which layers make which stage, and what that costs.
 
     Attributes:
         bounds: P + 1 numbers from 0 to n; stage s has the layers bounds[s] to bounds[s + 1] - 1.
-        seconds: of each stage for one micro-batch, forward and backward.
-        peak_bytes: of each stage, see `evaluate`.
+        seconds: what one micro-batch takes on each stage, forward and backward together.
+        peak_bytes: the most memory that each stage takes (see `evaluate`).
     """
 
     bounds: tuple[int, ...]
     seconds: tuple[float, ...]
-    peak_bytes: tuple[int, ...]
+    peak_bytes: tuple[float, ...]
 
     @property
     def slowest(self) -> float:
@@ -93,117 +74,160 @@ class Cut:
             )
         ]
         even = self.ideal / self.slowest if self.slowest else 1.0
-        return "\n".join([f"cut {list(self.bounds)}, the slowest stage at {even:.3f} of the ideal speed", *rows])
+        return "\n".join([f"partition {list(self.bounds)}, the slowest stage at {even:.3f} of the ideal speed", *rows])
 
 
-def balance(
-    layers: Sequence[LayerCost],
-    spec: PipelineSpec,
-    *,
-    memory_limit: int | Sequence[int] | None = None,
-    recompute_every: int = 0,
-) -> Cut:
-    """The cut with the fastest slowest stage, every stage with at least one layer.
+class NothingFitsError(ConfigError):
+    """No partition keeps to the memory limits.
+
+    Attributes:
+        nearest: the partition that comes nearest to them.
+    """
+
+    def __init__(self, nearest: Partition, rooms: Sequence[Room]) -> None:
+        short = [
+            f"stage {stage} needs {_size(peak)} of {_size(room.limit)}"
+            for stage, (peak, room) in enumerate(zip(nearest.peak_bytes, rooms, strict=True))
+            if peak > room.limit
+        ]
+        super().__init__(
+            f"memory_limit: no partition keeps to it; in the nearest, {list(nearest.bounds)}, {', '.join(short)}; "
+            "use more stages, smaller micro-batches, recomputation or less extra_in_flight"
+        )
+        self.nearest = nearest
+
+
+def rooms_of(
+    spec: PipelineSpec, *, bytes_per_parameter: float = 16.0, memory_limit: float | Sequence[float] | None = None
+) -> list[Room]:
+    """The memory of each stage under PACI or 1F1B.
 
     Args:
-        layers: of the whole model, in order.
         spec: the pipeline; its stages and its micro-batches in flight count.
-        memory_limit: bytes, of every stage or one number for each; None for no limit.
+        bytes_per_parameter: as in `Room`.
+        memory_limit: bytes, one number for every stage or one for each of them; None for no limit.
+
+    Raises:
+        ConfigError: the limit is malformed.
+    """
+    limits = memory_limit if isinstance(memory_limit, Sequence) else [memory_limit] * spec.stages
+    if memory_limit is not None and (len(limits) != spec.stages or any(not limit > 0 for limit in limits)):
+        raise ConfigError(
+            f"memory_limit={memory_limit!r}: must be bytes above 0, or {spec.stages} of them, one for each stage"
+        )
+    return [
+        Room(
+            in_flight=spec.in_flight(stage),
+            bytes_per_parameter=bytes_per_parameter,
+            limit=math.inf if limit is None else limit,
+        )
+        for stage, limit in enumerate(limits)
+    ]
+
+
+def balance(layers: Sequence[Layer], rooms: Sequence[Room], *, recompute_every: int = 0) -> Partition:
+    """The partition with the fastest slowest stage, in which every stage has at least one layer.
+
+    Args:
+        layers: those of the whole model, in order.
+        rooms: the memory of each stage; there are as many stages as rooms.
         recompute_every: as in `evaluate`.
 
     Raises:
-        ConfigError: fewer layers than stages, a malformed limit, or no cut that keeps to it.
+        ConfigError: there are fewer layers than stages, or `recompute_every` is malformed.
+        NothingFitsError: no partition keeps to the limits of the rooms.
     """
-    count, stages = len(layers), spec.stages
+    count, stages = len(layers), len(rooms)
     if count < stages:
         raise ConfigError(f"{count} layers for {stages} stages: every stage needs at least one; use fewer stages")
-    limits = _limits(memory_limit, stages)
-    spans = _spans(layers, recompute_every)
+    table = _table(layers, recompute_every)
 
-    def excess(stage: int, span: _Span) -> float:
-        return span.peak_bytes(spec.in_flight(stage)) - limits[stage]
+    def seconds_up_to(most: float) -> Iterator[np.ndarray]:
+        for room in rooms:
+            fits = (table.peak_bytes(room) <= room.limit) & (table.seconds <= most)
+            yield np.where(fits, table.seconds, np.inf)
 
-    def search(weight: Callable[[int, _Span], float | None], join: Callable[[float, float], float]) -> tuple | None:
-        return _least(lambda stage, start, stop: weight(stage, spans[start][stop]), join, count, stages)
-
-    found = search(lambda stage, span: span.seconds if excess(stage, span) <= 0 else None, max)
-    if found is None:
-        _, bounds = search(excess, max)
-        raise _nothing_fits(evaluate(layers, spec, bounds, recompute_every=recompute_every), limits)
-    slowest, _ = found
-
-    def square(stage: int, span: _Span) -> float | None:
-        return span.seconds**2 if span.seconds <= slowest and excess(stage, span) <= 0 else None
-
-    _, bounds = search(square, lambda total, one: total + one)
-    return evaluate(layers, spec, bounds, recompute_every=recompute_every)
+    slowest, _ = _least(seconds_up_to(math.inf), np.maximum)
+    if math.isinf(slowest):
+        exists = np.isfinite(table.seconds)
+        _, bounds = _least(
+            (np.where(exists, table.peak_bytes(room) - room.limit, np.inf) for room in rooms), np.maximum
+        )
+        raise NothingFitsError(evaluate(layers, rooms, bounds, recompute_every=recompute_every), rooms)
+    _, bounds = _least((seconds**2 for seconds in seconds_up_to(slowest)), np.add)
+    return evaluate(layers, rooms, bounds, recompute_every=recompute_every)
 
 
 def evaluate(
-    layers: Sequence[LayerCost], spec: PipelineSpec, bounds: Sequence[int], *, recompute_every: int = 0
-) -> Cut:
-    """What a given cut costs.
+    layers: Sequence[Layer], rooms: Sequence[Room], bounds: Sequence[int], *, recompute_every: int = 0
+) -> Partition:
+    """A given partition, with its costs.
 
-    A stage's peak is the state of its layers; for each micro-batch in flight what it received, its layers' inputs, what
-    they save and what it handed on; and once what the layer that takes most needs while it runs, with recomputation
-    together with what its chunk saves while it is redone.  Not in it: what an optimizer takes besides its states,
-    messages on their way, an allocator's waste.
+    A stage's peak has three parts: the state of its layers; for each micro-batch in flight what the stage received, its
+    layers' inputs, what they save and what it handed on; and, once, what the most demanding layer needs while it runs
+    (with recomputation, together with what its chunk saves while it is run again).  The peak does not contain what an
+    optimizer takes besides its states, messages on their way, or what an allocator wastes.
 
     Args:
-        layers: of the whole model, in order.
-        spec: the pipeline.
-        bounds: where the stages begin and end, as in `Cut`.
-        recompute_every: layers of a stage that are recomputed together in the backward, keeping the input of the first
-            alone (DeepSpeed: activation_checkpoint_interval; a chunk without parameters is not recomputed); 0 for none.
+        layers: those of the whole model, in order.
+        rooms: the memory of each stage.
+        bounds: where the stages begin and end, as in `Partition`.
+        recompute_every: how many layers of a stage are recomputed together in the backward, so that only the input of
+            the first of them is kept (DeepSpeed: activation_checkpoint_interval; a chunk without parameters is not
+            recomputed); 0 for none.
 
     Raises:
-        ConfigError: `bounds` do not cut these layers into this pipeline's stages, or a malformed `recompute_every`.
+        ConfigError: `bounds` do not divide these layers into these stages, or `recompute_every` is malformed.
     """
-    check_bounds(bounds, len(layers), spec.stages)
+    check_bounds(bounds, len(layers), len(rooms))
     spans = [list(_spans_from(layers[start:stop], recompute_every))[-1] for start, stop in pairwise(bounds)]
-    return Cut(
+    return Partition(
         bounds=tuple(bounds),
         seconds=tuple(span.seconds for span in spans),
-        peak_bytes=tuple(span.peak_bytes(spec.in_flight(stage)) for stage, span in enumerate(spans)),
+        peak_bytes=tuple(span.peak_bytes(room) for span, room in zip(spans, rooms, strict=True)),
     )
 
 
 def check_bounds(bounds: Sequence[int], layers: int, stages: int) -> None:
-    """Raises ConfigError unless `bounds` cut so many layers into so many stages, none of them empty."""
+    """Raises ConfigError unless `bounds` divide so many layers into so many stages, none of them empty."""
     rises = all(start < stop for start, stop in pairwise(bounds))
     if len(bounds) != stages + 1 or bounds[0] != 0 or bounds[-1] != layers or not rises:
         raise ConfigError(
-            f"cut {list(bounds)!r}: {layers} layers in {stages} stages need {stages + 1} bounds that rise from 0 to "
-            f"{layers}, where each stage begins and the last one ends"
+            f"partition {list(bounds)!r}: {layers} layers in {stages} stages need {stages + 1} bounds that rise from 0 "
+            f"to {layers}, where each stage begins and the last one ends"
         )
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Layers that stand together in a stage."""
+class _Span(NamedTuple):
+    """What layers that stand together in a stage cost; in `_table` the fields are arrays."""
 
-    seconds: float
-    state: int
-    live: int  # for each micro-batch in flight
-    running: int  # once, while a layer or a recomputed chunk runs
+    seconds: Any
+    parameters: Any
+    frozen: Any
+    live: Any  # bytes for each micro-batch in flight
+    running: Any  # bytes once, while a layer or a recomputed chunk runs
 
-    def peak_bytes(self, in_flight: int) -> int:
-        return self.state + in_flight * self.live + self.running
-
-
-def _spans(layers: Sequence[LayerCost], recompute_every: int) -> list[dict[int, _Span]]:
-    """For every start, stop -> the layers from start to stop - 1."""
-    return [
-        dict(enumerate(_spans_from(layers[start:], recompute_every), start=start + 1)) for start in range(len(layers))
-    ]
+    def peak_bytes(self, room: Room) -> Any:
+        state = room.bytes_per_parameter * self.parameters + self.frozen
+        return state + room.in_flight * self.live + self.running
 
 
-def _spans_from(layers: Sequence[LayerCost], recompute_every: int) -> Iterator[_Span]:
+def _table(layers: Sequence[Layer], recompute_every: int) -> _Span:
+    """The layers from start to stop - 1, float64[start, stop]; where there are none, the seconds are infinite."""
+    count = len(layers)
+    table = np.zeros((len(_Span._fields), count + 1, count + 1))
+    table[0] = np.inf
+    for start in range(count):
+        table[:, start, start + 1 :] = np.array(list(_spans_from(layers[start:], recompute_every))).T
+    return _Span(*table)
+
+
+def _spans_from(layers: Sequence[Layer], recompute_every: int) -> Iterator[_Span]:
     """The first layer, the first two, and so on to all of `layers`."""
     if not isinstance(recompute_every, int) or recompute_every < 0:
         raise ConfigError(f"recompute_every={recompute_every!r}: must be a whole number of layers, 0 for none")
-    seconds, state, live, running = 0.0, 0, 0, 0
-    chunk: list[LayerCost] = []
+    seconds = parameters = frozen = live = running = 0
+    chunk: list[Layer] = []
     tied: set[str] = set()
     for layer in layers:
         if len(chunk) == (recompute_every or 1):
@@ -212,73 +236,43 @@ def _spans_from(layers: Sequence[LayerCost], recompute_every: int) -> Iterator[_
             chunk.clear()
         chunk.append(layer)
         if layer.tied not in tied:
-            state += layer.state_bytes
+            parameters, frozen = parameters + layer.parameters, frozen + layer.frozen_bytes
         if layer.tied is not None:
             tied.add(layer.tied)
         took, kept, once = _chunk(chunk, bool(recompute_every))
         passing = layers[0].input_bytes + layer.output_bytes
-        yield _Span(seconds + took, state, live + kept + passing, max(running, once))
+        yield _Span(seconds + took, parameters, frozen, live + kept + passing, max(running, once))
 
 
-def _chunk(chunk: Sequence[LayerCost], recompute: bool) -> tuple[float, int, int]:
+def _chunk(chunk: Sequence[Layer], recompute: bool) -> tuple[float, float, float]:
     """Seconds, bytes kept for each micro-batch, and bytes needed once, while it runs."""
     forward, backward = sum(layer.forward for layer in chunk), sum(layer.backward for layer in chunk)
     saved = sum(layer.input_bytes + layer.saved_bytes for layer in chunk)
     workspace = max(layer.workspace_bytes for layer in chunk)
-    if recompute and any(layer.state_bytes for layer in chunk):
+    if recompute and any(layer.parameters or layer.frozen_bytes for layer in chunk):
         return 2 * forward + backward, chunk[0].input_bytes, saved - chunk[0].input_bytes + workspace
     return forward + backward, saved, workspace
 
 
-def _least(
-    weight: Callable[[int, int, int], float | None],
-    join: Callable[[float, float], float],
-    count: int,
-    stages: int,
-) -> tuple[float, tuple[int, ...]] | None:
-    """The cut whose joined stage weights are least, and they; None if there is no cut.
+def _least(weights: Iterable[np.ndarray], join: np.ufunc) -> tuple[float, tuple[int, ...]]:
+    """The partition whose joined stage weights are least: what they join to, infinite if there is none, and its bounds.
 
     Args:
-        weight: of the layers from start to stop - 1 as a stage: weight(stage, start, stop); None where they may not be.
+        weights: for each stage, float64[start, stop]: the weight of the layers from start to stop - 1 as that stage;
+            infinite where they may not be one.
         join: of the weights so far and the next stage's; must not fall when the former rise.
-        count: n, layers.
-        stages: P.
     """
-    reached: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
-    for stage in range(stages):
-        left = stages - 1 - stage
-        before, reached = reached, {}
-        for stop in range(stage + 1, count - left + 1) if left else [count]:
-            for start, (total, bounds) in before.items():
-                one = weight(stage, start, stop) if start < stop else None
-                if one is None:
-                    continue
-                joined = join(total, one) if stage else one
-                if stop not in reached or joined < reached[stop][0]:
-                    reached[stop] = joined, (*bounds, stop)
-    return reached.get(count)
-
-
-def _limits(memory_limit: int | Sequence[int] | None, stages: int) -> Sequence[float]:
-    if memory_limit is None:
-        return [math.inf] * stages
-    limits = list(memory_limit) if isinstance(memory_limit, Sequence) else [memory_limit] * stages
-    if len(limits) != stages or any(not limit > 0 for limit in limits):
-        raise ConfigError(f"memory_limit={memory_limit!r}: must be bytes above 0, or {stages} of them, one a stage")
-    return limits
-
-
-def _nothing_fits(nearest: Cut, limits: Sequence[float]) -> ConfigError:
-    """Says what the cut that comes nearest to the limits lacks."""
-    short = [
-        f"stage {stage} needs {_size(peak)} of {_size(limit)}"
-        for stage, (peak, limit) in enumerate(zip(nearest.peak_bytes, limits, strict=True))
-        if peak > limit
-    ]
-    return ConfigError(
-        f"memory_limit: no cut keeps to it; in the nearest, {list(nearest.bounds)}, {', '.join(short)}; "
-        "use more stages, smaller micro-batches, recomputation or less extra_in_flight"
-    )
+    weights = iter(weights)
+    reached = next(weights)[0]  # [stop]
+    begins: list[np.ndarray] = []  # of each later stage, by where it ends
+    for weight in weights:
+        joined = join(reached[:, None], weight)
+        begins.append(joined.argmin(axis=0))
+        reached = joined.min(axis=0)
+    bounds = [len(reached) - 1]
+    for begin in reversed(begins):
+        bounds.append(int(begin[bounds[-1]]))
+    return float(reached[-1]), (0, *reversed(bounds))
 
 
 def _size(count: float) -> str:

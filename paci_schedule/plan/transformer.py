@@ -1,47 +1,28 @@
-"""What the planner must know of a model: a row of layers, each with its time, parameters and activations.
+"""The model that the planner divides: a row of layers, from a Hugging Face config or from a file of measured layers.
 
-From a Hugging Face config the figures are computed: 2 operations for each matrix parameter and token plus 4 s h for the
-attention of a token, backward twice the forward; activations as in arXiv 2205.05198, equation 2, without the s x s
-terms that flash attention does not keep.
+From a config the figures are computed.  A token takes 2 operations for each matrix parameter and 4 s h for its
+attention, where s is the sequence length and h the hidden size; the backward takes twice the forward.  Activations
+follow arXiv 2205.05198, equation 2, without the s x s terms, which flash attention does not keep.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from paci_schedule.errors import ConfigError
+from paci_schedule.plan.layers import Layer
 from paci_schedule.simulate.costs import check_amount
 
-__all__ = ["Layer", "Model", "built_in", "from_config", "from_layers", "load_config"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One layer, its times and bytes those of one sequence."""
-
-    forward: float
-    """Seconds; or, of a model from its config, floating-point operations."""
-
-    backward: float
-    """The whole backward, in the same unit."""
-
-    parameters: float
-    """How many."""
-
-    activation_bytes: float
-    """Kept from F to the end of B."""
-
-    input_bytes: float
-    """Kept instead where the layer is recomputed; also what a stage sends to the next one."""
+__all__ = ["Model", "built_in", "from_config", "from_layers", "load_config"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row of layers.
+    """A row of layers; their figures are those of a micro-batch of one sequence.
 
     Attributes:
         layers: from the first to the last.
@@ -55,12 +36,12 @@ class Model:
 
     @property
     def parameters(self) -> float:
-        """Of all layers."""
+        """The number of parameters of all layers."""
         return sum(layer.parameters for layer in self.layers)
 
 
 _KEYS = MappingProxyType(
-    {  # what we need -> the names that model families give it
+    {  # what the planner needs -> the names that model families give it
         "layers": ("num_hidden_layers", "n_layer", "num_layers"),
         "hidden": ("hidden_size", "n_embd", "d_model"),
         "heads": ("num_attention_heads", "n_head", "num_heads"),
@@ -69,8 +50,10 @@ _KEYS = MappingProxyType(
     }
 )
 
+_MEASURED = "forward", "backward", "parameters", "activation_bytes", "input_bytes"
 _EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
 _MOST_LAYERS = 1000
+_ID = 8  # bytes of a token's number
 
 _SIZES = MappingProxyType(
     {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
@@ -92,8 +75,7 @@ def built_in() -> tuple[str, ...]:
 
 
 def load_config(name: str) -> dict[str, object] | None:
-    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if it is none of
-    them.
+    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if there is none.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -107,14 +89,14 @@ def load_config(name: str) -> dict[str, object] | None:
 
 
 def from_config(config: dict[str, object], sequence_length: int | None = None) -> Model:
-    """The layers of a transformer with this Hugging Face config: embedding, blocks, head (untied).
+    """The layers of a transformer with this Hugging Face config: an embedding, blocks and an untied head.
 
     Args:
-        config: GPT-2's names or those of newer models.
-        sequence_length: tokens of a sequence; None: the longest of the config.
+        config: with GPT-2's names of the keys, or with those of newer models.
+        sequence_length: tokens of a sequence; None takes the longest that the config allows.
 
     Raises:
-        ConfigError: a key is missing or has no sense, or the model is a mixture of experts.
+        ConfigError: a key is missing or its value cannot be, or the model is a mixture of experts.
     """
     found = {}
     for need, names in _KEYS.items():
@@ -144,16 +126,19 @@ def from_config(config: dict[str, object], sequence_length: int | None = None) -
         forward=block_work,
         backward=2 * block_work,
         parameters=matrices + 4 * hidden,
-        activation_bytes=sequence * (18 * hidden + 4 * inner),
         input_bytes=row,
+        saved_bytes=sequence * (16 * hidden + 4 * inner),
+        output_bytes=row,
     )
-    embedding = Layer(forward=0.0, backward=0.0, parameters=hidden * vocabulary, activation_bytes=0.0, input_bytes=row)
+    embedding = Layer(
+        forward=0.0, backward=0.0, parameters=hidden * vocabulary, input_bytes=_ID * sequence, output_bytes=row
+    )
     head = Layer(
         forward=head_work,
         backward=2 * head_work,
         parameters=hidden * vocabulary,
-        activation_bytes=4 * sequence * vocabulary + row,
         input_bytes=row,
+        saved_bytes=4 * sequence * vocabulary,
     )
     return Model([embedding, *[block] * found["layers"], head], sequence, measured=False)
 
@@ -162,7 +147,9 @@ def from_layers(path: Path) -> Model:
     """The layers that were measured, from a JSON file; times in seconds and bytes are those of one sequence.
 
     `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
-    "input_bytes": 2e6, "count": 24}, ...]}`; "count" repeats a layer and may be left out.
+    "input_bytes": 2e6, "count": 24}, ...]}`; "activation_bytes" is what a layer keeps from its forward to the end of
+    its backward, its input included; "count" repeats a layer and may be left out.  A layer hands on as much as the next
+    one gets.
 
     Raises:
         ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.
@@ -171,22 +158,25 @@ def from_layers(path: Path) -> Model:
     layers: list[Layer] = []
     try:
         for number, entry in enumerate(content["layers"]):
-            values = {key: float(entry[key]) for key in Layer.__annotations__}
+            values = {key: float(entry[key]) for key in _MEASURED}
             for key, value in values.items():
                 check_amount(f"{key} of layer {number}", value)
+            values["saved_bytes"] = max(0.0, values.pop("activation_bytes") - values["input_bytes"])
             layers += [Layer(**values)] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
         sequence = int(content["sequence_length"])
     except ConfigError as error:
         raise ConfigError(f"layers={str(path)!r}: {error}") from None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs "
-            f"{', '.join(Layer.__annotations__)}, and the file a sequence_length"
+            f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs {', '.join(_MEASURED)}, and the "
+            "file a sequence_length"
         ) from None
     if not 1 <= len(layers) <= _MOST_LAYERS or sequence < 1:
         raise ConfigError(f"layers={str(path)!r}: needs 1 to {_MOST_LAYERS} layers and a sequence_length of at least 1")
     if not any(layer.forward + layer.backward for layer in layers):
         raise ConfigError(f"layers={str(path)!r}: no layer takes any time; write the measured seconds")
+    handed_on = [layer.input_bytes for layer in layers[1:]] + [0.0]
+    layers = [replace(layer, output_bytes=size) for layer, size in zip(layers, handed_on, strict=True)]
     return Model(layers, sequence, measured=True)
 
 

@@ -1,7 +1,8 @@
-"""An optimizer's next weights, before its step: from its state and the part of the gradient that is there.
+"""Predictions of an optimizer's next weights, from its state and the part of the gradient that is already there.
 
-`advance` takes the optimizer's own step on copies of its state; `momentum` says what gradient an optimizer expects
-where no part is there yet, and which optimizers can be predicted.  `Prediction` says when a stage predicts.
+`advance` takes the optimizer's own step on copies of its state.  `momentum` finds the gradient that an optimizer
+expects where no part is there yet, and knows which optimizers can be predicted.  `Prediction` decides when a stage
+predicts.
 """
 
 from paci_schedule.predict.clipping import clip_factor

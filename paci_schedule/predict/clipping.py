@@ -1,4 +1,4 @@
-"""What gradients are scaled with where they are clipped, to the bit as DeepSpeed does in fp32."""
+"""The factor by which gradients are clipped, to the bit as DeepSpeed computes it in fp32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["clip_factor"]
 
 
 def clip_factor(limit: float, norm: torch.Tensor) -> torch.Tensor:
-    """What gradients in fp32 are multiplied with, fp32[], so that their norm is at most `limit`."""
-    # One tensor by another, as DeepSpeed divides: a Python number by a tensor is rounded differently.
+    """The factor, fp32[], by which gradients in fp32 are multiplied so that their norm is at most `limit`."""
+    # DeepSpeed divides one tensor by another; a Python number divided by a tensor is rounded differently.
     return torch.clamp(torch.full_like(norm, limit) / (norm + 1e-6), max=1.0)

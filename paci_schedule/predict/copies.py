@@ -1,4 +1,4 @@
-"""Copies of many tensors in few kernels."""
+"""Copies of many tensors with few kernels."""
 
 from __future__ import annotations
 

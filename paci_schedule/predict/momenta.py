@@ -1,9 +1,9 @@
-"""What the momentum of each known optimizer expects: the gradient that would leave its direction as it is.
+"""The gradient that the momentum of each known optimizer expects: the one that would not change its direction.
 
-A function takes the optimizer, a parameter's group, what the optimizer keeps for it, and its value; it returns None
-where there is no momentum (yet).  Decay that the step adds to its gradients is taken out again.
+A function takes the optimizer, a parameter's group, the optimizer's state of the parameter, and the parameter's value;
+it returns None where there is no momentum (yet).  Decay that the step adds to its gradients is taken out again.
 
-The optimizers are known by the names of their classes, for most of them cannot be imported everywhere.
+The optimizers are known by the names of their classes, because most of them cannot be imported everywhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _of_adam(
 def _of_fused_adam(
     optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
 ) -> torch.Tensor | None:
-    """As `_of_adam`; the steps are counted in the group."""
+    """The same as `_of_adam`; the steps are counted in the group."""
     if not state or not group.get("step"):
         return None
     mean = state["exp_avg"] / (1 - group["betas"][0] ** group["step"] if group["bias_correction"] else 1)
@@ -44,7 +44,7 @@ def _of_fused_adam(
 def _of_sgd(
     optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
 ) -> torch.Tensor | None:
-    """The gradient that leaves the buffer as it is; SGD keeps no count of its steps to correct a bias by."""
+    """The gradient that leaves the buffer as it is; SGD counts no steps, so no bias can be corrected."""
     buffer, undamped = state.get("momentum_buffer"), 1 - group["dampening"]
     if buffer is None or not undamped:
         return None
@@ -61,14 +61,14 @@ def _of_muon(
 def _of_average(
     name: str, optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
 ) -> torch.Tensor | None:
-    """The moving average of that name itself, where nothing reads its size."""
+    """The moving average with this name, for optimizers that do not read its size."""
     return _undecayed(optimizer, group, state[name].clone(), weight) if state else None
 
 
 def _of_soap(
     optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
 ) -> torch.Tensor | None:
-    """The first moment, its bias corrected, out of the basis in which it is kept."""
+    """The first moment, its bias corrected, brought back from the basis in which the optimizer keeps it."""
     if not state or not state["step"]:
         return None
     mean = state["Q_L"] @ state["exp_avg"] @ state["Q_R"].T
@@ -80,7 +80,7 @@ def _of_soap(
 def _undecayed(
     optimizer: Optimizer, group: Mapping[str, Any], mean: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Without the decay that an emerging optimizer adds to its gradients, in place."""
+    """Take out, in place, the decay that an emerging optimizer adds to its gradients."""
     return mean.sub_(weight, alpha=group["weight_decay"]) if _decay_of(optimizer) == "l2" else mean
 
 
@@ -106,4 +106,4 @@ MOMENTA: Mapping[str, Momentum] = MappingProxyType(
         f"{_EMERGING}.soap.soap.SOAP": _of_soap,
     }
 )
-"""By module and name of the class; subclasses are known by it, too."""
+"""Module and name of a class -> its function, which holds for subclasses too."""

@@ -1,11 +1,11 @@
 """The gradient that an optimizer's momentum expects, for a prediction before any part of the gradient is there.
 
-It is the gradient that would leave the direction of the momentum as it is.  Decay that an optimizer adds to its
-gradients, and the sign that `maximize` turns, are taken out of the momentum, as the step puts them in again.
+This gradient would leave the direction of the momentum as it is.  Decay that an optimizer adds to its gradients, and
+the sign that `maximize` turns, are taken out of the momentum, because the step puts them in again.
 
-An optimizer that `momenta` does not know can say itself what it expects, by a method `expected_gradient(group, state,
-weight)`, which returns what the function of that name does, before `maximize` turns its sign.  It must treat every
-parameter by itself, and its `step` be right in another object of its class that holds copies of its state
+An optimizer that `momenta` does not know can itself define what it expects, by a method `expected_gradient(group,
+state, weight)`, which returns what the function of that name does, before `maximize` turns its sign.  It must treat
+every parameter by itself, and its `step` must be right in another object of its class that holds copies of its state
 (`predict.shadow`).
 """
 
@@ -29,7 +29,7 @@ _STATES = {"exp_avg_dtype", "exp_avg_sq_dtype"}
 
 
 def check(optimizer: Optimizer, reach: float = 1.0) -> None:
-    """Raises UnsupportedError where the optimizer cannot be predicted, or not so far (`stale.check_reach`)."""
+    """Raises UnsupportedError where the optimizer cannot be predicted, or cannot with this reach."""
     if _momentum_of(optimizer) is None:
         names = ", ".join(name.rpartition(".")[2] for name in MOMENTA if name.startswith("torch."))
         raise UnsupportedError(
@@ -71,7 +71,7 @@ def expected_gradient(
         optimizer: one that `check` lets pass.
         group: the parameter's group.
         parameter: as the optimizer knows it.
-        weight: its value.
+        weight: the parameter's value.
     """
     mean = _momentum_of(optimizer)(group, state_of(optimizer, group, parameter), weight)
     return mean.neg() if mean is not None and group.get("maximize") else mean

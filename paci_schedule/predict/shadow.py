@@ -1,10 +1,10 @@
-"""The weights that an optimizer's step would leave, without the step: the optimizer's own code on copies of its state.
+"""The weights that an optimizer's step would leave, found by the optimizer's own code on copies of its state.
 
-A formula for each optimizer would be a second description of it, right for the settings that it was written for.  The
-optimizer's own `step` is right for all of them, bit for bit: amsgrad, maximize, foreach, fused, a subclass that looks
-ahead.  A formula saves little: the new moments are temporaries of the same size as the copies, so what it spares is the
-writing of these copies, about a fifth of the memory traffic of an Adam step.  Memory is bounded instead by going
-through the parameters in buckets, which every optimizer admits that treats each parameter by itself.
+A formula for each optimizer would be a second description of it, right only for the settings that it was written for.
+The optimizer's own `step` is right for all of them, bit for bit: amsgrad, maximize, foreach, fused, a subclass that
+looks ahead.  A formula would save little: the new moments are temporaries of the same size as the copies, so it would
+only avoid writing these copies, about a fifth of the memory traffic of an Adam step.  Memory is bounded in another way:
+the parameters are taken in buckets, which is possible for every optimizer that treats each parameter by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paci_schedule.predict.copies import copied
 __all__ = ["PIECE", "advance", "piece_of", "pieces", "state_of"]
 
 PIECE = 1 << 24
-"""Elements of a flat parameter to predict at a time."""
+"""How many elements of a flat parameter are predicted at a time."""
 
 _BUCKET = 1 << 24  # elements whose state is copied at a time
 
@@ -34,7 +34,7 @@ def advance(
     windows: int = 1,
     reach: float = 1.0,
 ) -> None:
-    """Move `weights` to where the optimizer's next steps would take them.  The optimizer stays as it is.
+    """Move `weights` to where the optimizer's next steps would take them; the optimizer stays as it is.
 
     Args:
         optimizer: one that `momentum.check` lets pass, and that treats every parameter by itself.
@@ -42,15 +42,15 @@ def advance(
             Autograd does not see it: no version counter moves.
         gradients: parameter -> the gradient of each of these steps, clipped already.  It may be overwritten.  A
             parameter without one stays where it is, as in a step.
-        windows: how many steps, all with this gradient and the learning rate of now.
-        reach: how long each of these steps is, beside the optimizer's own.  All that `check` lets pass go as far as
-            their learning rate says, the decay of weights included.
+        windows: the number of steps, all with this gradient and the present learning rate.
+        reach: the length of each of these steps, relative to the optimizer's own.  The optimizers that `check` lets
+            pass go as far as their learning rate tells them, the decay of weights included.
     """
     for group in optimizer.param_groups:
         for bucket in _buckets([parameter for parameter in group["params"] if parameter in gradients]):
             moved = [weights[parameter].data for parameter in bucket]
             for weight, parameter in zip(moved, bucket, strict=True):
-                vars(weight).update(vars(parameter))  # what is written on a parameter, as how it is sliced
+                vars(weight).update(vars(parameter))  # attributes of a parameter, such as how it is sliced
             states = _copied_states([state_of(optimizer, group, parameter) for parameter in bucket])
             settings = {name: _copied(value) for name, value in group.items() if name != "params"}  # counts among them
             if reach != 1:
@@ -66,29 +66,29 @@ def advance(
                 type(optimizer).step(shadow)
 
 
-def piece_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor, cut: slice) -> Optimizer:
-    """The optimizer as if its only parameter were a piece of this one, for `advance` and `expected_gradient`.
+def piece_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor, place: slice) -> Optimizer:
+    """An optimizer whose only parameter is a piece of this one, for `advance` and `expected_gradient`.
 
     Args:
         optimizer: one that treats every element by itself.
         group: the parameter's group.
         parameter: flat.
-        cut: the elements of the piece.
+        place: the elements of the piece.
 
     Returns:
-        An optimizer whose parameter and state are views.
+        The optimizer; its parameter and state are views.
     """
-    piece = parameter.detach()[cut]
+    piece = parameter.detach()[place]
     state = state_of(optimizer, group, parameter)
-    views = {name: value[cut] if _is_large(value) else value for name, value in state.items()}
+    views = {name: value[place] if _is_large(value) else value for name, value in state.items()}
     return _shadow(optimizer, {**group, "params": [piece]}, {piece: views} if state else {})
 
 
 def state_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor) -> Mapping[str, Any]:
-    """What the optimizer keeps for a parameter of the group; nothing before its first step.
+    """The optimizer's state of a parameter of the group; it is empty before the first step.
 
-    A class that keeps part of it elsewhere, as a count of steps for the whole group, has a method `state_of(group,
-    parameter)` that puts it together.
+    A class that keeps part of the state elsewhere, such as a count of steps for the whole group, has a method
+    `state_of(group, parameter)` that puts it together.
     """
     own = getattr(optimizer, "state_of", None)
     return optimizer.state.get(parameter, {}) if own is None else own(group, parameter)
@@ -97,23 +97,24 @@ def state_of(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Te
 def pieces(
     optimizer: Optimizer,
 ) -> Iterator[tuple[Optimizer, Mapping[str, Any], list[tuple[torch.Tensor, torch.Tensor, Any]]]]:
-    """All that the optimizer steps, a limited number of elements at a time.
+    """All parameters that the optimizer steps, a limited number of elements at a time.
 
     Args:
         optimizer: one that treats every parameter by itself, and every element of a flat one.
 
     Yields:
-        An optimizer to `advance` with, a group of it, and some of the group's parameters: as that optimizer knows them,
-        the parameter of the given one that they are of, and which elements of that, as an index.
+        An optimizer for `advance`, one of its groups, and some parameters of this group.  Each of these is a tuple: the
+        parameter of the yielded optimizer, the parameter of the given one that it belongs to, and the index of its
+        elements there.
     """
     for group in optimizer.param_groups:
         large = [parameter for parameter in group["params"] if parameter.dim() == 1 and parameter.numel() > PIECE]
         for parameter in large:
             for start in range(0, parameter.numel(), PIECE):
-                cut = slice(start, start + PIECE)
-                piece = piece_of(optimizer, group, parameter, cut)
+                place = slice(start, start + PIECE)
+                piece = piece_of(optimizer, group, parameter, place)
                 (only,) = piece.param_groups
-                yield piece, only, [(only["params"][0], parameter, cut)]
+                yield piece, only, [(only["params"][0], parameter, place)]
         for bucket in _buckets([each for each in group["params"] if all(each is not other for other in large)]):
             yield optimizer, group, [(parameter, parameter, ...) for parameter in bucket]
 
@@ -130,7 +131,7 @@ def _buckets(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
 
 
 def _copied_states(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Step counts, which are scalars and often on the host, apart: the others are copied in one kernel."""
+    """Copies of the states; all but step counts, which are scalars and often on the host, are copied in one kernel."""
     large = iter(copied([value for state in states for value in state.values() if _is_large(value)]))
 
     def copy(value: Any) -> Any:

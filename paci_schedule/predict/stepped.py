@@ -1,4 +1,4 @@
-"""Weights that optimizers step themselves, as in plain fp32: a prediction needs one more copy while it stands."""
+"""The weights of optimizers that step them directly, as in plain fp32; a prediction takes one more copy of them."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class SteppedWeights:
     """The parameters of a stage's optimizers (`prediction.Weights`).
 
     Args:
-        optimizers: of the stage, each on parameters of its own; `momentum.check` lets them pass.  The part of their
-            gradients is in `.grad`.
-        late: parameters whose next update applies another gradient than the one that is being summed; they are
-            predicted from what their momentum expects, as all are where no part is there.
-        clean: what an update does to its gradients, in place, before it clips them.
+        optimizers: the optimizers of the stage, each with parameters of its own; `momentum.check` lets them pass.  The
+            part of the gradients that is there is in `.grad`.
+        deferred: parameters whose next update applies an older gradient than the one that is being summed; they are
+            predicted from what their momentum expects, as all parameters are where no part of the gradient is there.
+        clean: a function that does to gradients, in place, what an update does before it clips them.
     """
 
     def __init__(
         self,
         optimizers: Sequence[Optimizer],
-        late: Collection[torch.Tensor] = (),
+        deferred: Collection[torch.Tensor] = (),
         clean: Callable[[Iterable[torch.Tensor]], None] | None = None,
     ) -> None:
-        self._optimizers, self._late, self._clean = optimizers, frozenset(late), clean
+        self._optimizers, self._deferred, self._clean = optimizers, frozenset(deferred), clean
         self._real: list[torch.Tensor] | None = None  # while the parameters hold a prediction
 
     def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
-        """As `Weights.predict`, by each optimizer's own step."""
+        """Predict as `Weights.predict` describes, by each optimizer's own step."""
         if self._real is None:
             self._real = copied(self._parameters())
         else:
@@ -45,20 +45,20 @@ class SteppedWeights:
             for stepping, group, entries in pieces(optimizer):
                 gradients = self._part(entries, scale, factor)
                 for known, of, _ in entries:
-                    if not scale or of in self._late:
+                    if not scale or of in self._deferred:
                         gradient = expected_gradient(stepping, group, known, known.detach())
                         if gradient is not None:
                             gradients[known] = gradient
                 advance(stepping, {known: known for known in gradients}, gradients, windows, reach)
 
     def restore(self) -> None:
-        """As `Weights.restore`."""
+        """Restore as `Weights.restore` describes."""
         if self._real is not None:
             write(self._parameters(), self._real)
             self._real = None
 
     def exchange(self) -> None:
-        """As `Weights.exchange`."""
+        """Exchange as `Weights.exchange` describes."""
         if self._real is not None:
             other = copied(self._parameters())
             write(self._parameters(), self._real)
@@ -71,8 +71,8 @@ class SteppedWeights:
     def _part(
         self, entries: Sequence[tuple[torch.Tensor, torch.Tensor, Any]], scale: float, factor: torch.Tensor | None
     ) -> dict[torch.Tensor, torch.Tensor]:
-        """The part of the gradients that is there, by `pieces`' entries, as the mean of the whole window's, clipped."""
-        held = [(known, of.grad[cut]) for known, of, cut in entries if of.grad is not None and of not in self._late]
+        """The gradients that are there, scaled to a whole window and clipped, by the entries of `pieces`."""
+        held = [(known, of.grad[cut]) for known, of, cut in entries if of.grad is not None and of not in self._deferred]
         if not (scale and held):
             return {}
         parts = torch._foreach_mul([gradient for _, gradient in held], scale)

@@ -1,10 +1,10 @@
-"""Rehearsals: what a schedule does to a model's loss, found out in one process on any device, before a cluster is used.
+"""Rehearsals: they show in one process, on any device, what a schedule does to a model's loss.
 
-`rehearse` runs a user's stages one after the other in the order of computation that the engines have, op for op, so the
-weights are those that the engines would come to.
+`rehearse` runs a user's stages in the order of computation of the engines, op for op, so the weights become those that
+the engines would reach on a cluster.
 """
 
 from paci_schedule.rehearse.masters import with_masters
-from paci_schedule.rehearse.run import SCHEDULES, Update, rehearse
+from paci_schedule.rehearse.run import REHEARSABLE, Update, rehearse
 
-__all__ = ["SCHEDULES", "Update", "rehearse", "with_masters"]
+__all__ = ["REHEARSABLE", "Update", "rehearse", "with_masters"]

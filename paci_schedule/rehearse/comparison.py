@@ -1,4 +1,4 @@
-"""Several schedules and predictions on one text: at equal tokens, and at equal ideal time."""
+"""A comparison of schedules and predictions on one text: at equal tokens, and at equal ideal time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.rehearse.run import SCHEDULES
+from paci_schedule.rehearse.run import REHEARSABLE
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run
 from paci_schedule.rehearse.variant import Variant
@@ -16,12 +16,12 @@ __all__ = ["Comparison", "batches_of", "compare", "slots", "variants"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One schedule with one prediction.
+    """The two runs of one schedule with one prediction.
 
     Attributes:
         equal_tokens: the run that sees as much data as all others.
-        equal_time: the run that takes as long as all others, if all stages are equally long and a prediction costs
-            nothing; the same run for a schedule without a bubble.  Its learning rate comes down over its own length.
+        equal_time: the run that would take as long as all others if all stages took equally long and a prediction cost
+            nothing.  Its learning rate decays over its own length.  For a schedule without a bubble it is the same run.
     """
 
     equal_tokens: Trial
@@ -29,31 +29,31 @@ class Comparison:
 
 
 def variants(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence[str]) -> list[Variant]:
-    """Every schedule, and "paci" with every prediction.
+    """Every schedule once, and "paci" once with every prediction.
 
     Raises:
-        ConfigError: there is no such schedule or prediction, or it does not exist for this pipeline.
+        ConfigError: a schedule or prediction is unknown, or cannot run on this pipeline.
     """
     asked = [Variant.parse("paci", each) for each in predictions]
     found = [each for name in schedules for each in (asked if name == "paci" else [Variant(name)])]
     for each in found:
-        SCHEDULES[each.schedule].schedule.check(spec)
+        REHEARSABLE[each.schedule].schedule.check(spec)
     return found
 
 
 def slots(schedule: str, settings: Settings) -> float:
-    """How long a batch takes at best, in forwards and backwards of a micro-batch: a, and with a flush a + P - 1."""
-    bubble = settings.stages - 1 if SCHEDULES[schedule].schedule.flushes else 0
+    """The least time of a batch, in forwards plus backwards of a micro-batch: a, or with a flush a + P - 1."""
+    bubble = settings.stages - 1 if REHEARSABLE[schedule].schedule.flushes else 0
     return settings.accumulation + bubble
 
 
 def batches_of(schedule: str, settings: Settings) -> int:
-    """Batches that the schedule takes in the ideal time that one without a bubble takes for all of them; at least 1."""
+    """How many batches the schedule can do while a schedule without a bubble does all of them; at least 1."""
     return max(1, round(settings.updates * settings.accumulation / slots(schedule, settings)))
 
 
 def compare(settings: Settings, text: Text, asked: Sequence[Variant], tick: Callable[[], None]) -> list[Comparison]:
-    """Run what `variants` has given; `tick` is called once a batch."""
+    """Run each of the variants, which `variants` returns; `tick` is called once for every batch."""
     found = []
     for variant in asked:
         whole = run(settings, text, variant, settings.updates, tick)

@@ -1,4 +1,4 @@
-"""The picture of a comparison: training loss against tokens, and against ideal time."""
+"""The picture of a comparison: the training loss against tokens, and against ideal time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _POINTS = 40
 
 
 def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
-    """Write the picture, in the format that the name ends with.
+    """Write the picture; the ending of the name decides its format.
 
     Raises:
-        ConfigError: there is no such format, or the file cannot be written.
+        ConfigError: the format is unknown, or the file cannot be written.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     tokens, time = figure.subplots(1, 2, sharey=True)
@@ -42,7 +42,7 @@ def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
 
 
 def _line(trial: Trial, scale: float) -> tuple[list[float], list[float]]:
-    """Means over pieces of the run, at their ends."""
+    """The mean loss of each piece of the run, at the end of the piece."""
     each = -(-len(trial.losses) // _POINTS)
     ends = range(each, len(trial.losses) + 1, each)
     return [end * scale for end in ends], [sum(trial.losses[end - each : end]) / each for end in ends]

@@ -1,4 +1,4 @@
-"""A small GPT in stages, for rehearsals of a text: pre-norm blocks, causal attention, no dropout, untied ends."""
+"""A small GPT in stages for rehearsals: pre-norm blocks, causal attention, no dropout, untied embedding and head."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ _HEAD = 12  # features of an attention head
 
 
 def stages(count: int, layers: int, width: int, context: int, vocabulary: int, seed: int) -> list[nn.Module]:
-    """The model in `count` stages of as equal numbers of blocks as they go, the first ones longer.
+    """The model in `count` stages with numbers of blocks that differ by at most one; the first stages have more.
 
-    A stage maps int64[batch, time] (the first) or float[batch, time, width] to float[batch, time, width], the last one
-    to float[batch, time, vocabulary].
+    A stage maps float[batch, time, width] to float[batch, time, width].  The input of the first stage is int64[batch,
+    time], and the output of the last stage float[batch, time, vocabulary].
 
     Raises:
-        ConfigError: there are fewer layers than stages, or the width cannot be cut into heads.
+        ConfigError: there are fewer layers than stages, or the width cannot be divided into heads.
     """
     if layers < count:
-        raise ConfigError(f"layers={layers}: {count} stages need at least a layer each; raise layers or lower stages")
+        raise ConfigError(
+            f"layers={layers}: {count} stages need at least one layer each; take more layers or fewer stages"
+        )
     if width % _HEAD:
         raise ConfigError(f"width={width}: must be a multiple of {_HEAD}, the width of an attention head")
     with torch.random.fork_rng(devices=[]):
@@ -33,13 +35,13 @@ def stages(count: int, layers: int, width: int, context: int, vocabulary: int, s
         blocks = [_Block(width, layers) for _ in range(layers)]
         parts = [_Embedding(vocabulary, context, width), *blocks, _head(width, vocabulary)]
     each, longer = divmod(layers, count)
-    cut = [0, *(1 + (number + 1) * each + min(number + 1, longer) for number in range(count))]
-    cut[-1] += 1
-    return [nn.Sequential(*parts[start:stop]) for start, stop in itertools.pairwise(cut)]
+    bounds = [0, *(1 + (number + 1) * each + min(number + 1, longer) for number in range(count))]
+    bounds[-1] += 1
+    return [nn.Sequential(*parts[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
 def hidden_matrices(stage: nn.Module) -> list[nn.Parameter]:
-    """The matrices of a stage's blocks: what Muon is for."""
+    """The matrices of a stage's blocks, which Muon is meant for."""
     blocks = (part for part in stage if isinstance(part, _Block))
     return [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
 

@@ -1,4 +1,4 @@
-"""Low-precision weights with fp32 masters, as mixed-precision engines keep them: native bf16 for a rehearsal."""
+"""Low-precision weights with fp32 masters for a rehearsal, as mixed-precision engines keep them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SUMS_IN_FP32 = hasattr(torch.Tensor, "grad_dtype")
 
 
 def with_masters(base: type[Optimizer]) -> type[Optimizer]:
-    """An optimizer class that is `base` on fp32 copies of its parameters, which it casts back after each step.
+    """A class like `base` that steps fp32 copies of its parameters and casts them back after each step.
 
-    The parameters' gradients are summed in fp32.  Of use where `base` treats every parameter by itself, as a prediction
-    wants it too.
+    The parameters' gradients are summed in fp32.  `base` must treat every parameter by itself, which predictions need
+    anyway.
 
     Raises:
         UnsupportedError: this torch cannot sum the gradients of a low-precision parameter in fp32.

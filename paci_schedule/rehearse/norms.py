@@ -1,12 +1,12 @@
-"""Global gradient norms as the engines have them: exact under a flush, otherwise as old as their way to the stage.
+"""Global gradient norms as the engines see them: exact under a flush, otherwise as old as their way to the stage.
 
-Every stage's squared norms are written down, and the one that has come to a stage is looked up.  At update v of stage
-s, with d the look-ahead and a the micro-batches to an update, stage r contributes its squared norm of update
+The squared norms of every stage are kept, and for each stage the newest one that has reached it is looked up.  At
+update v of stage s, with look-ahead d and a micro-batches in an update, stage r contributes its squared norm of update
 
 * v, for r = s, and under a flush for every r;
-* v - 1, for r > s: it came up with the first gradient of the window;
-* floor(max(0, m - d_r) / a) - 1, for r < s: it came down with activation m, the last forward of stage s before the
-  update.  That is v - ceil((d_r - d_s + 1) / a) until the pipe is drained.
+* v - 1, for r > s: that norm came up with the first gradient of the window;
+* floor(max(0, m - d_r) / a) - 1, for r < s: that norm came down with activation m, which is the last forward of stage s
+  before the update.  That is v - ceil((d_r - d_s + 1) / a) until the pipe is drained.
 
 Updates before the first count as zero, and so do norms of other stages that are not finite.
 """
@@ -24,8 +24,8 @@ class Norms:
     """Squared gradient norms, by stage and update.
 
     Args:
-        spec: the pipeline, with the accumulation that its updates have.
-        exact: every stage waits for all others' norms, as under a flush.
+        spec: the pipeline; its accumulation is that of the updates.
+        exact: True where every stage waits for the norms of all others, as under a flush.
     """
 
     def __init__(self, spec: PipelineSpec, exact: bool) -> None:
@@ -33,12 +33,12 @@ class Norms:
         self._squares: list[dict[int, torch.Tensor]] = [{} for _ in range(spec.stages)]
 
     def put(self, stage: int, update: int, square: torch.Tensor) -> None:
-        """Write down a squared norm, fp32[]."""
+        """Keep a squared norm, fp32[]."""
         self._squares[stage][update] = square
         self._squares[stage].pop(update - self._spec.in_flight(0) - 1, None)
 
     def has(self, stage: int, update: int) -> bool:
-        """Whether the stage's norm of the update is written down."""
+        """Whether the stage's norm of the update is known."""
         return update in self._squares[stage]
 
     def is_complete(self, update: int) -> bool:
@@ -47,18 +47,18 @@ class Norms:
 
     def total(self, stage: int, update: int, last_forward: int) -> torch.Tensor:
         """The squared norm over all stages that the stage's update is clipped by, fp32[]."""
-        if self._exact:  # in one order, so that all stages scale alike
+        if self._exact:  # in one order, so that all stages scale by the same factor
             return torch.stack([squares[update] for squares in self._squares]).sum()
         own = self._squares[stage][update]
         others = [
-            self._squares[other].get(self._heard(stage, update, other, last_forward), torch.zeros_like(own))
+            self._squares[other].get(self._newest(stage, update, other, last_forward), torch.zeros_like(own))
             for other in range(self._spec.stages)
             if other != stage
         ]
         return own + torch.nan_to_num(torch.stack(others), nan=0.0, posinf=0.0).sum() if others else own
 
-    def _heard(self, stage: int, update: int, other: int, last_forward: int) -> int:
-        """The update of another stage whose norm has come to this one."""
+    def _newest(self, stage: int, update: int, other: int, last_forward: int) -> int:
+        """The newest update of another stage whose norm has reached this stage."""
         if other > stage:
             return update - 1
         return max(0, last_forward - self._spec.look_ahead(other)) // self._spec.accumulation - 1

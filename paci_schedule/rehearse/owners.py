@@ -1,4 +1,4 @@
-"""Whose parameter is whose: every trained parameter belongs to one stage and to one of that stage's optimizers."""
+"""The rule that every trained parameter belongs to one stage and to one of that stage's optimizers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["as_lists", "check_owners"]
 
 
 def as_lists(name: str, given: Sequence[Any], stages: int) -> list[list[Any]]:
-    """One list a stage, out of one object or one list a stage.
+    """One list for each stage; `given` has one object or one list for each stage.
 
     Raises:
-        ConfigError: there are not as many as stages.
+        ConfigError: the number of entries is not the number of stages.
     """
     if len(given) != stages:
         raise ConfigError(f"{name} has {len(given)} entries for {stages} stages: give one, or a list, for each stage")
@@ -32,8 +32,8 @@ def check_owners(stages: Sequence[nn.Module], optimizers: Sequence[Sequence[Opti
             other = stage_of.setdefault(id(parameter), number)
             if other != number:
                 raise UnsupportedError(
-                    f"parameter {name} of stage {number} is a parameter of stage {other} too: the engines sum tied "
-                    "gradients late, which a rehearsal does not; untie the weight, or put its layers into one stage"
+                    f"parameter {name} of stage {number} is also a parameter of stage {other}: the engines defer the "
+                    "sum of tied gradients, a rehearsal cannot; untie the weight, or put its layers into one stage"
                 )
     for number, module in enumerate(stages):
         steps = [id(p) for each in optimizers[number] for group in each.param_groups for p in group["params"]]
@@ -47,6 +47,6 @@ def check_owners(stages: Sequence[nn.Module], optimizers: Sequence[Sequence[Opti
             count = steps.count(id(parameter))
             if parameter.requires_grad and count != 1:
                 raise ConfigError(
-                    f"parameter {name} of stage {number} is stepped by {count} of its optimizers: it must be one; "
-                    "freeze the parameter (requires_grad_(False)) if it shall not be trained"
+                    f"parameter {name} of stage {number} is stepped by {count} of its optimizers: must be exactly one; "
+                    "freeze the parameter (requires_grad_(False)) if it is not to be trained"
                 )

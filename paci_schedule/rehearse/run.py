@@ -1,7 +1,7 @@
-"""Training under a schedule in one process: the core's streams of all stages, each op run as soon as its inputs exist.
+"""Training under a schedule in one process: every op of the core's streams runs as soon as its inputs exist.
 
-Only the order of a stage's own ops and the flow of data between stages decide what is computed, so any order that keeps
-both gives what a pipeline of real ranks gives.
+What is computed depends only on the order of each stage's own ops and on the data that flows between stages.  Any order
+that keeps both therefore gives the same results as a pipeline of real ranks.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from paci_schedule.rehearse.owners import as_lists, check_owners
 from paci_schedule.rehearse.stage import Stage
 from paci_schedule.rehearse.stash import Stash
 
-__all__ = ["SCHEDULES", "Update", "rehearse"]
+__all__ = ["REHEARSABLE", "Update", "rehearse"]
 
-_ENDLESS = 1 << 40  # batches; how many there are is known when they end
+_ENDLESS = 1 << 40  # batches; their number is known only when they end
 
 
 class _Kind(NamedTuple):
-    """A schedule, and which weights its ops read."""
+    """A schedule, and the stash of weights that its ops read; None where they read the weights as they are."""
 
     schedule: Schedule
     stash: Callable[[Sequence[nn.Parameter]], Stash] | None = None
@@ -51,7 +51,7 @@ def _two_versions(parameters: Sequence[nn.Parameter]) -> Stash:
     return Stash(parameters, delayed=True)
 
 
-SCHEDULES: Mapping[str, _Kind] = MappingProxyType(
+REHEARSABLE: Mapping[str, _Kind] = MappingProxyType(
     {
         "flush": _Kind(OneFOneB()),
         "paci": _Kind(Paci()),
@@ -60,7 +60,7 @@ SCHEDULES: Mapping[str, _Kind] = MappingProxyType(
         "pipedream-2bw": _Kind(PipeDream2BW(), _two_versions),
     }
 )
-"""What can be rehearsed."""
+"""The schedules that can be rehearsed, by name."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Update:
     """One update of the last stage.
 
     Attributes:
-        update: which one, from 0.
-        drift: by stage, the largest drift up to the end of its batch: updates between the forward and the backward of a
-            micro-batch.
+        update: its number, from 0.
+        drift: for each stage the largest drift up to the end of the update's batch; drift is the number of updates
+            between the forward and the backward of a micro-batch.
     """
 
     update: int
@@ -79,7 +79,7 @@ class Update:
 
     @property
     def loss(self) -> float:
-        """The mean loss of the update's micro-batches at the last stage.  Reading it waits for the device."""
+        """The mean loss of the update's micro-batches at the last stage.  Reading the loss waits for the device."""
         return torch.stack(self._losses).float().mean().item()
 
 
@@ -100,46 +100,46 @@ def rehearse(
     """Train `stages` as a pipeline with this schedule would.
 
     Args:
-        stages: the model, cut into modules, first to last, all on one device.  A module takes what the one before
-            returns, a tensor or a tuple.
-        optimizers: one for each stage, or a list of several for it; an empty list for a stage that trains nothing.
+        stages: the model as a row of modules, from first to last, all on one device.  A module takes what the one
+            before it returns, a tensor or a tuple.
+        optimizers: for each stage one optimizer, or a list of several; an empty list for a stage that trains nothing.
         loss_fn: (output of the last stage, labels) -> the mean loss of a micro-batch, a scalar.
-        batches: each a sequence of `accumulation` pairs (inputs, labels), on the stages' device.
-        schedule: "flush" (1F1B, a flush after every batch), "paci", "paci-stash" (PACI's stream, each backward on its
-            forward's weights), "pipedream" (the same with an update after every micro-batch) or "pipedream-2bw".
-        accumulation: a, micro-batches of a batch.
-        extra_in_flight: k, as `PipelineSpec` has it; for "paci" and "paci-stash".
-        prediction: of the weights for stale forwards of "paci": "off", "window", "every" or a whole number k
+        batches: every batch is a sequence of `accumulation` pairs (inputs, labels) on the stages' device.
+        schedule: "flush" (1F1B, a flush after every batch), "paci", "paci-stash" (PACI's stream, but each backward
+            reads its forward's weights), "pipedream" (the same, with an update after every micro-batch) or
+            "pipedream-2bw".
+        accumulation: a, the number of micro-batches in a batch.
+        extra_in_flight: k, as in `PipelineSpec`; only for "paci" and "paci-stash".
+        prediction: when "paci" predicts the weights of stale forwards: "off", "window", "every" or a whole number k
             (`predict.prediction`).
         prediction_reach: how far along the expected update the predicted weights lie, with "every": 1 is the next
             weights, 1.5 half an update further.
-        clip: the largest global gradient norm, 0 for no clipping.  Under "flush" the norm is exact, otherwise the other
-            stages' parts are as old as carried norms are (`rehearse.norms`).
-        schedulers: learning-rate schedules, like `optimizers`; stepped after each update.
+        clip: the largest global gradient norm; 0 for no clipping.  Under "flush" the norm is exact; under the others,
+            the parts of other stages are as old as the norms that messages carry (`rehearse.norms`).
+        schedulers: learning-rate schedules, given like `optimizers`; they are stepped after each update.
 
     Yields:
-        One `Update` for each update of the last stage, when its batch is taken in.  Whenever it yields, and when it
-        ends, the stages hold the real weights, not predicted ones.  When it ends after the last batch, the pipe has
-        been drained.
+        One `Update` for each update of the last stage, after the batch in which it falls.  At every yield, and at the
+        end, the stages hold the real weights, not predicted ones.  At the end of the last batch the pipe is drained.
 
     Raises:
-        ConfigError: a value does not fit; a batch has not `accumulation` pairs.
-        UnsupportedError: a weight that several stages share, or a combination that does not exist.
+        ConfigError: a value is out of its range, or a batch does not have `accumulation` pairs.
+        UnsupportedError: several stages share a weight, or the options cannot be combined.
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"schedule={schedule!r}: must be one of {nearest(str(schedule), SCHEDULES)}")
+    if schedule not in REHEARSABLE:
+        raise ConfigError(f"schedule={schedule!r}: must be one of {nearest(str(schedule), REHEARSABLE)}")
     stages = list(stages)
     spec = PipelineSpec(stages=len(stages), accumulation=accumulation, extra_in_flight=extra_in_flight)
-    kind = SCHEDULES[schedule]
+    kind = REHEARSABLE[schedule]
     kind.schedule.check(spec)
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < float("inf"):
-        raise ConfigError(f"clip={clip!r}: must be a number of at least 0, where 0 clips nothing")
+        raise ConfigError(f"clip={clip!r}: must be a number of at least 0; 0 means no clipping")
     interval = interval_of(prediction)
     check_reach(prediction_reach, prediction)
     if interval is not None and kind.stash is not None:
         raise UnsupportedError(
             f"prediction={prediction!r} with schedule={schedule!r}: its backwards read the weights of their forwards, "
-            "so that nothing is to be predicted; switch prediction off, or take paci"
+            "so there is nothing to predict; switch prediction off, or take paci"
         )
     owned = as_lists("optimizers", optimizers, len(stages))
     check_owners(stages, owned)
@@ -167,7 +167,7 @@ def rehearse(
 
 
 class _Rehearsal:
-    """All stages, and what is between them."""
+    """All stages, and the data that flows between them."""
 
     def __init__(self, spec: PipelineSpec, schedule: Schedule, stages: list[Stage], norms: Norms, clip: float) -> None:
         self._spec, self._schedule, self._stages, self._norms, self._clip = spec, schedule, stages, norms, clip
@@ -192,7 +192,7 @@ class _Rehearsal:
                 stage.close()
 
     def _after(self, count: int, stage: int) -> Iterator[Iterable[Op]]:
-        """What is left to do for a stage when `count` batches have been run."""
+        """The calls that are left for a stage when `count` batches have been taken."""
         calls = () if self._schedule.flushes else self._schedule.calls(self._spec, stage, count)
         return itertools.islice(calls, count, None)
 
@@ -201,7 +201,7 @@ class _Rehearsal:
         if len(pairs) != self._spec.accumulation:
             raise ConfigError(
                 f"batch {number} has {len(pairs)} micro-batches: each must have "
-                f"accumulation={self._spec.accumulation}; drop the last, short one, or change accumulation"
+                f"accumulation={self._spec.accumulation}; leave out the last, short batch, or change accumulation"
             )
         for index, pair in enumerate(pairs, number * self._spec.accumulation):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -211,7 +211,7 @@ class _Rehearsal:
             self._stages[0].activations[index], self._stages[-1].labels[index] = pair
 
     def _execute(self, ops_of_stages: Sequence[Iterable[Op]]) -> list[Update]:
-        """Run the ops of one call; the updates that the last stage has made in it."""
+        """Run the ops of one call; returns the updates that the last stage made in it."""
         queues, updates = [deque(ops) for ops in ops_of_stages], []
         while any(queues):
             progress = False
@@ -236,7 +236,7 @@ class _Rehearsal:
         return not self._clip or self._norms.is_complete(op.index)
 
     def _do(self, stage: Stage, op: Op) -> list[torch.Tensor] | None:
-        """Execute an op; the losses of its micro-batches for an update of the last stage."""
+        """Execute an op; returns the losses of the micro-batches in an update of the last stage, None for other ops."""
         is_last = stage is self._stages[-1]
         if op.kind is OpKind.FORWARD:
             output = stage.forward(op.index)

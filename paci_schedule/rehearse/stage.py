@@ -19,31 +19,31 @@ __all__ = ["Stage"]
 
 @dataclass(frozen=True)
 class _Saved:
-    """What the forward of a micro-batch left for its backward: the floating tensors that went in and came out."""
+    """The floating-point inputs and outputs of a forward, which the micro-batch's backward needs."""
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
 
 
 class Stage:
-    """A stage, its optimizers and the micro-batches that it has in flight.
+    """A stage with its optimizers and its micro-batches in flight.
 
     Args:
-        number: which one, 0 is the first.
+        number: the number of the stage; 0 is the first.
         module: its layers.
-        optimizers: what steps them; none for a stage that trains nothing.
-        schedulers: stepped after each update.
-        accumulation: micro-batches to an update.
-        loss_fn: of the last stage; None elsewhere.
-        stash: its weight versions; None where ops read the weights as they are.
-        prediction: its predicted weights; None for none.
+        optimizers: the optimizers of its parameters; empty for a stage that trains nothing.
+        schedulers: learning-rate schedules, which are stepped after each update.
+        accumulation: the number of micro-batches in an update.
+        loss_fn: the loss function on the last stage; None on the others.
+        stash: the stage's weight versions; None where ops read the weights as they are.
+        prediction: when the stage predicts its weights; None for never.
 
     Attributes:
-        activations: micro-batch -> what has come from the stage before, or the data of the first stage.
-        gradients: micro-batch -> what has come from the stage after.
-        labels: micro-batch -> what the last stage's loss function gets.
-        meter: counts updates and drift.
-        losses: of the last stage, of the micro-batches since the last update, fp32[] each.
+        activations: micro-batch -> the output of the stage before, or the data on the first stage.
+        gradients: micro-batch -> the gradients from the stage after.
+        labels: micro-batch -> the labels for the last stage's loss function.
+        meter: the counter of updates and drift.
+        losses: on the last stage, the losses of the micro-batches since the last update, fp32[] each.
         last_forward: the last micro-batch whose forward is done.
     """
 
@@ -74,17 +74,17 @@ class Stage:
         self.forget_gradients()
 
     def forward(self, micro_batch: int) -> Any:
-        """Run the layers on what has come; returns what the next stage gets, or the loss of the last stage."""
+        """Run the layers on the micro-batch; returns the input of the next stage, or on the last stage the loss."""
         inputs = self.activations.pop(micro_batch)
         if self.number:
-            inputs = _cut(inputs)
+            inputs = _detached(inputs)
         window = micro_batch // self._accumulation
         if self._stash is not None:
             self._stash.forward(micro_batch, window)
         if self._prediction is not None:
             scale = self._accumulation / self._summed if self._summed else 0.0
             self._prediction.before_forward(window - self.meter.version, scale)
-        torch.clear_autocast_cache()  # of a caller's autocast: the weights are not those of the last forward
+        torch.clear_autocast_cache()  # a caller's autocast would use its casts of older weights
         output = self.module(inputs)
         if self._loss_fn is not None:
             output = self._loss_fn(output, self.labels.pop(micro_batch))
@@ -95,7 +95,7 @@ class Stage:
         return output
 
     def backward(self, micro_batch: int) -> list[torch.Tensor]:
-        """Add to the gradients; returns those of what came in, for the stage before."""
+        """Add to the parameters' gradients; returns the gradients of the inputs, for the stage before."""
         if self._stash is not None:
             self._stash.backward(micro_batch)
         saved = self._saved.pop(micro_batch)
@@ -120,11 +120,11 @@ class Stage:
         return torch.stack(torch._foreach_norm(gradients)).float().square().sum()
 
     def step(self, limit: float, square: torch.Tensor | None) -> None:
-        """Update.
+        """Apply the summed gradients.
 
         Args:
             limit: the largest norm that the gradients may have.
-            square: the squared norm that they are taken to have; None for no clipping.
+            square: the squared norm that counts as that of the gradients; None for no clipping.
         """
         if self._prediction is not None:
             self._prediction.before_step()
@@ -137,7 +137,7 @@ class Stage:
             gradients = self._summed_gradients()
             if gradients:
                 torch._foreach_mul_(gradients, factor)
-        # Backwards in flight have saved these weights, and shall run on what becomes of them.
+        # Backwards in flight have saved these weights; they are to run on the values after the step.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
             for optimizer in self._optimizers:
                 optimizer.step()
@@ -148,24 +148,24 @@ class Stage:
         self.losses.clear()
 
     def forget_gradients(self) -> None:
-        """Let go of the gradients summed so far."""
+        """Drop the gradients summed so far."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def show_real(self) -> None:
-        """The real, newest weights, for a caller who has control for a while."""
+        """Put the real, newest weights in place for as long as the caller has control."""
         if self._prediction is not None:
             self._prediction.exchange()
         if self._stash is not None:
             self._stash.show_newest()
 
     def go_on(self) -> None:
-        """The weights that `show_real` has found."""
+        """Put back the weights that `show_real` replaced."""
         if self._prediction is not None:
             self._prediction.exchange()
 
     def close(self) -> None:
-        """Leave the real, newest weights where the parameters were in the beginning, and nothing else."""
+        """Leave the real, newest weights in the parameters' first storages, and drop everything else."""
         if self._prediction is not None:
             self._prediction.before_step()
         if self._stash is not None:
@@ -185,8 +185,8 @@ def _floating(value: Any) -> list[torch.Tensor]:
     return [each for each in _tensors(value) if isinstance(each, torch.Tensor) and each.is_floating_point()]
 
 
-def _cut(value: Any) -> Any:
-    """The same values outside the graph that made them; the floating tensors want a gradient."""
+def _detached(value: Any) -> Any:
+    """The same values outside the graph that made them; floating-point tensors require a gradient."""
     leaves = tuple(
         each.detach().requires_grad_(each.is_floating_point()) if isinstance(each, torch.Tensor) else each
         for each in _tensors(value)

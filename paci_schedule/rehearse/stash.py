@@ -1,8 +1,9 @@
-"""Several versions of a stage's weights, for the schedules whose backwards read the weights of their forwards.
+"""Several versions of a stage's weights, for schedules whose backwards read the weights of their forwards.
 
-A version is a storage for every parameter, and reading one means pointing the parameters at it: nothing is copied for
-a forward or a backward.  A step copies the newest version first only where somebody still reads it, into the storage
-of a version that nobody reads any more, where there is one.  So there are never more versions than the schedule holds.
+A version has a storage for every parameter.  To read a version, the parameters are pointed at its storages, so neither
+a forward nor a backward copies anything.  A step copies the newest version first, but only if a micro-batch still reads
+it; the copy goes into the storage of a version that nobody reads any more, if there is one.  So there are never more
+versions than the schedule holds.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ class Stash:
     """The versions of a stage's weights.
 
     Args:
-        parameters: of the stage, those that are trained.
+        parameters: the trained parameters of the stage.
         delayed: every forward reads the version before the newest that its batch could have (PipeDream-2BW), so that
             the version before a step is always kept.
 
     Attributes:
-        newest: the number of the newest version, which is that of the updates so far.
-        most: the most versions there were at any time.
+        newest: the number of the newest version, which is the number of updates so far.
+        most: the largest number of versions at any time.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, delayed: bool) -> None:
@@ -48,7 +49,7 @@ class Stash:
         self._show(self._readers.pop(micro_batch))
 
     def begin_step(self) -> None:
-        """Show the next version, which is to be stepped: its values are still those of the newest."""
+        """Show the next version, which the step will change; until then it has the values of the newest version."""
         read = {*self._readers.values(), *([self.newest] if self._delayed else [])}
         for version in [version for version in self._versions if version not in read and version != self.newest]:
             self._spare.append(self._versions.pop(version))

@@ -1,4 +1,4 @@
-"""The tokens of a text file as training and validation data; its last tenth is for validation."""
+"""The tokens of a text file as training and validation data; the last tenth of the text is for validation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _LEAST = 257  # tokens of a byte-pair encoding
 
 
 class Text:
-    """A text, cut into windows of `context` tokens and the tokens after them.
+    """A text, from which windows of `context` tokens and the tokens that follow them are drawn.
 
     Args:
-        path: a file in UTF-8.
-        context: tokens of a window.
-        device: where the windows shall be.
-        vocabulary: 0 for a token for each character; else the size of a byte-pair encoding, at least 257, which is
-            trained on what is not for validation.
+        path: a text file in UTF-8.
+        context: the number of tokens in a window.
+        device: the device that the windows are on.
+        vocabulary: 0 for one token for each character, or else the size of a byte-pair encoding, at least 257; the
+            encoding is trained on the part that is not for validation.
 
     Raises:
-        ConfigError: it cannot be read, its last tenth is too short for a window, or the vocabulary is too small.
-        UnsupportedError: a byte-pair encoding, without the package that trains it.
+        ConfigError: the file cannot be read, its last tenth is too short for a window, or the vocabulary is too small.
+        UnsupportedError: the package that trains a byte-pair encoding is not installed.
 
     Attributes:
-        vocabulary: how many different tokens there are.
+        vocabulary: the number of different tokens.
     """
 
     def __init__(self, path: Path, context: int, device: torch.device, vocabulary: int = 0) -> None:
@@ -38,9 +38,9 @@ class Text:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"text={str(path)!r}: cannot be read ({error}); give a text file in UTF-8") from None
-        cut = len(text) * 9 // 10
-        encode, self.vocabulary = _bytes_pairs(text[:cut], vocabulary) if vocabulary else _characters(text)
-        training, validation = (torch.tensor(encode(part), dtype=torch.int64) for part in (text[:cut], text[cut:]))
+        end = len(text) * 9 // 10
+        encode, self.vocabulary = _bytes_pairs(text[:end], vocabulary) if vocabulary else _characters(text)
+        training, validation = (torch.tensor(encode(part), dtype=torch.int64) for part in (text[:end], text[end:]))
         if min(len(training), len(validation)) < context + 2:
             raise ConfigError(
                 f"text={str(path)!r} has {len(training) + len(validation)} tokens: its last tenth, for validation, "

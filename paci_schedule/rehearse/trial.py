@@ -1,4 +1,4 @@
-"""One training run of the small GPT on a text, under one schedule and one prediction."""
+"""A training run of the small GPT on a text, under one schedule and one prediction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BETAS, _DECAY, _CLIP, _MUON_RATE = (0.9, 0.95), 0.1, 1.0, 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the trials that are compared have in common."""
+    """The settings that all trials of a comparison have in common."""
 
     stages: int
     accumulation: int
@@ -39,14 +39,14 @@ class Settings:
     context: int
     micro_batch: int
     updates: int
-    """Of the last stage, a micro-batches each."""
+    """The number of updates of the last stage; each takes a micro-batches."""
     lr: float
     """The highest learning rate; Muon's matrices take 5 times as much."""
     warm_up: int
     """Micro-batches until that rate is reached."""
     optimizer: str
     dtype: str
-    """Of the weights and activations: "fp32", or "bf16" with fp32 masters and sums of gradients."""
+    """The type of the weights and activations: "fp32", or "bf16" with masters and sums of gradients in fp32."""
     seed: int
     device: str
 
@@ -70,15 +70,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What came of a run.
+    """The results of a run.
 
     Attributes:
         variant: its schedule and prediction.
-        updates: batches that it took, of a micro-batches each.
+        updates: the number of batches that it trained on, with a micro-batches each.
         validation: the mean loss of a token of the validation text, in nats.
-        drift: by stage, the largest.
-        seconds: that the run took, in this process.
-        losses: by batch, the mean training loss.
+        drift: the largest drift of each stage.
+        seconds: the time that the run took in this process.
+        losses: the mean training loss of each batch.
     """
 
     variant: Variant
@@ -89,24 +89,24 @@ class Trial:
     losses: list[float]
 
     def facts(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All results, for JSON."""
         found = asdict(self)
         return {**found.pop("variant"), **found}
 
 
 def run(settings: Settings, text: Text, variant: Variant, updates: int, tick: Callable[[], None]) -> Trial:
-    """Train from the settings' seed, and validate.
+    """Train a fresh model, and validate it.
 
     Args:
-        settings: of the model, the data and the optimizer.
-        text: what to train on.
+        settings: the settings of the model, the data and the optimizer.
+        text: the text to train on.
         variant: the schedule and the prediction.
-        updates: batches; the learning rate comes down over so many.
-        tick: called once a batch.
+        updates: the number of batches; the learning rate decays over all of them.
+        tick: a function that is called once for every batch.
 
     Raises:
-        ConfigError: a setting does not fit.
-        UnsupportedError: a combination that does not exist.
+        ConfigError: a setting is out of its range.
+        UnsupportedError: the options cannot be combined.
     """
     started = time.perf_counter()
     stages = gpt.stages(
@@ -166,7 +166,7 @@ def _optimizers(settings: Settings, stage: nn.Module) -> list[Optimizer]:
 
 
 def _share(updates: int, warm_up: int) -> Callable[[int], float]:
-    """Of the highest learning rate: up in a line, then down in a cosine."""
+    """The share of the highest learning rate at an update: it rises linearly, then falls like a cosine."""
 
     def share(update: int) -> float:
         if update < warm_up:

@@ -1,4 +1,4 @@
-"""What is compared: a schedule with a prediction."""
+"""One side of a comparison: a schedule with a prediction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.rehearse.run import SCHEDULES
+from paci_schedule.rehearse.run import REHEARSABLE
 
 __all__ = ["Variant"]
 
@@ -16,7 +16,7 @@ class Variant:
     """A schedule, and for PACI when and how far it predicts the weights of stale forwards, as `rehearse` takes them.
 
     Raises:
-        ConfigError: there is no such schedule, prediction or reach.
+        ConfigError: the schedule, the prediction or the reach is unknown.
     """
 
     schedule: str
@@ -24,14 +24,14 @@ class Variant:
     prediction_reach: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedules={self.schedule!r}: must be one of {nearest(self.schedule, SCHEDULES)}")
+        if self.schedule not in REHEARSABLE:
+            raise ConfigError(f"schedules={self.schedule!r}: must be one of {nearest(self.schedule, REHEARSABLE)}")
         interval_of(self.prediction)
         check_reach(self.prediction_reach, self.prediction)
 
     @classmethod
     def parse(cls, schedule: str, prediction: str) -> Variant:
-        """From what a command line says: a prediction, with a reach behind a colon, as "every:1.5"."""
+        """Parse the prediction of a command line, where a reach may follow a colon, as in "every:1.5"."""
         when, _, reach = prediction.partition(":")
         try:
             far = float(reach or 1)

@@ -14,19 +14,19 @@ from typing import Any, Protocol
 
 import torch
 
-from paci_schedule.core.drift import DriftMeter, drift_bound, drift_of
-from paci_schedule.core.lower import lower
+from paci_schedule.core.drift import DriftMeter
+from paci_schedule.core.lower import Lowering
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.schedules import one_f_one_b, paci
+from paci_schedule.core.schedules.base import Call, Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.predict import Prediction
-from paci_schedule.runtime.deferred.norms import CarriedNorms
+from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 
-__all__ = ["StageCompute", "StageRunner"]
+__all__ = ["SplitCompute", "StageCompute", "StageRunner"]
 
 
 class StageCompute(Protocol):
@@ -64,22 +64,32 @@ class StageCompute(Protocol):
         """Start the sum, over its copies, of the oldest gradient of tied weight number `tie` that waits for it."""
 
 
+class SplitCompute(StageCompute, Protocol):
+    """What a framework does for a stage under a schedule that splits the backward."""
+
+    def backward_input(self, micro_batch: int, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """As `backward`, but only as far as the gradients of `inputs` take; `backward_weight` does the rest."""
+
+    def backward_weight(self, micro_batch: int) -> None:
+        """The gradients of the weights of a micro-batch whose `backward_input` is done."""
+
+
 class StageRunner:
-    """Runs one stage's stream, segment by segment.
+    """Runs one stage, call by call, and decides nothing: it executes the programs of its schedule.
 
     Args:
         spec: the pipeline.
         stage: this rank's stage.
-        compute: the framework's part.
+        compute: the framework's part; a `SplitCompute` under a schedule that splits the backward.
         links: the stage's links.
         stopwatch: where the time is booked; the caller of `train_batch` starts it.
-        norms: gradient norms that travel with the messages; None for none.
-        ties: for each tied weight of this stage, the stages that hold a copy (`lower`).
-        early_receives: post the receives of gradients before F (`lower`).
-        prediction: of this stage's weights, for stale forwards of PACI; None for none.
+        deferred: the stage's deferred state, whose gradient norms travel with the messages; None for none.
+        ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
+        early_receives: post the receives of gradients before F (`core.lower`).
+        prediction: of this stage's weights, for stale forwards; None for none.
+        schedule: what to run.
 
     Attributes:
-        flushing: run 1F1B, with a flush after every batch, instead of PACI; changed while the pipe is empty.
         admitted: micro-batches taken in since the pipe was last empty.
         finished: backwards done by every stage since then, at the end of a `lead_batch`.
         forwards, backwards: ops done since construction.
@@ -97,30 +107,34 @@ class StageRunner:
         compute: StageCompute,
         links: Links,
         stopwatch: Stopwatch,
-        norms: CarriedNorms | None = None,
+        deferred: DeferredState | None = None,
         ties: Sequence[Sequence[int]] = (),
         early_receives: bool = False,
         prediction: Prediction | None = None,
+        *,
+        schedule: Schedule,
     ) -> None:
         self.spec = spec
         self.stage = stage
-        self.flushing = False
         self.admitted = self.finished = 0
         self.interrupted = False
         self.at: Op | None = None
         self.forwards = self.backwards = self.peak_in_flight = self.window_drift = 0
         self.meter = DriftMeter()
         self._seconds_told = 0.0, 0.0
-        self._compute, self._links, self._stopwatch, self._norms = compute, links, stopwatch, norms
+        self._compute, self._links, self._stopwatch = compute, links, stopwatch
+        self._deferred, self._norms = deferred, None if deferred is None else deferred.norms
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
         self._finished: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
+        self._schedules: list[Schedule] = []
         self._execute = {
             OpKind.FORWARD: self._forward,
             OpKind.BACKWARD: self._backward,
+            OpKind.WEIGHT: self._backward_weight,
             OpKind.STEP: self._step,
             OpKind.EXPECT_ACTIVATION: links.expect_activation,
             OpKind.RECV_ACTIVATION: self._recv_activation,
@@ -131,18 +145,32 @@ class StageRunner:
             OpKind.SUM: self._post_sum,
         }
 
+        self.schedule = schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the stage runs; it may be changed while the pipe is empty."""
+        return self._schedules[-1]
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        assert self.admitted == 0, "drain before changing the schedule"
+        self._schedules = [*(each for each in self._schedules if each.name != schedule.name), schedule]
+        self._lowering = Lowering(schedule, self.spec, self.stage, ties=self._ties, early_receives=self._early_receives)
+
+    @property
+    def flushing(self) -> bool:
+        """Whether every batch begins and ends with an empty pipe."""
+        return self.schedule.flushes
+
     @property
     def drift_bound(self) -> int:
-        """The most drift that this stage can see."""
-        return drift_bound(self.spec, self.stage)
+        """The most drift that this stage can see, under any of the schedules that it has had."""
+        return max(schedule.drift_bound(self.spec, self.stage) for schedule in self._schedules)
 
     def train_batch(self) -> torch.Tensor | None:
         """Admit a micro-batches.  Returns the mean losses over those finished in this call, None if none was."""
-        if self.flushing:
-            return self._run(one_f_one_b.batch(self.spec))
-        losses = self._run(paci.train_batch(self.spec, self.admitted))
-        self.admitted += self.spec.accumulation
-        return losses
+        return self._call(self.schedule.call(self.spec, self.admitted))
 
     def lead_batch(self, last: int | None = None) -> torch.Tensor:
         """Finish a micro-batches, forwards leading, and return their mean losses.
@@ -158,17 +186,14 @@ class StageRunner:
                 f"the pipe cannot be empty after {last} micro-batches: {self.admitted} were taken in already; plan the "
                 f"end {self.spec.look_ahead(0)} micro-batches ahead"
             )
-        segment = paci.lead_batch(self.spec, self.finished, last)
-        losses = self._run(segment)
-        self.finished, self.admitted = segment.stop, segment.admitted
-        if self.finished == self.admitted:
-            self.finished = self.admitted = 0
+        losses = self._call(self.schedule.call(self.spec, self.admitted, self.finished, last))
+        if not self.admitted:
             self._links.finish()
         return losses
 
-    def count_flushed(self) -> None:
-        """Count a batch that the framework's own flushed schedule has run, from an empty pipe to an empty one."""
-        for op in one_f_one_b.batch(self.spec).ops(self.stage):
+    def count_flushed(self, schedule: Schedule) -> None:
+        """Count a batch that the framework itself has run under `schedule`, from an empty pipe to an empty one."""
+        for op in schedule.call(self.spec).ops(self.stage):
             self.meter.record(op)
             self.forwards += op.kind is OpKind.FORWARD
             self.backwards += op.kind is OpKind.BACKWARD
@@ -177,19 +202,18 @@ class StageRunner:
     def drain(self) -> torch.Tensor | None:
         """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
         self._stopwatch.start()
-        losses = self._run(paci.drain(self.spec, self.admitted))
-        self.admitted = 0
+        losses = self._call(self.schedule.drain(self.spec, self.admitted))
         self._links.finish()
-        if self._norms is not None:
-            self._norms.exchange()
+        if self._deferred is not None:
+            self._deferred.exchange()
         return losses
 
     def respec(self, spec: PipelineSpec) -> None:
         """Go on with another spec, from an empty pipe."""
-        assert self.admitted == 0, "drain before changing the spec"
         self.spec = spec
-        if self._norms is not None:
-            self._norms.respec(spec)
+        self.schedule = self.schedule
+        if self._deferred is not None:
+            self._deferred.respec(spec)
 
     def stats(self) -> dict[str, Any]:
         """What this stage has done since construction, but for the seconds: those are since the last call to this.
@@ -222,7 +246,8 @@ class StageRunner:
         compute = sum(totals[kind.value] for kind in OpKind if kind.is_compute)
         return compute, sum(totals.values()) - totals[None] - totals[DATA] - compute
 
-    def _run(self, segment: paci.Segment) -> torch.Tensor | None:
+    def _call(self, call: Call) -> torch.Tensor | None:
+        """Execute a call; the mean losses over the micro-batches finished in it."""
         if self.interrupted:
             raise LinkError(
                 f"stage {self.stage}: an error interrupted the pipe earlier, so the micro-batches in flight are lost: "
@@ -230,14 +255,15 @@ class StageRunner:
             )
         self.interrupted = True
         self._finished.clear()
-        ties = () if self.flushing else self._ties  # under a flush, an update waits for its own sum
         self._exchange_weights()
-        for op in lower(segment, self.stage, ties=ties, early_receives=self._early_receives):
+        for op in self._lowering.program(call):
             self.at = op
             self._execute[op.kind](op)
             self._stopwatch.lap(op)
         self._exchange_weights()  # not after an error: it may have to wait for replicas
         self.interrupted = False
+        is_empty = call.finished == call.taken
+        self.admitted, self.finished = (0, 0) if is_empty else (call.taken, call.finished)
         return torch.stack(self._finished).mean(0) if self._finished else None
 
     def _exchange_weights(self) -> None:
@@ -254,10 +280,9 @@ class StageRunner:
         if self._prediction is None:
             outputs = self._compute.forward(op.index, inputs)
         else:
-            # A micro-batch is ahead by the updates that come before its backward: by none under a flush, whose batches
-            # all begin with micro-batch 0.
+            # A micro-batch is ahead by the updates that come before its backward.
             scale = self.spec.accumulation / len(self._window) if self._window else 0.0
-            self._prediction.before_forward(drift_of(self.spec, self.stage, op.index), scale)
+            self._prediction.before_forward(self.schedule.drift(self.spec, self.stage, op.index), scale)
             outputs = self._compute.forward(op.index, inputs)
             self._prediction.after_forward()
         if outputs is not None:
@@ -267,18 +292,22 @@ class StageRunner:
         self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
 
     def _backward(self, op: Op) -> None:
+        backward = self._compute.backward_input if self.schedule.splits_backward else self._compute.backward
         if self.stage == self.spec.stages - 1:
-            gradients = self._compute.backward(op.index, ())
+            gradients = backward(op.index, ())
             losses = self._compute.losses(op.index)
         else:
             incoming, (losses, *_) = self._gradients.pop(op.index)
-            gradients = self._compute.backward(op.index, incoming)
+            gradients = backward(op.index, incoming)
         self._finished.append(losses)
         self._window.append(losses)
         if self.stage > 0:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
         self.window_drift = max(self.window_drift, self.meter.record(op))
         self.backwards += 1
+
+    def _backward_weight(self, op: Op) -> None:
+        self._compute.backward_weight(op.index)
 
     def _step(self, op: Op) -> None:
         losses = torch.stack(self._window).mean(0)

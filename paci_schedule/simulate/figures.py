@@ -9,7 +9,6 @@ import numpy as np
 
 from paci_schedule.core.drift import DriftMeter, drift_histogram
 from paci_schedule.core.schedules.base import Schedule
-from paci_schedule.core.schedules.paci import Paci
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.costs import Costs, check_amount
@@ -130,14 +129,14 @@ def time_per_micro_batch(schedule: Schedule, spec: PipelineSpec, costs: Costs) -
 
 
 def _drift(schedule: Schedule, spec: PipelineSpec, stage: int, batches: int) -> Counter[int]:
-    if isinstance(schedule, Paci):  # counting would take long at scale; the closed form is tested against it
+    if schedule.in_rounds:  # counting would take long at scale; the closed form is tested against it
         stream = replace(spec, accumulation=schedule.micro_batches_per_update(spec))
         return drift_histogram(stream, stage, batches * spec.accumulation)
     return DriftMeter().record_all(schedule.stream(spec, stage, 1)).histogram
 
 
 def _peak(schedule: Schedule, spec: PipelineSpec, stage: int, batches: int) -> float:
-    if isinstance(schedule, Paci):
+    if schedule.in_rounds:
         return min(spec.in_flight(stage), batches * spec.accumulation)
     peak = peak_in_flight(list(schedule.stream(spec, stage, 1))) / schedule.chunks
     return int(peak) if peak == int(peak) else peak

@@ -14,7 +14,6 @@ import numpy as np
 
 from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules.base import Schedule
-from paci_schedule.core.schedules.paci import Paci
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.execute import check_size, simulate
@@ -105,7 +104,7 @@ def _affordable(schedule: Schedule, spec: PipelineSpec, costs: Costs) -> int:
 
 
 def _has_wavefronts(schedule: Schedule, costs: Costs) -> bool:
-    return isinstance(schedule, Paci) and costs.sync is None
+    return schedule.in_rounds and costs.sync is None
 
 
 def _cycles(times: np.ndarray, lasting: int, unit: int) -> int | None:

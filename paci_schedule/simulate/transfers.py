@@ -1,19 +1,19 @@
-"""Run PACI's programs with their messages, on links whose transfers begin when both ends are there.
+"""Run the stages' programs with their messages, on links whose transfers begin when both ends are there.
 
-`simulate.py` lets a message go as soon as it is made.  On NCCL it goes when its receive is posted as well, so that the
-order of the programs (`lower.py`) counts: what is posted late comes a latency later than that.
+`execute.py` lets a message go as soon as it is made.  On NCCL a message goes only when its receive is posted as well,
+so the order of the programs (`core.lower`) counts: a receive that is posted late delays its message.
 
-* A transfer begins when the message is sent, its receive posted and the link free, occupies the link for bytes /
-  bandwidth, and is there one latency later.
-* Before a send, the message must be there that its buffer had before (`PipelineSpec.gradients_on_wire`).
+* A transfer begins when the message is sent, its receive is posted and the link is free.  It occupies the link for
+  bytes / bandwidth, and the message arrives one latency later.
+* A send waits until the message has arrived that used its buffer before (`Schedule.gradients_on_wire`).
 * Posting, sending and receiving cost the stage nothing; sums of tied weights are left out.
 """
 
 from __future__ import annotations
 
-from paci_schedule.core.lower import lower
+from paci_schedule.core.lower import Lowering
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.schedules.paci import Paci, segments
+from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.costs import Costs
@@ -49,39 +49,53 @@ class _Wire:
 
 
 def simulate_transfers(
-    spec: PipelineSpec, costs: Costs, batches: int = 1, *, leading: bool = False, early_receives: bool = False
+    schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int = 1, *, early_receives: bool = False
 ) -> Timeline:
-    """The timeline of `batches` batches of PACI, from an empty pipe to an empty pipe, beginning at 0.
+    """The timeline of `batches` batches, from an empty pipe to an empty pipe, beginning at 0.
 
     Args:
+        schedule: which schedule; with one chunk a stage.
         spec: the pipeline.
         costs: what things take.
         batches: how many.
-        leading: the cut.
-        early_receives: the order (`lower`).
+        early_receives: whether receives of gradients are posted before F (`core.lower`).
 
     Raises:
-        ConfigError: `costs.sync` is set, a list of costs has another length than the stages, or there is too much.
+        ConfigError: `costs.sync` is set, the schedule has several chunks a stage, a list of costs has another length
+            than the stages, or there is too much to simulate.
     """
-    schedule = Paci(leading)
     check_size(schedule, spec, batches)
     if costs.sync is not None:
-        raise ConfigError(f"sync={costs.sync}: PACI synchronises nothing; leave it out, or use simulate()")
+        raise ConfigError(f"sync={costs.sync}: transfers are simulated without it; leave it out, or use simulate()")
+    if schedule.chunks > 1:
+        raise ConfigError(
+            f"schedule={schedule.name}: its messages are known only for one chunk a stage, not for {schedule.chunks}; "
+            "use simulate()"
+        )
     programs: list[list[Op]] = []
     calls: list[list[int]] = []
     for stage in range(spec.stages):
+        lowering = Lowering(schedule, spec, stage, early_receives=early_receives)
         programs.append([])
         calls.append([])
-        for segment in segments(spec, batches, leading):
-            programs[-1].extend(lower(segment, stage, early_receives=early_receives))
+        flushed = 0  # micro-batches before this batch, where every batch counts its own from 0
+        for call in schedule.run(spec, batches):
+            programs[-1].extend(_later(op, flushed, spec.accumulation) for op in lowering.program(call))
+            flushed += spec.accumulation * schedule.flushes
             calls[-1].append(sum(op.kind.is_compute for op in programs[-1]))
-    return Timeline(_run(spec, programs, costs), calls)
+    return Timeline(_run(schedule, spec, programs, costs), calls)
 
 
-def _run(spec: PipelineSpec, programs: list[list[Op]], costs: Costs) -> list[list[Span]]:
-    takes, latencies = durations(Paci(), programs, costs), costs.latencies(spec.stages).tolist()
+def _later(op: Op, micro_batches: int, accumulation: int) -> Op:
+    """The op, counted on from so many micro-batches."""
+    return op._replace(index=op.index + micro_batches // (accumulation if op.kind is OpKind.STEP else 1))
+
+
+def _run(schedule: Schedule, spec: PipelineSpec, programs: list[list[Op]], costs: Costs) -> list[list[Span]]:
+    takes, latencies = durations(schedule, programs, costs), costs.latencies(spec.stages).tolist()
+    buffers = [schedule.gradients_on_wire(spec, stage) for stage in range(1, spec.stages)]
     down = [_Wire(latencies[low], costs.transfer, 1) for low in range(spec.stages - 1)]
-    up = [_Wire(latencies[low], costs.transfer, spec.gradients_on_wire(low + 1)) for low in range(spec.stages - 1)]
+    up = [_Wire(latencies[low], costs.transfer, count) for low, count in enumerate(buffers)]
     now, position = [0.0] * spec.stages, [0] * spec.stages
     rows: list[list[Span]] = [[] for _ in programs]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paci_schedule.core.ops import OpKind
-from paci_schedule.core.schedules.paci import Paci
+from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.costs import Costs, Noise
@@ -51,11 +51,11 @@ class Marks:
         return float(self.end.max() - self.start.min())
 
 
-def sweep(schedule: Paci, spec: PipelineSpec, costs: Costs, micro_batches: int, every: int) -> Marks:
+def sweep(schedule: Schedule, spec: PipelineSpec, costs: Costs, micro_batches: int, every: int) -> Marks:
     """Run `micro_batches` micro-batches and the drain after them.
 
     Args:
-        schedule: PACI or a schedule with the same stream.
+        schedule: one that runs in rounds, like PACI.
         spec: the pipeline.
         costs: what things take; per-call synchronisations have no wavefronts.
         micro_batches: how many, at least 1.
@@ -78,7 +78,7 @@ def sweep(schedule: Paci, spec: PipelineSpec, costs: Costs, micro_batches: int, 
 class _Sweep:
     """The state of one run; its arrays have one element a stage."""
 
-    def __init__(self, schedule: Paci, spec: PipelineSpec, costs: Costs, count: int) -> None:
+    def __init__(self, schedule: Schedule, spec: PipelineSpec, costs: Costs, count: int) -> None:
         stages, base = spec.stages, costs.durations(schedule, spec.stages)
         self.count, self.update_every = count, schedule.micro_batches_per_update(spec)
         self.latency, self.transfer = costs.latencies(stages), costs.transfer

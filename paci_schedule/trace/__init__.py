@@ -1,4 +1,4 @@
-"""Recorded runs: the file that a rank writes, and what can be read from the files of all ranks."""
+"""Recorded runs: the file that each rank writes, and the analysis of the files of all ranks."""
 
 from paci_schedule.trace.analyse import last_batches, merge, simulated, spent, timeline
 from paci_schedule.trace.file import Recording, read, write

@@ -1,4 +1,4 @@
-"""Recorded runs: the clocks of their ranks merged, where the time went, and the same ops in the simulator."""
+"""The analysis of a recorded run: its ranks on one clock, where the time went, and the same ops in the simulator."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _CATEGORIES = {
 
 
 def merge(recordings: Sequence[Recording]) -> list[Recording]:
-    """The recordings by stage, on one clock.
+    """The recordings in the order of the stages, on one clock.
 
-    Wall clocks of two machines may differ.  No op starts before its message was made, which bounds the difference of
-    two neighbours' clocks from both sides; where the wall clocks break a bound, the middle between the bounds is
-    taken.
+    The wall clocks of two machines may differ.  An op cannot start before its message was made, which bounds the
+    difference between the clocks of two neighbouring stages from both sides.  Where the wall clocks break a bound, the
+    clock of the later stage is moved to the middle between the bounds.
 
     Raises:
-        ConfigError: a stage is missing or there twice, or the recordings are of different jobs.
+        ConfigError: a stage is missing or occurs twice, or the recordings are of different jobs.
     """
     ordered = sorted(recordings, key=lambda recording: recording.stage)
     stages = [recording.stage for recording in ordered]
@@ -45,8 +45,8 @@ def merge(recordings: Sequence[Recording]) -> list[Recording]:
         )
     if stages != list(range(ordered[0].stages)):
         raise ConfigError(
-            f"traces of stages {stages}: there must be one of each of the {ordered[0].stages} stages; name the files "
-            "of one data-parallel replica, such as FOLDER/*-replica0.jsonl"
+            f"traces of stages {stages}: there must be one trace for each of the {ordered[0].stages} stages; name the "
+            "files of one data-parallel replica, such as FOLDER/*-replica0.jsonl"
         )
     merged = ordered[:1]
     for recording in ordered[1:]:
@@ -55,7 +55,7 @@ def merge(recordings: Sequence[Recording]) -> list[Recording]:
 
 
 def timeline(recordings: Sequence[Recording]) -> Timeline:
-    """The compute ops of merged recordings, the first of them at 0."""
+    """The compute ops of merged recordings; the first of them starts at 0."""
     begin = min(span.start for recording in recordings for span in recording.spans)
     return Timeline(
         [[span for span in recording.shifted(-begin).spans if span.op.kind.is_compute] for recording in recordings]
@@ -63,13 +63,13 @@ def timeline(recordings: Sequence[Recording]) -> Timeline:
 
 
 def last_batches(timeline: Timeline, accumulation: int, batches: int) -> Timeline:
-    """The end of a timeline, from where its last stage begins the last but `batches` - 1 of its batches."""
+    """The same timeline, of which only the last batches are drawn, as the last stage counts them."""
     forwards = [span for span in timeline.rows[-1] if span.op.kind is OpKind.FORWARD]
     return replace(timeline, shown_from=forwards[max(0, len(forwards) - batches * accumulation)].start)
 
 
 def spent(recording: Recording) -> dict[str, float]:
-    """Where a stage's time went: category -> seconds.  "other" is sending, and what no record covers."""
+    """Where a stage's time went: category -> seconds.  "other" is sending, and time that no record covers."""
     times = dict.fromkeys(["compute", "wait for activation", "wait for gradient", "step", "data", "other"], 0.0)
     for span in recording.spans:
         if span.op.kind in _CATEGORIES:
@@ -82,12 +82,12 @@ def spent(recording: Recording) -> dict[str, float]:
 
 
 def simulated(recordings: Sequence[Recording]) -> Timeline:
-    """The same ops in the simulator, each taking its stage's median of that kind, with links that take no time.
+    """The same ops in the simulator: each takes the median time of its kind on its stage, and links take no time.
 
-    Micro-batches that not every stage recorded from F to the end of B are left out.
+    A micro-batch is left out unless every stage recorded it from its F to the end of its B.
 
     Raises:
-        ConfigError: no micro-batch was recorded whole, or the ops' order is not one that a pipeline can run.
+        ConfigError: no micro-batch was recorded whole, or no pipeline can run the ops in their order.
     """
     rows = [[span for span in recording.spans if span.op.kind.is_compute] for recording in recordings]
     whole = set.intersection(
@@ -111,8 +111,7 @@ def simulated(recordings: Sequence[Recording]) -> Timeline:
         return execute(schedule("zb-h1" if split else "paci"), programs, costs)
     except ScheduleError:
         raise ConfigError(
-            "traces whose ops cannot run in the order that they stand in: lines are missing or there twice; record "
-            "the run again"
+            "traces whose ops cannot run in their order: lines are missing or occur twice; record the run again"
         ) from None
 
 
@@ -121,7 +120,7 @@ def _medians(rows: Sequence[Sequence[Span]], kind: OpKind) -> list[float]:
 
 
 def _correction(above: Recording, below: Recording) -> float:
-    """What to add to the clock of `below` so that no op of the two stages starts before what it needs was made."""
+    """What to add to the clock of `below` so that no op of the two stages starts before its message was made."""
 
     def slack(makes: Recording, takes: Recording, kind: OpKind) -> float:
         made = {span.op.index: span.end for span in makes.spans if span.op.kind is kind}

@@ -1,17 +1,18 @@
-"""The file that one rank records: its format, how it is read and how it is written.
+"""The trace file that one rank writes: its format, and how it is read and written.
 
-A trace file is JSON lines, written by one rank.  Its first line is the header,
+A trace file consists of JSON lines.  Its first line is the header,
 
     {"stage": 1, "stages": 4, "accumulation": 8, "clock": {"wall": 1760000000.25, "mono": 512.5}}
 
-`clock` is one moment read on both clocks: seconds since 1970, and the monotonic clock (time.perf_counter) of all other
-lines:
+`clock` is one moment on two clocks: seconds since 1970, and the monotonic clock (time.perf_counter), which all other
+lines use:
 
     {"op": "RA3", "start": 513.001, "end": 513.004}
 
 `op` is an op as it prints: F3, B3, W3 and STEP0 compute; RA3 waits for the activation of micro-batch 3 and RG3 for its
-gradient.  "data" is reading from the data iterator.  Micro-batches and updates are counted from 0 since the pipe was
-last empty, and ops stand in the order of execution; the file may begin anywhere in a run (a ring buffer's content).
+gradient.  "data" is a read from the data iterator.  Micro-batches and updates are counted from 0 since the pipe was
+last empty, and ops stand in the order of execution.  The file may begin anywhere in a run, because a rank keeps only
+the newest records.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ __all__ = ["Recording", "read", "write"]
 
 @dataclass(frozen=True)
 class Recording:
-    """What one rank recorded, on a clock of seconds.
+    """What one rank recorded, on a clock in seconds.
 
     Attributes:
         stage: the rank's stage.
-        stages: how many there are.
-        accumulation: micro-batches an update.
-        spans: ops, messages waited for among them, micro-batches numbered on over drains.
+        stages: the number of stages.
+        accumulation: the number of micro-batches in an update.
+        spans: the ops, waits for messages among them; micro-batches are numbered on after a drain.
         data: (start, end) of every read from the data iterator.
     """
 
@@ -50,7 +51,7 @@ class Recording:
     data: Sequence[tuple[float, float]]
 
     def shifted(self, seconds: float) -> Recording:
-        """The same on a clock that shows `seconds` more."""
+        """The same recording on a clock that shows `seconds` more."""
         return replace(
             self,
             spans=[Span(span.op, span.start + seconds, span.end + seconds) for span in self.spans],
@@ -62,7 +63,7 @@ def read(path: Path) -> Recording:
     """The recording in a trace file, on the wall clock.
 
     Raises:
-        ConfigError: the file cannot be read or is not a trace; it names the line.
+        ConfigError: the file cannot be read or is not a trace; the error names the line.
     """
     try:
         lines = path.read_text().splitlines()
@@ -81,32 +82,32 @@ def read(path: Path) -> Recording:
             entry = json.loads(line)
             start, end = float(entry["start"]), float(entry["end"])
             if not -inf < start <= end < inf:
-                raise ValueError(f"from {start} to {end} is no time")
+                raise ValueError(f"from {start} to {end} is not a span of time")
             if entry["op"] == "data":
                 recording.data.append((start, end))
             else:
                 recording.spans.append(Span(Op.parse(entry["op"]), start, end))
     except (IndexError, KeyError, TypeError, ValueError, ScheduleError) as error:
         raise ConfigError(
-            f"trace={str(path)!r}: line {number} is not of a trace ({type(error).__name__}: {error}); "
+            f"trace={str(path)!r}: line {number} does not belong to a trace ({type(error).__name__}: {error}); "
             "see the format in paci_schedule/trace/file.py"
         ) from None
     if not any(span.op.kind is OpKind.FORWARD for span in recording.spans):
-        raise ConfigError(f"trace={str(path)!r}: holds no forward; record at least one batch")
+        raise ConfigError(f"trace={str(path)!r}: contains no forward; record at least one batch")
     return replace(recording, spans=_numbered_on(recording.spans)).shifted(shift)
 
 
 def write(
     folder: str, spec: PipelineSpec, stage: int, replica: int, spans: Iterable[tuple[Op | str, float, float]]
 ) -> None:
-    """Write the trace file of one rank to `folder`, in place of what stood there.
+    """Write the trace file of one rank to `folder`; an older file of the rank is replaced.
 
     Args:
-        folder: made if it is missing.
+        folder: it is created if it is missing.
         spec: the pipeline.
         stage: the rank's stage.
         replica: its data-parallel replica.
-        spans: what, and its start and end in seconds of `time.perf_counter`, oldest first.
+        spans: an op or "data", with its start and end in seconds of `time.perf_counter`; the oldest first.
     """
     path = Path(folder, f"stage{stage}-replica{replica}.jsonl")
     clock = {"wall": time.time(), "mono": time.perf_counter()}
@@ -117,7 +118,7 @@ def write(
 
 
 def _numbered_on(spans: Sequence[Span]) -> list[Span]:
-    """The spans with micro-batches numbered on where they begin at 0 again, after a drain."""
+    """The spans with micro-batches numbered on where a drain made them begin at 0 again."""
     numbered, offset, newest = [], 0, -1
     for span in spans:
         if span.op.kind in (OpKind.FORWARD, OpKind.RECV_ACTIVATION) and span.op.index <= newest - offset:

@@ -5,22 +5,22 @@ DeepSpeed keeps a micro-batch in a slot of ``engine.pipe_buffers`` between its f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
 from paci_schedule.runtime.message import Payload
-
-if TYPE_CHECKING:
-    from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
 
 __all__ = ["EngineCompute"]
 
 
 class EngineCompute:
-    """The engine's stage, as the StageRunner drives it."""
+    """The engine's stage, as the StageRunner drives it.
 
-    def __init__(self, engine: PaciPipelineEngine) -> None:
+    Args:
+        engine: computes the micro-batches and applies the updates.
+    """
+
+    def __init__(self, engine: StageLocalEngine) -> None:
         self._engine = engine
         self._free: list[int] = []
         self._slots: dict[int, int] = {}

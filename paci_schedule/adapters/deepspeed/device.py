@@ -14,7 +14,7 @@ __all__ = ["take_device"]
 def take_device(args: Any = None) -> torch.device:
     """Make this rank's device the current one, on which NCCL runs a collective of Python objects.
 
-    DeepSpeed 0.19.8 does the same at the end of its engine's set-up (`DeepSpeedEngine._set_distributed_vars`).
+    DeepSpeed does the same at the end of its engine's set-up (`DeepSpeedEngine._set_distributed_vars`).
 
     Args:
         args: what `deepspeed.initialize` was given; its `device_rank`, where it has one, comes before LOCAL_RANK.

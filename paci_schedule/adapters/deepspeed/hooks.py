@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 from paci_schedule.adapters.probing import look_up, require
+from paci_schedule.adapters.versions import DEEPSPEED
 
 __all__ = ["ENGINES", "TESTED", "check_installed", "probe"]
 
-TESTED = SpecifierSet(">=0.19.8,<0.20")
-"""The DeepSpeed versions that the integration tests run on (0.19.8) and the patch releases after them."""
+TESTED = SpecifierSet(DEEPSPEED)
 
 ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
 """The classes that ``deepspeed.initialize`` builds, by their names in ``deepspeed``."""

@@ -24,8 +24,9 @@ from torch import nn
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, PaciError
-from paci_schedule.measure.profile import Layer, profile_layers
-from paci_schedule.plan.partition import Cut, LayerCost, balance, check_bounds
+from paci_schedule.measure.profile import Runnable, profile_layers
+from paci_schedule.plan.layers import Layer
+from paci_schedule.plan.partition import Partition, balance, check_bounds, rooms_of
 
 __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
 
@@ -36,18 +37,18 @@ class CutPipelineModule(PipelineModule):
     """DeepSpeed's PipelineModule, whose `partition_method` may also be a cut.
 
     Args:
-        partition_method: a `Cut`, such as `balanced_cut` returns, or its bounds: P + 1 layer numbers from 0 to n, where
-            each stage begins and the last one ends; the same on every rank.  A string is DeepSpeed's own method.
+        partition_method: a `Partition`, such as `balanced_cut` returns, or its bounds: P + 1 layer numbers from 0 to n,
+            where each stage begins and the last one ends; the same on every rank.  A string is DeepSpeed's own method.
 
     Raises:
         ConfigError: the bounds do not cut these layers into these stages.
     """
 
-    def _partition_layers(self, method: str | Cut | Sequence[int] = "uniform") -> None:
+    def _partition_layers(self, method: str | Partition | Sequence[int] = "uniform") -> None:
         if isinstance(method, str):
             super()._partition_layers(method)
             return
-        bounds = method.bounds if isinstance(method, Cut) else method
+        bounds = method.bounds if isinstance(method, Partition) else method
         check_bounds(bounds, self._num_layers, self.num_stages)
         self.parts = list(bounds)
         self._set_bounds(*self.parts[self.stage_id : self.stage_id + 2])
@@ -62,10 +63,11 @@ def balanced_cut(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     activation_checkpoint_interval: int = 0,
     memory_limit: int | Sequence[int] | None = None,
+    bytes_per_parameter: float = 16.0,
     extra_in_flight: int | tuple[int, ...] = 0,
     file: str | Path | None = None,
     **measuring: Any,
-) -> Cut:
+) -> Partition:
     """The cut with the fastest slowest stage for this model, measured on this machine; the same on every rank.
 
         cut = balanced_cut(layers, next(iter(loader)), num_stages=8, loss_fn=loss)
@@ -77,12 +79,14 @@ def balanced_cut(
     Args:
         layers, num_stages, topology, loss_fn, activation_checkpoint_interval: as of the PipelineModule.
         micro_batch: inputs and labels, as the data iterator yields them.
-        memory_limit: bytes that a stage may take, one number for all or one for each; see `balance.evaluate` for what
+        memory_limit: bytes that a stage may take, one number for all or one for each; see `partition.evaluate` for what
             is counted, and leave room for the rest.  None for no limit.
+        bytes_per_parameter: of a trained parameter's weight, gradient and optimizer states together: 16 for Adam in
+            fp32, and for bf16 weights and gradients with Adam on fp32 copies.
         extra_in_flight: as in the block ``"paci"`` of the config; counts for the memory.
         file: JSON that the cut is read from if it exists, and else written to.  Optimizer states are saved by stage, so
             a run that resumes needs the cut of the run that it resumes, not one measured anew.
-        measuring: dtype, bytes_per_parameter and repeats of `layer_costs`.
+        measuring: dtype and repeats of `layer_costs`.
 
     Raises:
         ConfigError: a layer fails on the micro-batch, no cut keeps to the limit, or the file's cut is another model's.
@@ -90,11 +94,12 @@ def balanced_cut(
     """
     stages = num_stages if topology is None else topology.get_dim("pipe")
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
+    rooms = rooms_of(spec, bytes_per_parameter=bytes_per_parameter, memory_limit=memory_limit)
     take_device()
 
-    def measure() -> Cut:
+    def measure() -> Partition:
         costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)
-        return balance(costs, spec, memory_limit=memory_limit, recompute_every=activation_checkpoint_interval)
+        return balance(costs, rooms, recompute_every=activation_checkpoint_interval)
 
     cut = None if file is None else _agree(lambda: _read(Path(file), len(layers), stages), [0])
     if cut is None:
@@ -113,14 +118,14 @@ def layer_costs(
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     **measuring: Any,
-) -> list[LayerCost]:
+) -> list[Layer]:
     """What each layer of a pipeline model costs on this rank's device, the loss counted with the last one.
 
     Args:
         layers: modules, LayerSpecs, TiedLayerSpecs or functions, as a PipelineModule takes them; left as they are.
         micro_batch: inputs and labels, as the data iterator yields them.
         loss_fn: of outputs and labels.
-        measuring: dtype, bytes_per_parameter and repeats of `runtime.profile.profile_layers`.
+        measuring: dtype and repeats of `measure.profile.profile_layers`.
 
     Raises:
         ConfigError: a layer fails on the micro-batch.
@@ -149,7 +154,7 @@ class _Tied(nn.Module):
         return self.module(inputs) if self._forward is None else self._forward(self.module, inputs)
 
 
-def _made(specs: Iterable[Any], further: Iterable[Layer]) -> Iterator[Layer]:
+def _made(specs: Iterable[Any], further: Iterable[Runnable]) -> Iterator[Runnable]:
     """The layers, each made when it is asked for; copies of those that are made already."""
     for spec in specs:
         if isinstance(spec, TiedLayerSpec):
@@ -167,7 +172,7 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(value): value for value in held if isinstance(value, dist.ProcessGroup)})
 
 
-def _together(layer: LayerCost, loss: LayerCost) -> LayerCost:
+def _together(layer: Layer, loss: Layer) -> Layer:
     """The last layer and the loss as one.  The loss is never recomputed, so its forward counts with the backward."""
     return replace(
         layer,
@@ -185,15 +190,15 @@ def _measuring_ranks(topology: ProcessTopology | None) -> list[int]:
     return topology.filter_match(**{axis: 0 for axis in topology.get_axis_names() if axis in ("pipe", "data")})
 
 
-def _agree(find: Callable[[], Cut | None], ranks: Sequence[int]) -> Cut | None:
+def _agree(find: Callable[[], Partition | None], ranks: Sequence[int]) -> Partition | None:
     """What rank 0 of `ranks` found, on every rank; if one of them failed, an error on every rank."""
-    found: tuple[Cut | None, Exception | None] = None, None
+    found: tuple[Partition | None, Exception | None] = None, None
     if dist.get_rank() in ranks:
         try:
             found = find(), None
         except Exception as error:
             found = None, error
-    told: list[tuple[Cut | None, str | None]] = [(None, None)] * dist.get_world_size()
+    told: list[tuple[Partition | None, str | None]] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(told, (found[0], None if found[1] is None else str(found[1])))
     if found[1] is not None:
         raise found[1]
@@ -203,13 +208,13 @@ def _agree(find: Callable[[], Cut | None], ranks: Sequence[int]) -> Cut | None:
     return told[0][0]
 
 
-def _read(path: Path, layers: int, stages: int) -> Cut | None:
+def _read(path: Path, layers: int, stages: int) -> Partition | None:
     """The cut in the file; None if there is no file."""
     if not path.exists():
         return None
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        cut = Cut(**{field.name: tuple(known[field.name]) for field in fields(Cut)})
+        cut = Partition(**{field.name: tuple(known[field.name]) for field in fields(Partition)})
         check_bounds(cut.bounds, layers, stages)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from paci_schedule.adapters.deepspeed.adam import stepped_as, why_not_ahead
-from paci_schedule.adapters.deepspeed.masters import MasterWeights
+from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.adapters.deepspeed.working import MasterWeights
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.core.staleness import interval_of
@@ -19,17 +20,14 @@ from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
 
-if TYPE_CHECKING:
-    from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
-    from paci_schedule.adapters.deepspeed.options import PaciOptions
-
 __all__ = ["build_prediction", "check_spec", "note_update"]
 
 
 def build_prediction(
-    engine: PaciPipelineEngine,
+    engine: PipelineEngine,
     options: PaciOptions,
     spec: PipelineSpec,
+    late: Collection[torch.nn.Parameter],
     gathering: Callable[[], AbstractContextManager[None]],
 ) -> Prediction | None:
     """What the option "prediction" asks for; None for "off".  A collective of the job, if it asks for one.
@@ -38,6 +36,7 @@ def build_prediction(
         engine: with its optimizer.
         options: of the schedule.
         spec: of the pipeline.
+        late: the stage's copies of weights that several stages share, whose gradients are applied late.
         gathering: within it the stage's replicas wait for each other.
 
     Raises:
@@ -48,7 +47,7 @@ def build_prediction(
         return None
     said = f'"paci": {{"prediction": {options.prediction!r}}} cannot run with this job'
     refuse_together(_reasons(engine, options, spec), f'{said}; change what follows, or use "off"')
-    optimizer, late = engine.optimizer, engine.late_weights()
+    optimizer = engine.optimizer
     if optimizer is engine.basic_optimizer:
         # A stage with a tied weight updates without what is not finite; any other is lost with it, predicted or not.
         weights = SteppedWeights([stepped_as(optimizer)], late, drop_overflow if late else None)
@@ -57,14 +56,14 @@ def build_prediction(
     return Prediction(weights, interval, options.prediction_reach)
 
 
-def check_spec(engine: PaciPipelineEngine, spec: PipelineSpec) -> None:
+def check_spec(engine: PipelineEngine, spec: PipelineSpec) -> None:
     """Raises UnsupportedError where predictions that this job has cannot go on with another spec."""
     reasons = list(why_not_ahead(engine.basic_optimizer, spec))
     if reasons:
         raise UnsupportedError("; ".join(reasons))
 
 
-def note_update(engine: PaciPipelineEngine, prediction: Prediction) -> None:
+def note_update(engine: PipelineEngine, prediction: Prediction) -> None:
     """Let the next predictions clip as this update did, unless it was skipped."""
     limit, optimizer = engine.gradient_clipping(), engine.optimizer
     if limit > 0 and not getattr(optimizer, "overflow", False):
@@ -78,7 +77,7 @@ def note_update(engine: PaciPipelineEngine, prediction: Prediction) -> None:
             prediction.factor = clip_factor(limit, norm)
 
 
-def _reasons(engine: PaciPipelineEngine, options: PaciOptions, spec: PipelineSpec) -> Iterator[str]:
+def _reasons(engine: PipelineEngine, options: PaciOptions, spec: PipelineSpec) -> Iterator[str]:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         if optimizer.dtype == torch.float16:

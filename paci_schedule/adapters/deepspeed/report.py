@@ -1,7 +1,7 @@
-"""What rank 0 says about an update: the steps_per_print line and the monitor's events.
+"""What rank 0 reports of an update: the steps_per_print line and the monitor's events.
 
 Rank 0 holds the first stage.  It learns the loss of a micro-batch when that micro-batch's gradient comes back, so it
-speaks of an update when it has applied it: step, samples, loss, learning rate and drift all belong to the same update.
+reports an update when it has applied it: step, samples, loss, learning rate and drift all belong to the same update.
 The numbers are written one update later, when the device has long copied them, so that nobody waits for it.
 """
 
@@ -64,18 +64,18 @@ class Update:
 
 
 class Reporter:
-    """Says what there is to say about updates, one update late.
+    """Reports updates, each when the next one comes.
 
     Args:
         monitor: DeepSpeed's monitor.
         steps_per_print: updates between two printed lines; None for no lines.
-        speaks: whether this rank is the one that writes; its replicas only take part in averaging.
+        writes: whether this rank is the one that writes; its replicas only take part in averaging.
     """
 
-    def __init__(self, monitor: MonitorMaster, steps_per_print: int | None, speaks: bool) -> None:
+    def __init__(self, monitor: MonitorMaster, steps_per_print: int | None, writes: bool) -> None:
         self._monitor = monitor
         self._steps_per_print = steps_per_print
-        self._speaks = speaks
+        self._writes = writes
         self._pending: Update | None = None
         self._seconds = 0.0, 0.0
         self.begin(0, 0)
@@ -85,18 +85,18 @@ class Reporter:
         self._printed = step, samples, time.perf_counter()
 
     def wants(self, step: int) -> bool:
-        """Whether anything will be said about update number `step`; the same on every replica."""
+        """Whether update number `step` will be reported; the same on every replica."""
         return self._monitor.enabled or (self._steps_per_print is not None and step % self._steps_per_print == 0)
 
     def add(self, update: Update) -> None:
-        """Take one update in, and say what there is to say about the one before it."""
+        """Take one update in, and report the one before it."""
         self.flush()
         self._pending = update
 
     def flush(self) -> None:
-        """Say what has not been said yet."""
+        """Report the update that has not been reported yet."""
         update, self._pending = self._pending, None
-        if update is None or not self._speaks:
+        if update is None or not self._writes:
             return
         loss, *additional = update.losses.numbers()
         compute, wait = (now - before for now, before in zip(update.seconds, self._seconds, strict=True))

@@ -59,14 +59,14 @@ def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, 
 
 
 def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:
-    """What this rank's stage learns late by design, for a checkpoint of a training loop of your own.
+    """The deferred state of this rank's stage, for a checkpoint of a training loop of your own.
 
     Call it on every rank after ``optimizer.step()``, where the pipe is empty.  Megatron-LM's own checkpoints have it
     beside them.
 
     Returns:
         norms: the squared gradient norms of all stages of the newest updates;
-        tied: the sums of the tied embedding's gradients that wait to be applied;
+        tied: the sums of the tied embedding's gradients that wait to be applied, by its name;
         factor: what the newest update was clipped by, for the next predictions; None where nothing is predicted;
         updates: done so far, for flush_warmup_steps.
 

@@ -14,7 +14,6 @@ import torch
 from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
 from megatron.core.utils import make_viewless_tensor
 
-from paci_schedule.adapters.megatron.late import Late
 from paci_schedule.errors import DataEndedError
 from paci_schedule.runtime.message import Payload
 
@@ -28,11 +27,13 @@ class ModelCompute:
         model: the chunk, wrapped or not.
         config: its ModelParallelConfig.
         first, last: whether it is the first, or the last, of its pipeline.
-        late: of the stage.
+        post_sum: starts the next sum of the tied weight with this number.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Any, first: bool, last: bool, late: Late) -> None:
-        self._model, self._config, self._first, self._last, self._late = model, config, first, last, late
+    def __init__(
+        self, model: torch.nn.Module, config: Any, first: bool, last: bool, post_sum: Callable[[int], None]
+    ) -> None:
+        self._model, self._config, self._first, self._last, self._post_sum = model, config, first, last, post_sum
         # Megatron-core 0.16 wants the model's type, later versions do not.
         takes_type = "model_type" in inspect.signature(backward_step).parameters
         self._backward_extra = {"model_type": None} if takes_type else {}
@@ -108,4 +109,4 @@ class ModelCompute:
         """The training loop's own optimizer.step() follows."""
 
     def post_sum(self, tie: int) -> None:
-        self._late.post_sum()
+        self._post_sum(tie)

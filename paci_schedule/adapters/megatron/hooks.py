@@ -7,11 +7,11 @@ from importlib import import_module
 from packaging.specifiers import SpecifierSet
 
 from paci_schedule.adapters.probing import look_up, require
+from paci_schedule.adapters.versions import MEGATRON_CORE
 
 __all__ = ["TESTED", "check_installed", "probe"]
 
-TESTED = SpecifierSet(">=0.16.1,<0.21")
-"""Both ends are what the tests run on: 0.16.1 from the registry, and Megatron-LM's main, 0.20.0 in development."""
+TESTED = SpecifierSet(MEGATRON_CORE)
 
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _HOOKS = {
@@ -38,7 +38,7 @@ def probe() -> list[tuple[str, bool, str]]:
     try:
         found = import_module("megatron.core").__version__
     except ImportError:
-        return [("megatron-core", False, "not installed; pip install megatron-core==0.16.1")]
+        return [("megatron-core", False, f"not installed; pip install 'megatron-core{TESTED}'")]
     return [
         ("megatron-core", TESTED.contains(found, prereleases=True), f"{found}, tested {TESTED}"),
         *(look_up(*hook) for hook in _HOOKS.items()),

@@ -10,9 +10,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
-from paci_schedule.adapters.megatron.late import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers, owner_of
+from paci_schedule.adapters.megatron.ties import tied_embedding, unwrapped
 from paci_schedule.adapters.megatron.working import KNOWN, WorkingWeights
 from paci_schedule.core.staleness import interval_of
 from paci_schedule.errors import UnsupportedError

@@ -12,21 +12,21 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from paci_schedule import trace
 from paci_schedule.adapters.megatron import job
-from paci_schedule.adapters.megatron.checks import agree
+from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
-from paci_schedule.adapters.megatron.late import Late, tied_embedding
+from paci_schedule.adapters.megatron.ends import PlannedEnds
 from paci_schedule.adapters.megatron.options import PaciOptions
-from paci_schedule.adapters.megatron.plan import Plan
 from paci_schedule.adapters.megatron.prediction import build_prediction
+from paci_schedule.adapters.megatron.refusals import agree
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
+from paci_schedule.adapters.megatron.ties import Ties
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
+from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.norms import CarriedNorms
-from paci_schedule.runtime.links import Links
-from paci_schedule.runtime.stage import StageRunner
-from paci_schedule.runtime.stopwatch import Stopwatch
+from paci_schedule.runtime.deferred.state import DeferredState
 
 __all__ = ["ModelStream"]
 
@@ -52,8 +52,8 @@ class ModelStream:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
         args = job.current_args()
         pipelines = agree(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
-        self._plan = Plan.of_options(options) if args is None else Plan.of_job(args)
-        if options.record is not None and self._plan.next_end(0) is None:
+        self._ends = PlannedEnds.of_options(options) if args is None else PlannedEnds.of_job(args)
+        if options.record is not None and self._ends.next_end(0) is None:
             raise ConfigError(
                 f"config.paci = {{'record': {options.record!r}}}: a recording is written where the pipe is empty, and "
                 "no end is known; say 'train_iters' or 'drain_interval' too"
@@ -61,30 +61,39 @@ class ModelStream:
         stage, stages = group.rank(), group.size()
         device = next(self._model.parameters()).device
         spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
-        ties, weight = tied_embedding(self._model)
         timeout = timedelta(seconds=options.timeout)
+        shares = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
+        self._ties = ties = Ties(self._model, shares, spec, timeout)
         norms = None
         if options.clip == "global":
-            norms = CarriedNorms(spec, stage, group, device, agrees=ties, timeout=timeout)
-        ends = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
+            norms = CarriedNorms(spec, stage, group, device, agrees=bool(ties.stages), timeout=timeout)
         prediction = build_prediction(self._model, self._config, options)
-        self.late = Late(norms, weight, ends, spec, timeout, prediction, device)
+        self._deferred = DeferredState(device, norms, ties.gradients, prediction)
         self._sums = StageSums(self._config, norms, warn=stage == 0)
-        links = Links(spec, pipelines, device, timeout, early_receives=options.early_receives, record=options.record)
-        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, self.late)
-        self._stopwatch = Stopwatch(device, records=options.record is not None)
-        copies = [(0, stages - 1)] if ties else []
-        self._runner = StageRunner(
-            spec, stage, self._compute, links, self._stopwatch, norms, copies, options.early_receives, prediction
+        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum)
+        self._assembly = Assembly(
+            self._compute,
+            spec,
+            stage,
+            pipelines,
+            device,
+            self._deferred,
+            prediction,
+            ties.stages,
+            schedule=schedule("paci", leading=True),
+            timeout=timeout,
+            early_receives=options.early_receives,
+            record=options.record,
         )
-        self._record, self._warmup = options.record, options.flush_warmup_steps
+        self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
+        self._is_updating = False
         self._loss: torch.Tensor | None = None
         self._data: Any = None
         self._calls = self._resumed_at = 0
         self._between_calls = ExitStack()
         if args is not None:
             job.make_local(self._config)
-            job.keep_late(self._model, self.late, self.settle, sharded=is_sharded(self._config))
+            keep_deferred(args, self._model, self._deferred, self.settle, sharded=is_sharded(self._config))
 
     def train_batch(
         self,
@@ -112,21 +121,20 @@ class ModelStream:
         if data is not self._data:
             self._require_empty("another data_iterator than in the call before")
         self._respec(num_microbatches)
-        self._stopwatch.start()
+        self._assembly.stopwatch.start()
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
         self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
-            with self.late.exchanging():
+            with self._ties.exchanging():
                 config.finalize_model_grads_func(
                     [self._model], None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
                 )
         self._end_call()
-        if self._record is not None and not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            replica = parallel_state.get_data_parallel_rank()
-            trace.write(self._record, runner.spec, runner.stage, replica, self._stopwatch.spans())
+        if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
+            self._assembly.write_recording(parallel_state.get_data_parallel_rank())
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())
@@ -148,9 +156,9 @@ class ModelStream:
         self.settle()
         self._respec(num_microbatches)
         self._sums.flush(True)
-        with self.late.exchanging(now=True):
+        with self._ties.exchanging(now=True):
             reduced = stock()
-        self._runner.count_flushed()
+        self._runner.count_flushed(schedule("1f1b"))
         self._loss = None
         self._end_call()
         return reduced
@@ -159,19 +167,23 @@ class ModelStream:
         """The update after the last call is done.  Returns whether nothing is parked."""
         self._between_calls.close()
         empty = not self._runner.admitted
-        self.late.end_update(empty)
+        if self._is_updating:
+            self._deferred.close_update()
+            if empty:
+                self._deferred.exchange()
+        self._is_updating = False
         return empty
 
     def state(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.state_dict`."""
         self._require_empty("state_dict(model)")
         self.settle()
-        return {**self.late.state(), "updates": self._resumed_at + self._calls}
+        return {**self._deferred.state(), "updates": self._resumed_at + self._calls}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `paci_schedule.adapters.megatron.load_state_dict`."""
         self._resumed_at = state.get("updates", 0)
-        self.late.load_state(state)
+        self._deferred.load_state(state)
 
     def stats(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.pipeline_stats`."""
@@ -183,12 +195,11 @@ class ModelStream:
         if num_microbatches != runner.spec.accumulation:
             self._require_empty(f"num_microbatches={num_microbatches} after {runner.spec.accumulation}")
             runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
-            self.late.respec(runner.spec)
 
     def _end_call(self) -> None:
         """What the training loop does next is the update."""
         self._calls += 1
-        self.late.begin_update()
+        self._is_updating = True
 
     def _require_empty(self, what: str) -> None:
         """Raises ConfigError if micro-batches are parked; every rank of a pipeline knows how many."""
@@ -206,5 +217,5 @@ class ModelStream:
         done = job.iteration()
         if done is None:
             done = self._calls
-        end = self._plan.next_end(done)
+        end = self._ends.next_end(done)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation

@@ -27,6 +27,8 @@ class Interleaved(Schedule):
     """Interleaved 1F1B with `chunks` model chunks a stage."""
 
     name = "interleaved-1f1b"
+    options = frozenset({"chunks"})
+    cannot_run = "cuts the model into several chunks a stage; an engine holds one"
 
     def __init__(self, chunks: int = 2) -> None:
         if chunks < 2:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from paci_schedule.core.drift import drift_bound
+from paci_schedule.core.drift import drift_bound, drift_of
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
@@ -48,6 +48,15 @@ class Segment:
     stop: int
     admitted: int
     leading: bool = False
+
+    @property
+    def taken(self) -> int:
+        return self.admitted
+
+    @property
+    def finished(self) -> int:
+        """Micro-batches of which every stage, the first one included, has done the backward by the end."""
+        return self.stop if self.leading else min(self.admitted, max(0, self.stop - self.spec.look_ahead(0)))
 
     def rounds(self, stage: int) -> range:
         """The rounds that `stage` executes in this segment."""
@@ -112,17 +121,32 @@ class Paci(Schedule):
 
     name = "paci"
     flushes = False
-    takes_extra = True
+    in_rounds = True
+    options = frozenset({"leading", "extra_in_flight", "prediction"})
 
     def __init__(self, leading: bool = False) -> None:
         self.leading = leading
 
+    def call(self, spec: PipelineSpec, taken: int = 0, finished: int = 0, last: int | None = None) -> Segment:
+        return lead_batch(spec, finished, last) if self.leading else train_batch(spec, taken)
+
+    def drain(self, spec: PipelineSpec, taken: int) -> Segment:
+        return drain(spec, taken)
+
+    def run(self, spec: PipelineSpec, batches: int) -> Iterator[Segment]:
+        return segments(spec, batches, self.leading)
+
     def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterable[Op]]:
-        for segment in segments(spec, batches, self.leading):
-            yield segment.ops(stage)
+        return (segment.ops(stage) for segment in self.run(spec, batches))
 
     def in_flight(self, spec: PipelineSpec, stage: int) -> int:
         return spec.in_flight(stage)
+
+    def gradients_on_wire(self, spec: PipelineSpec, stage: int) -> int:
+        return spec.gradients_on_wire(stage)
+
+    def drift(self, spec: PipelineSpec, stage: int, micro_batch: int) -> int:
+        return drift_of(spec, stage, micro_batch)
 
     def drift_bound(self, spec: PipelineSpec, stage: int) -> int:
         return drift_bound(spec, stage)

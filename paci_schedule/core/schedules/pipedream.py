@@ -11,10 +11,9 @@ No bubble in the steady state, no inconsistency, but P-s weight versions and gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
-from paci_schedule.core.ops import Op
 from paci_schedule.core.schedules import paci
 from paci_schedule.core.spec import PipelineSpec
 
@@ -25,14 +24,15 @@ class PipeDream(paci.Paci):
     """PipeDream with weight stashing: PACI's stream with an update a micro-batch; a call takes in a whole batch."""
 
     name = "pipedream"
-    takes_extra = False
+    options = frozenset()
+    cannot_run = "keeps several versions of the weights; an engine keeps one"
 
-    def calls(self, spec: PipelineSpec, stage: int, batches: int) -> Iterator[Iterable[Op]]:
+    def run(self, spec: PipelineSpec, batches: int) -> Iterator[paci.Segment]:
         single, total = replace(spec, accumulation=1), batches * spec.accumulation
         for admitted in range(0, total, spec.accumulation):
             stop = admitted + spec.accumulation
-            yield paci.Segment(single, admitted, stop, stop).ops(stage)
-        yield paci.drain(single, total).ops(stage)
+            yield paci.Segment(single, admitted, stop, stop)
+        yield paci.drain(single, total)
 
     def micro_batches_per_update(self, spec: PipelineSpec) -> int:
         return 1

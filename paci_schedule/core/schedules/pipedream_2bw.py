@@ -24,7 +24,8 @@ class PipeDream2BW(paci.Paci):
     """PipeDream-2BW: what differs from PACI is which weights an op reads, and what that costs in memory."""
 
     name = "pipedream-2bw"
-    takes_extra = False
+    options = frozenset()
+    cannot_run = "keeps several versions of the weights; an engine keeps one"
 
     def check(self, spec: PipelineSpec) -> None:
         super().check(spec)

@@ -50,7 +50,11 @@ def schedule(name: str, **options: object) -> Schedule:
         return SCHEDULES[name](**options)
     except TypeError:
         listed = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        takers = [f"{taker} takes {option}" for option in options for taker in SCHEDULES if _takes(taker, option)]
         raise ConfigError(
-            f"{listed}: not an option of the {name} schedule; leave it out "
-            "(interleaved-1f1b takes chunks, paci takes leading)"
+            f"{listed}: not an option of the {name} schedule; leave it out" + f" ({', '.join(takers)})" * bool(takers)
         ) from None
+
+
+def _takes(name: str, option: str) -> bool:
+    return option in SCHEDULES[name]().options

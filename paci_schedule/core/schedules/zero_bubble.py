@@ -38,12 +38,17 @@ class ZeroBubble(Schedule):
     def __init__(self, depth: int) -> None:
         self.name = f"zb-h{depth}"
         self.depth = depth
+        if depth > 1:
+            self.cannot_run = "holds up to 2P - 1 micro-batches on a stage, where 1F1B and zb-h1 hold at most P"
 
     def batch(self, spec: PipelineSpec, stage: int) -> Iterator[Op]:
         f, b, w = (OpKind.FORWARD, 0), (OpKind.BACKWARD, 0), (OpKind.WEIGHT, 0)
         ahead, late = self.depth * (spec.stages - 1 - stage), self.depth * stage
         pattern = [f] * ahead + [f, b] * late + [f, b, w] * spec.accumulation + [w] * late
         return weave(pattern, spec.accumulation)
+
+    def gradients_on_wire(self, spec: PipelineSpec, stage: int) -> int:
+        return min(stage, 1) * self.depth
 
     def in_flight(self, spec: PipelineSpec, stage: int) -> int:
         return min(self.depth * (spec.stages - 1) + 1, spec.accumulation)

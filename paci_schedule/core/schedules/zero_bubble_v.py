@@ -27,6 +27,7 @@ class ZeroBubbleV(Schedule):
     name = "zb-v"
     chunks = 2
     splits_backward = True
+    cannot_run = "cuts the model into two chunks a stage; an engine holds one"
 
     def batch(self, spec: PipelineSpec, stage: int) -> Iterator[Op]:
         down, up = ([(kind, chunk) for kind in (OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT)] for chunk in (0, 1))

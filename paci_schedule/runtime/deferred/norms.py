@@ -70,6 +70,11 @@ class CarriedNorms:
         self._down, self._up = self._zeros(), self._zeros()
 
     @property
+    def stages(self) -> int:
+        """P, the number of stages."""
+        return self._spec.stages
+
+    @property
     def delay(self) -> int:
         """J, in updates."""
         return -(-self._spec.in_flight(0) // self._spec.accumulation)

@@ -21,7 +21,7 @@ overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 
 import torch
@@ -29,14 +29,9 @@ import torch.distributed as dist
 
 from paci_schedule.core.spec import PipelineSpec
 
-__all__ = ["TiedGradient", "delay_between", "drop_overflow"]
+__all__ = ["TiedGradient", "drop_overflow"]
 
 _LARGEST = 1e13  # the squares of 1e12 such numbers still add up to a finite float32
-
-
-def delay_between(spec: PipelineSpec, first: int, last: int) -> int:
-    """j for a weight that the stages from `first` to `last` share, in updates."""
-    return -(-(spec.look_ahead(first) - spec.look_ahead(last)) // spec.accumulation)
 
 
 def drop_overflow(gradients: Iterable[torch.Tensor]) -> None:
@@ -55,21 +50,32 @@ class TiedGradient:
 
     Args:
         group: the ranks that hold a copy.
-        delay: j, in updates.
+        stages: the stages that hold a copy.
+        spec: the pipeline.
         timeout: how long the other stages may take under a flush, and where the pipe is empty.  Else a sum may be under
             way for as long as the training loop does something else, and the group's own timeout holds.
 
     Attributes:
         ranks: of the group.
+        stages: the stages that hold a copy.
+        delay: j, in updates.
     """
 
-    def __init__(self, group: dist.ProcessGroup, delay: int, timeout: timedelta) -> None:
-        self.delay = delay
+    def __init__(
+        self, group: dist.ProcessGroup, stages: Collection[int], spec: PipelineSpec, timeout: timedelta
+    ) -> None:
+        self.stages = stages
+        self.respec(spec)
         self.ranks = dist.get_process_group_ranks(group)
         self._group, self._timeout = group, timeout
         self._held: deque[torch.Tensor] = deque()
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
         self._due = 0  # postings asked for, beyond those done
+
+    def respec(self, spec: PipelineSpec) -> None:
+        """Go on with another spec, from an empty pipe."""
+        ahead = spec.look_ahead(min(self.stages)) - spec.look_ahead(max(self.stages))
+        self.delay = -(-ahead // spec.accumulation)
 
     def exchange(self, gradient: torch.Tensor) -> None:
         """Hand in this update's gradient, and replace it in place by the sum that the update is to apply."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from paci_schedule.adapters.megatron.options import PaciOptions
 
-__all__ = ["Plan"]
+__all__ = ["PlannedEnds"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedEnds:
     """Iterations known beforehand, after which no micro-batch shall be parked.
 
     Attributes:
@@ -23,12 +23,12 @@ class Plan:
     intervals: tuple[int, ...] = ()
 
     @classmethod
-    def of_options(cls, options: PaciOptions) -> Plan:
+    def of_options(cls, options: PaciOptions) -> PlannedEnds:
         """Of a training loop of one's own, which counts its calls from the first under PACI."""
         return cls(_known(options.train_iters), _known(options.drain_interval))
 
     @classmethod
-    def of_job(cls, args: Namespace) -> Plan:
+    def of_job(cls, args: Namespace) -> PlannedEnds:
         """Of a Megatron-LM job."""
         saves = (args.save_interval, getattr(args, "non_persistent_save_interval", None)) if args.save else ()
         phases = getattr(args, "phase_transition_iterations", None) or ()

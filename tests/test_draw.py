@@ -8,8 +8,10 @@ import pytest
 from paci_schedule import ConfigError, PipelineSpec
 from paci_schedule.core.ops import Op
 from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.draw.chrome import chrome_trace
 from paci_schedule.draw.picture import picture
-from paci_schedule.draw.text import chrome_trace, text, versions
+from paci_schedule.draw.shown import versions
+from paci_schedule.draw.text import text
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.execute import simulate
 from paci_schedule.simulate.timeline import Span, Timeline

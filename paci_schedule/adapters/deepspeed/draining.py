@@ -1,0 +1,150 @@
+"""What DeepSpeed's engine can do only where the pipe is empty: here it drains the pipe first."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paci_schedule.adapters.deepspeed.prediction import check_spec
+from paci_schedule.adapters.deepspeed.report import Reporter
+from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
+from paci_schedule.adapters.deepspeed.ties import Ties
+from paci_schedule.predict import Prediction
+from paci_schedule.runtime.assembly import Assembly
+from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.stage import StageRunner
+from paci_schedule.runtime.waiting import waiting
+
+__all__ = ["DrainingEngine"]
+
+logger = logging.getLogger(__name__)
+
+_DEFERRED = "paci_schedule"  # the key of our part in a checkpoint's client state
+
+
+class DrainingEngine(StageLocalEngine):
+    """Evaluation, checkpoints and changes of the batch, each after a `drain`."""
+
+    _assembly: Assembly
+    _deferred: DeferredState
+    _prediction: Prediction | None
+    _reporter: Reporter | None
+    _runner: StageRunner | None
+    _ties: Ties
+    _timeout: timedelta
+
+    def drain(self) -> torch.Tensor:
+        """Finish the outstanding backwards; every rank calls it."""
+        raise NotImplementedError
+
+    def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, after a `drain`."""
+        self.drain()
+        everyone = range(dist.get_world_size())
+        with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
+            # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.
+            dist.barrier(async_op=True).wait(self._timeout)
+            return super().eval_batch(*args, **kwargs)
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """As DeepSpeed's, after a `drain`, with the stage's deferred state (`runtime.deferred`)."""
+        self.drain()
+        self._average_pending_sums()
+        state = {**(client_state or {}), _DEFERRED: self._deferred.state()}
+        return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """As DeepSpeed's, after a `drain`.
+
+        The deferred state is on its way to the optimizer: it is replaced where the optimizer's states are.
+        """
+        self.drain()
+        path, client_state = super().load_checkpoint(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
+        deferred = (client_state or {}).pop(_DEFERRED, {"norms": [], "tied": {}})
+        if path is not None and load_optimizer_states and not load_module_only:
+            dropped = self._deferred.load_state(deferred)
+            if dropped and self.grid.get_data_parallel_id() == 0:
+                logger.warning("%s: pending gradient sums dropped, no such tie here: %s", path, "; ".join(dropped))
+        if self._reporter is not None:
+            self._reporter.begin(self.global_steps, self.global_samples)
+        return path, client_state
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, after a `drain`."""
+        self.drain()
+        return super().save_16bit_model(*args, **kwargs)
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """As DeepSpeed's, after a `drain`: the number of micro-batches to an update changes.
+
+        Raises:
+            UnsupportedError: predictions cannot go on with so few.
+        """
+        self.drain()
+        accumulation = train_batch_size // (self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        spec = replace(self._runner.spec, accumulation=max(1, accumulation))
+        if self._prediction is not None:
+            check_spec(self, spec)
+        super().set_train_batch_size(train_batch_size)
+        self._runner.respec(spec)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """As DeepSpeed's, after a `drain`: the shapes of the messages change."""
+        self.drain()
+        super().set_train_micro_batch_size(micro_batch_size)
+        self.reset_activation_shape()
+
+    def reset_activation_shape(self) -> None:
+        """As DeepSpeed's, after a `drain`: the next micro-batch may have another shape."""
+        self.drain()
+        super().reset_activation_shape()
+        self._assembly.links.reset_shapes()
+
+    def destroy(self) -> None:
+        """As DeepSpeed's, after a `drain`; not while an error is on its way up."""
+        if self._runner is not None and not self._runner.interrupted and sys.exc_info()[0] is None:
+            self.drain()
+        super().destroy()
+
+    def _average_pending_sums(self) -> None:
+        """Make the pending sums of tied gradients the same on all replicas, of which one writes the checkpoint."""
+        for total in self._ties.pending_sums(self._runner.at):
+            if self.is_data_parallel:
+                total.div_(self.dp_world_size)
+                with self._waiting_for_replicas("averaged pending sums"):
+                    dist.all_reduce(total, group=self.grid.get_data_parallel_group())

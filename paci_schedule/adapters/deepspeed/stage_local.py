@@ -1,0 +1,147 @@
+"""DeepSpeed's own steps, made local to the stage.
+
+DeepSpeed's optimizers reduce gradient norms and overflow flags over the "model parallel" group, which spans the
+pipeline stages: that is a flush in disguise.  They are shown the process grid of one stage instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.runtime.utils import is_model_parallel_parameter
+
+from paci_schedule.predict import clip_factor
+from paci_schedule.runtime.deferred.tied import drop_overflow
+from paci_schedule.runtime.upload import upload
+
+__all__ = ["StageLocalEngine", "StageMpu"]
+
+
+class StageMpu:
+    """One stage's view of a PipelineParallelGrid: model parallelism is tensor slicing only, and the pipe has one stage.
+
+    Everything else is the grid's own answer.
+
+    Args:
+        grid: the job's.
+        model_parallel: what stands for the group of all model-parallel ranks; None for the tensor-slicing group.
+    """
+
+    def __init__(self, grid: PipelineParallelGrid, model_parallel: dist.ProcessGroup | None = None) -> None:
+        self._grid = grid
+        self._model_parallel = model_parallel or grid.get_slice_parallel_group()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._model_parallel
+
+    def get_model_parallel_rank(self) -> int:
+        return self._grid.get_slice_parallel_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.get_slice_parallel_world_size()
+
+    def get_pipe_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+
+class StageLocalEngine(PipelineEngine):
+    """A pipeline engine whose optimizer, clipping and reading of data wait for no other stage.
+
+    Args:
+        stage_mpu: the grid as the stage's optimizer sees it.
+    """
+
+    def __init__(self, *args: Any, stage_mpu: StageMpu, **kwargs: Any) -> None:
+        self._stage_mpu = stage_mpu
+        super().__init__(*args, **kwargs)
+        # DeepSpeed's slicing of messages over tensor-parallel ranks is its own protocol; our links send them whole.
+        self.is_pipe_partitioned = self.is_grad_partitioned = False
+
+    def gradient_of(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
+        """What the micro-batches of the coming update have accumulated for `weight`; None where nothing has."""
+        return getattr(weight, "_hp_grad", None) if self.using_bf16_optimizer else weight.grad
+
+    def take_update(self, losses: torch.Tensor) -> None:
+        """Apply this stage's update.
+
+        Args:
+            losses: float32[n], the mean over the update's micro-batches of the loss and of the additional losses.
+        """
+        raise NotImplementedError
+
+    def post_sum(self, number: int) -> None:
+        """Start the next sum of this stage's tied weight with this number."""
+        raise NotImplementedError
+
+    def _next_batch(self) -> list[Any]:
+        """The next micro-batch; what this stage takes of it, inputs or labels, is on its way to the device."""
+        taken = {0} if self.is_first_stage() else set()
+        if self.is_last_stage():
+            taken.add(1)
+        parts = enumerate(super()._next_batch())
+        return [upload(part, self.device) if number in taken else part for number, part in parts]
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            # A stage of pure functions or frozen layers still needs an optimizer to build, step and save.
+            dtype = next(dtype for dtype in (self._mixed_precision_dtypes()[0], torch.float32) if dtype is not None)
+            nothing = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=self.device))
+            self.param_names[nothing] = "no_parameters_in_this_stage"
+            model_parameters = [nothing]
+        grid, self.mpu = self.mpu, self._stage_mpu
+        try:
+            super()._configure_optimizer(client_optimizer, model_parameters)
+        finally:
+            self.mpu = grid
+        if isinstance(self.optimizer, BF16_Optimizer):
+            self.optimizer.get_grads_for_norm = partial(_or_a_zero, self.optimizer.get_grads_for_norm, self.device)
+
+    def clip_fp32_gradients(self) -> None:
+        first_slice = self._stage_mpu.get_model_parallel_rank() == 0
+        with_gradient = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norms = [
+            parameter.grad.norm()
+            for parameter in with_gradient
+            # Once: not again for the copies of a tied weight, nor for what the tensor-parallel ranks all hold.
+            if not parameter.ds_pipe_replicated and (first_slice or is_model_parallel_parameter(parameter))
+        ]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        deepspeed.comm.all_reduce(square, group=self._stage_mpu.get_model_parallel_group())
+        self._global_grad_norm = square.sqrt()
+        scale = clip_factor(self.gradient_clipping(), self._global_grad_norm)
+        for parameter in with_gradient:
+            parameter.grad.mul_(scale)
+
+    def _exec_reduce_grads(self) -> None:
+        shares = any(len(comm["ranks"]) > 1 for comm in self.module.tied_comms.values())
+        # ZeRO keeps its sums to itself; as it divides first, they are finite if their summands are.
+        before = self.zero_optimization() and not self.using_bf16_optimizer
+        if shares and before:
+            drop_overflow(self._gradients())
+        super()._exec_reduce_grads()
+        if shares and not before:
+            drop_overflow(self._gradients())
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        every = (self.gradient_of(weight) for weight in self.module.parameters() if weight.requires_grad)
+        return (gradient for gradient in every if gradient is not None)
+
+
+def _or_a_zero(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
+    """The gradients, or a zero for none: BF16_Optimizer takes no norm of nothing, as where all weights are frozen."""
+    found = gradients(for_clipping)
+    return found if for_clipping or found[0] else ([torch.zeros(1, device=device)], *found[1:])

@@ -1,0 +1,90 @@
+"""The deferred state of a stage beside every checkpoint of a Megatron-LM job."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from paci_schedule.runtime.deferred.state import DeferredState
+
+__all__ = ["keep_deferred"]
+
+logger = logging.getLogger(__name__)
+
+
+def keep_deferred(
+    args: Namespace, model: torch.nn.Module, deferred: DeferredState, settle: Callable[[], bool], sharded: bool
+) -> None:
+    """Save the deferred state beside every checkpoint, before it, and begin with that of the loaded one.
+
+    Every rank of the job calls it at the same time: where one of them finds nothing, or what was saved with other
+    weights (a checkpoint that a run of the stock schedule has written anew), all begin with nothing deferred, for the
+    copies of a tied weight must apply the same sums.
+
+    Args:
+        args: Megatron-LM's arguments.
+        model: this stage's, loaded.
+        deferred: of this stage.
+        settle: called before a save; whether the pipe is empty.
+        sharded: whether data-parallel ranks hold different parts of the gradients.
+    """
+    training = sys.modules["megatron.training.training"]
+    stock_save = getattr(training.save_checkpoint, "stock", training.save_checkpoint)
+
+    def path(folder: str, iteration: int) -> Path:
+        return Path(folder, "paci_schedule", f"iter_{iteration:07d}", _rank_name(sharded))
+
+    def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
+        empty = settle()
+        if sharded or parallel_state.get_data_parallel_rank() == 0:
+            file = path(args.save, iteration)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            state = deferred.state() if empty else {**deferred.state(), "norms": []}
+            torch.save({**state, "weights": _fingerprint(model)}, file)
+        return stock_save(iteration, *rest, **options)
+
+    save_checkpoint.stock = stock_save
+    training.save_checkpoint = save_checkpoint
+    if args.load and args.iteration:
+        _load(path(args.load, args.iteration), model, deferred)
+
+
+def _load(file: Path, model: torch.nn.Module, deferred: DeferredState) -> None:
+    state = torch.load(file, weights_only=True, map_location="cpu") if file.is_file() else {}
+    found: list[tuple[bool, bool]] = [(False, False)] * dist.get_world_size()
+    dist.all_gather_object(found, (bool(state), bool(state) and state.get("weights") == _fingerprint(model)))
+    there, fits = map(sum, zip(*found, strict=True))
+    if fits == len(found):
+        deferred.load_state(state)
+    elif dist.get_rank() == 0:
+        logger.warning(
+            "%s holds the deferred state of a run under 'paci' for %d of the %d ranks of this topology, for %d of them "
+            "with the weights of this checkpoint: this run begins with nothing deferred",
+            file.parent,
+            there,
+            len(found),
+            fits,
+        )
+
+
+def _fingerprint(model: torch.nn.Module) -> list[int]:
+    """A number for each weight: the sum of its bytes, taken where it lies.  Another version of a model has another."""
+    return [int(p.detach().flatten().view(torch.uint8).sum(dtype=torch.int64)) for p in model.parameters()]
+
+
+def _rank_name(sharded: bool) -> str:
+    """The name of this rank's file.  It names the topology, for in another one the file means nothing."""
+    state = parallel_state
+    name = f"stage{state.get_pipeline_model_parallel_rank()}of{state.get_pipeline_model_parallel_world_size()}"
+    name += f"-tensor{state.get_tensor_model_parallel_rank()}of{state.get_tensor_model_parallel_world_size()}"
+    if sharded:
+        name += f"-shard{state.get_data_parallel_rank()}of{state.get_data_parallel_world_size()}"
+    return f"{name}.pt"

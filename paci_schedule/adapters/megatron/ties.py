@@ -1,0 +1,83 @@
+"""The embedding that the first and the last stage of a Megatron model share, and the deferred sums of its gradients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.runtime.deferred.tied import TiedGradient
+
+__all__ = ["Ties", "tied_embedding", "unwrapped"]
+
+_EMBEDDING = "embedding"
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, without the wrappers for data parallelism and mixed precision around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | None]:
+    """Whether the model ties its embedding to its head, and this stage's copy, if it holds one."""
+    model = unwrapped(model)
+    if not getattr(model, "share_embeddings_and_output_weights", False):
+        return False, None
+    return True, model.shared_embedding_or_output_weight()
+
+
+class Ties:
+    """The tied weights of one stage: its copy of the embedding, or none.
+
+    Args:
+        model: the stage's chunk.
+        group: the ranks that hold a copy of the embedding.
+        spec: the pipeline.
+        timeout: how long the other stages may take where the pipe is empty.
+
+    Attributes:
+        stages: for each tied weight of the model, the stages that hold a copy, whether this stage does or not.
+        gradients: those of this stage's copies, by name.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, group: dist.ProcessGroup | None, spec: PipelineSpec, timeout: timedelta
+    ) -> None:
+        is_tied, self._weight = tied_embedding(model)
+        self.stages = [(0, spec.stages - 1)] if is_tied else []
+        self.gradients: dict[str, TiedGradient] = {}
+        if self._weight is not None:
+            self.gradients[_EMBEDDING] = TiedGradient(group, self.stages[0], spec, timeout)
+
+    @contextmanager
+    def exchanging(self, now: bool = False) -> Iterator[None]:
+        """Within it, Megatron-core's own sum of the embedding's gradients is the deferred one.
+
+        Args:
+            now: the sum is that of this update, which the stage waits for, and all that are pending.
+        """
+        module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+        stock = module._allreduce_word_embedding_grads
+        module._allreduce_word_embedding_grads = partial(self._exchange, now)
+        try:
+            yield
+        finally:
+            module._allreduce_word_embedding_grads = stock
+
+    def post_sum(self, number: int) -> None:
+        """Start the sum of the embedding's gradients of the update that is over."""
+        self.gradients[_EMBEDDING].post()
+
+    def _exchange(self, now: bool, *_: Any, **__: Any) -> None:
+        for tied in self.gradients.values():
+            exchange = tied.exchange_now if now else tied.exchange
+            exchange(self._weight.main_grad)
