@@ -58,7 +58,7 @@ class Stage(Protocol):
         """Clip by a squared norm, update the weights and forget the gradients."""
 
     def predict(self, ahead: int, scale: float) -> list[list[torch.Tensor]]:
-        """For each replica, the weights `ahead` updates on.
+        """The weights `ahead` updates later, for each replica.
 
         Args:
             ahead: number of updates.
