@@ -6,18 +6,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check --quiet
+SITE := .venv-site
 
 # DeepSpeed compiles its optional kernels when, and only if, they are used.
 export DS_BUILD_OPS := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: venv train test test-slow lint docs gpu gpu-dry-run clean
+.PHONY: venv hooks train test test-slow coverage lint docs site package gpu gpu-dry-run clean
 
 venv: $(STAMP)
 
 # PyTorch goes first and DeepSpeed builds without isolation, so that its set-up sees the pinned PyTorch, not another one.
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: PYTHON=... make venv")'
 	@command -v c++ >/dev/null || { echo "A C++ compiler is needed: DeepSpeed compiles its CPU communication when it starts" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -37,10 +38,43 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# `git commit` runs the linters then.
+hooks: $(STAMP)
+	$(BIN)/pre-commit install
+
+# Every branch of the package that some test takes, the ranks' too: coverage.txt says what no test takes.
+coverage: $(STAMP)
+	$(BIN)/coverage run -m pytest -q -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing > coverage.txt
+	@tail -1 coverage.txt
+
+# What the tests without ranks take of the core alone, which has a floor; seconds.
+coverage-core: $(STAMP)
 
 # Every picture and every command's output in the documents, made anew by the commands that they name.
 docs: $(STAMP)
 	$(BIN)/python docs/rebuild.py
+
+# The documentation and a release have an environment of their own, small and without PyTorch.
+$(SITE)/.installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Sphinx needs Python 3.11: PYTHON=... make site")'
+	$(PYTHON) -m venv $(SITE)
+	$(PIP) install -c constraints.txt '.[docs,release]'
+	@touch $@
+
+# The documents and the API reference as a web site in build/site; a link that leads nowhere is an error.
+site: $(SITE)/.installed
+	$(SITE)/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs/site . build/site
+
+# The package as it is released, in dist/.
+package: $(SITE)/.installed
+	rm -rf dist
+	$(SITE)/bin/python -m build
+	$(SITE)/bin/twine check --strict dist/*
 
 # On a machine with a GPU, in whatever Python has a PyTorch for it: 25 minutes, one table, one JSON file.
 GPU_PYTHON ?= python3
@@ -51,5 +85,5 @@ gpu-dry-run: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --dry-run
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SITE) build dist *.egg-info runs .pytest_cache .ruff_cache .coverage* coverage.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ setup(
         "launch": LAUNCH,
         # six: imported by the tokenizers of Megatron-LM core_v0.16.1, which does not declare it.
         "dev": [*LAUNCH, "coverage>=7.10", "pre-commit", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff", "six"],
-        "docs": ["furo", "myst-parser", "sphinx"],
+        "docs": ["furo", "myst-parser", "sphinx", "sphinx-autoapi"],
         "release": ["build", "twine"],
     },
 )

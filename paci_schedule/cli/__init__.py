@@ -37,7 +37,7 @@ class _Group(click.Group):
             command = self.commands[str(ctx.invoked_subcommand)]
             options = (param for param in command.params if isinstance(param, click.Option))
             flags = {flag.lstrip("-").replace("-", "_"): flag for option in options for flag in option.opts}
-            name = re.match(r"\w*", str(error))[0]
+            name = "".join(re.findall(r"^\w*", str(error)))
             flag = flags.get(name) or flags.get(_ALIASES.get(name, ""))
             if flag is None:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,7 +27,7 @@ __all__ = ["check"]
 @variant_options
 @click.option("--batches", type=int, default=3, metavar="N", help="Number of batches to check (default 3).")
 @json_option
-def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **options: object) -> None:
+def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **options: Any) -> None:
     """Check a schedule against its rules.
 
     With FILE, check a grid of ops instead; it has one line for each stage, such as F0 B0 STEP0.
@@ -34,9 +35,11 @@ def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **
     If a rule is broken, the grid is printed with the op marked, and the exit code is 1.
     """
     rows = grid.read(_read(file)) if file else None
-    if stages is None and rows is None:
-        raise ConfigError("stages is missing: give --stages P, or a FILE with one line for each stage")
-    chosen, spec = shape_of(stages=stages if rows is None or stages is not None else len(rows), **options)
+    if stages is None:
+        if rows is None:
+            raise ConfigError("stages is missing: give --stages P, or a FILE with one line for each stage")
+        stages = len(rows)
+    chosen, spec = shape_of(stages=stages, **options)
     fault = ""
     try:
         if rows is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,12 +27,15 @@ __all__ = [
 ]
 
 
-class _Numbers(click.ParamType):
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]: click before 8.3 takes none
     """A number, or numbers separated by commas: one for each stage (or link)."""
 
     name = "NUMBER[,NUMBER...]"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | list[float]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | list[float]:
         if not isinstance(value, str):
             return value
         try:
@@ -41,12 +45,12 @@ class _Numbers(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
-class _Pair(click.ParamType):
+class _Pair(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """An index and a number with a colon between them."""
 
     name = "INDEX:NUMBER"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
         try:
             index, number = str(value).split(":")
             return int(index), float(number)
@@ -54,10 +58,10 @@ class _Pair(click.ParamType):
             self.fail(f"{value!r} is not an index and a number with a colon between, such as 3:1.5", param, ctx)
 
 
-def _several(*options: Callable) -> Callable:
+def _several(*options: _Decorator) -> _Decorator:
     """One decorator that applies all of these options."""
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             command = option(command)
         return command
@@ -171,7 +175,7 @@ costs_options = _several(
 )
 
 
-def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
+def jobs(options: dict[str, Any]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
     """The schedules, with the pipeline and the costs that `pipeline_options` and `costs_options` describe.
 
     Of several schedules, each gets only those of --chunks, --cut and --extra-in-flight that it takes.
@@ -181,15 +185,16 @@ def jobs(options: dict[str, object]) -> list[tuple[Schedule, PipelineSpec, Costs
     for name in names:
         own = dict(shape)
         if len(names) > 1:
-            own["chunks"] = shape["chunks"] if name == "interleaved-1f1b" else None
-            own["cut"] = shape["cut"] if name == "paci" else None
-            own["extra_in_flight"] = shape["extra_in_flight"] if name == "paci" else 0
+            takes = schedule(name).options
+            own["chunks"] = shape["chunks"] if "chunks" in takes else None
+            own["cut"] = shape["cut"] if "leading" in takes else None
+            own["extra_in_flight"] = shape["extra_in_flight"] if "extra_in_flight" in takes else 0
         chosen, spec = shape_of(name, **own)
         found.append((chosen, spec, _costs_for(spec, dict(options))))
     return found
 
 
-def _costs_for(spec: PipelineSpec, options: dict[str, object]) -> Costs:
+def _costs_for(spec: PipelineSpec, options: dict[str, Any]) -> Costs:
     """The costs that the options of `costs_options` describe."""
     stragglers, slow_links = options.pop("straggler"), options.pop("slow_link")
     for name in ("forward", "backward", "weight"):
@@ -214,7 +219,7 @@ def _with(
     """`value` for each of `count` stages or links, changed at the indices in `changes`."""
     if not changes:
         return value
-    values = list(value) if isinstance(value, list) else [value] * count
+    values: list[float] = list(value) if isinstance(value, list) else [value] * count
     for index, number in changes:
         if not 0 <= index < min(count, len(values)):
             raise ConfigError(
@@ -229,7 +234,7 @@ def shape_of(
     name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
 ) -> tuple[Schedule, PipelineSpec]:
     """The schedule and the pipeline, checked against each other."""
-    if cut is not None and name != "paci":
+    if cut is not None and "leading" not in schedule(name).options:
         raise ConfigError(f"cut={cut}: {name} returns at the end of every batch; leave it out, or take paci")
     varied = {"chunks": chunks} if chunks is not None else {}
     varied |= {"leading": cut == "leading"} if cut is not None else {}

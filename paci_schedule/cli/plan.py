@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from paci_schedule.adapters.choice import IN_EVERY_LOOP
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
 from paci_schedule.core.schedules.registry import SCHEDULES
@@ -108,7 +109,7 @@ def plan_(
     prediction: str,
     top: int,
     as_json: bool,
-    **given: object,
+    **given: Any,
 ) -> None:
     """Search for the fastest pipeline of a model.
 
@@ -116,11 +117,16 @@ def plan_(
 
     If no pipeline can run, the exit code is 1.
     """
-    if (model is None) == (layers is None):
+    if model is not None and layers is None:
+        shape = from_config(_config(model), sequence_length)
+    elif layers is not None and model is None:
+        if sequence_length:
+            raise ConfigError(
+                f"sequence_length={sequence_length}: the layers were measured at the file's; leave it out"
+            )
+        shape = from_layers(layers)
+    else:
         raise ConfigError("the model is missing or given twice: give either --model NAME or --layers FILE")
-    if layers and sequence_length:
-        raise ConfigError(f"sequence_length={sequence_length}: the layers were measured at the file's; leave it out")
-    shape = from_config(_config(model), sequence_length) if layers is None else from_layers(layers)
     job = Job(
         model=shape,
         memory=memory * 2**30,
@@ -135,7 +141,7 @@ def plan_(
     if measured is not None:
         job = calibrated(job, measured)
     rows = search(job)
-    best = next((row for row in rows if not row.refused and row.schedule in ("paci", "1f1b")), None)
+    best = next((row for row in rows if not row.refused and row.schedule in IN_EVERY_LOOP), None)
     if as_json:
         settings = best and {
             "row": asdict(best),
@@ -215,7 +221,7 @@ def _place(row: Row) -> tuple[str, str, str, str]:
     )
 
 
-def _config(name: str) -> dict[str, object]:
+def _config(name: str) -> dict[str, Any]:
     """The config of a model: a built-in one, a file, the default of a type in transformers, or one on the hub."""
     config = load_config(name)
     if config is not None:

@@ -99,7 +99,7 @@ def rehearse(
     device: str | None,
     output: Path | None,
     as_json: bool,
-    **given: object,
+    **given: Any,
 ) -> None:
     """Train a small GPT on a text under several schedules, in this process.
 

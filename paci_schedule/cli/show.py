@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,7 +31,7 @@ __all__ = ["show"]
 @width_option
 @output_option
 @json_option
-def show(batches: int, width: int | None, output: Path | None, as_json: bool, **options: object) -> None:
+def show(batches: int, width: int | None, output: Path | None, as_json: bool, **options: Any) -> None:
     """Draw a schedule as text, or with --output as a picture; --json prints the Chrome trace."""
     at_least_one("batches", batches)
     timelines = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import click
 from rich.table import Table
@@ -30,9 +31,7 @@ __all__ = ["simulate_"]
 )
 @click.option("--weight-bytes", type=float, default=0.0, metavar="BYTES", help="Weights of one stage.")
 @json_option
-def simulate_(
-    batches: int | None, activation_bytes: float, weight_bytes: float, as_json: bool, **options: object
-) -> None:
+def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float, as_json: bool, **options: Any) -> None:
     """Simulate a schedule and print its figures.  Times are in the unit of --forward and --backward."""
     found = []
     for chosen, spec, costs in jobs(options):
@@ -45,7 +44,7 @@ def simulate_(
         screen().print(_comparison(found) if len(found) > 1 else _figures(found[0]))
 
 
-def _figures(found: dict[str, object]) -> Table:
+def _figures(found: dict[str, Any]) -> Table:
     """The figures of one schedule."""
     title = f"{found['schedule']}, {found['stages']} stages, {found['micro_batches']} micro-batches"
     table = Table(title=title, show_header=False, box=None, title_justify="left")
@@ -57,7 +56,7 @@ def _figures(found: dict[str, object]) -> Table:
     return table
 
 
-def _comparison(rows: Sequence[dict[str, object]]) -> Table:
+def _comparison(rows: Sequence[dict[str, Any]]) -> Table:
     """The main figures of several schedules; `speed` is relative to the first."""
     table = Table(
         "schedule", "time per micro-batch", "speed", "bubble", "bubble share", "in flight", "drift", "weights", box=None
@@ -71,7 +70,7 @@ def _comparison(rows: Sequence[dict[str, object]]) -> Table:
     return table
 
 
-def _brief(value: object) -> str:
+def _brief(value: Any) -> str:
     """A figure for a table; for many stages only the first, the last and the largest value."""
     if isinstance(value, list) and isinstance(value[0], dict):
         return _brief(dict(sum((Counter(each) for each in value), Counter()))) + " over all stages"

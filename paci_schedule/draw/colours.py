@@ -32,4 +32,5 @@ def colour(kind: OpKind, version: int) -> tuple[float, float, float]:
     if kind is OpKind.STEP:
         return STEP
     depth = _DEPTH[kind]
-    return tuple(1 - (1 - part) * depth if depth < 1 else part / depth for part in HUES[version % len(HUES)])
+    red, green, blue = (1 - (1 - part) * depth if depth < 1 else part / depth for part in HUES[version % len(HUES)])
+    return red, green, blue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.draw.chrome import chrome_trace
@@ -13,6 +14,10 @@ from paci_schedule.draw.shown import shortest_op, shown
 from paci_schedule.draw.text import text
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.timeline import Span, Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["picture"]
 
@@ -81,7 +86,7 @@ def _draw(timelines: Mapping[str, Timeline], path: Path, unit: str) -> None:
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _draw_row(ax: object, stage: int, row: Sequence[tuple[Span, int, int]], origin: float, character: float) -> None:
+def _draw_row(ax: Axes, stage: int, row: Sequence[tuple[Span, int, int]], origin: float, character: float) -> None:
     """Draw one stage: a bar for every op, with its label if that fits, on a bar for the whole time of the stage."""
     if not row:
         return
@@ -119,7 +124,7 @@ def _label(op: Op) -> str:
     return str(op.index) + "'" * op.chunk
 
 
-def _legend(figure: object, timelines: Mapping[str, Timeline]) -> None:
+def _legend(figure: Figure, timelines: Mapping[str, Timeline]) -> None:
     from matplotlib.patches import Patch
 
     spans = [each for timeline in timelines.values() for row in shown(timeline) for each in row]

@@ -31,7 +31,9 @@ class LiveBytes(TorchDispatchMode):
         """True if an op made the tensor's storage under this counter."""
         return tensor.untyped_storage() in self._known
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         made = function(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(made):

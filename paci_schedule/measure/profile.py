@@ -137,7 +137,9 @@ def _mark(device: torch.device) -> float | torch.cuda.Event:
 
 
 def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, float):
+    if isinstance(begin, float | int):
+        assert isinstance(end, float), "both marks are of one device"
         return end - begin
+    assert not isinstance(end, float | int), "both marks are of one device"
     end.synchronize()
     return begin.elapsed_time(end) / 1e3

@@ -110,8 +110,9 @@ def rooms_of(
     Raises:
         ConfigError: the limit is malformed.
     """
-    limits = memory_limit if isinstance(memory_limit, Sequence) else [memory_limit] * spec.stages
-    if memory_limit is not None and (len(limits) != spec.stages or any(not limit > 0 for limit in limits)):
+    limit_of_all = math.inf if memory_limit is None else memory_limit
+    limits = limit_of_all if isinstance(limit_of_all, Sequence) else [limit_of_all] * spec.stages
+    if len(limits) != spec.stages or any(not limit > 0 for limit in limits):
         raise ConfigError(
             f"memory_limit={memory_limit!r}: must be bytes above 0, or {spec.stages} of them, one for each stage"
         )
@@ -119,7 +120,7 @@ def rooms_of(
         Room(
             in_flight=spec.in_flight(stage),
             bytes_per_parameter=bytes_per_parameter,
-            limit=math.inf if limit is None else limit,
+            limit=limit,
         )
         for stage, limit in enumerate(limits)
     ]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf, isqrt
+from typing import Any
 
 from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.schedules.registry import SCHEDULES, schedule
@@ -218,7 +219,7 @@ class _Table:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._known: dict[tuple, Partition | NothingFitsError] = {}
+        self._known: dict[tuple[Any, ...], Partition | NothingFitsError] = {}
 
     def row(self, name: str, stages: int, size: int, accumulation: int, recompute: bool) -> Row:
         """One row, simulated unless it is refused."""
@@ -232,7 +233,7 @@ class _Table:
             accumulation=accumulation,
             recompute=recompute,
             drift=chosen.drift_bound(spec, 0),
-            predictions=predictions_of_an_update(spec, 0, job.prediction) if name == "paci" else 0,
+            predictions=predictions_of_an_update(spec, 0, job.prediction) if "prediction" in chosen.options else 0,
         )
         reason = _impossible(job, chosen, spec, row)
         if reason:

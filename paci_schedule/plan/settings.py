@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.plan.search import Job, Row
 
 __all__ = ["deepspeed_config", "megatron_flags", "pipeline_module"]
@@ -9,14 +10,15 @@ __all__ = ["deepspeed_config", "megatron_flags", "pipeline_module"]
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
     """The DeepSpeed config of a row; `pipeline_module` has what DeepSpeed takes elsewhere."""
-    return {
+    config: dict[str, object] = {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
         "gradient_accumulation_steps": row.accumulation,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": job.zero},
         "pipeline_schedule": row.schedule,
-    } | ({"paci": {"prediction": job.prediction}} if _predicts(job, row) else {})
+    }
+    return config | ({"paci": {"prediction": job.prediction}} if _predicts(job, row) else {})
 
 
 def pipeline_module(row: Row) -> dict[str, int]:
@@ -35,7 +37,7 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     }
     arguments = [each for flag, value in flags.items() for each in (flag, str(value))]
     arguments += ["--untie-embeddings-and-output-weights", "--bf16"]
-    arguments += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
+    arguments += ["--rerun-mode", "disabled"] * (not schedule(row.schedule).flushes)
     arguments += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
     arguments += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
@@ -43,4 +45,4 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
 
 
 def _predicts(job: Job, row: Row) -> bool:
-    return row.schedule == "paci" and job.prediction != "off"
+    return "prediction" in schedule(row.schedule).options and job.prediction != "off"

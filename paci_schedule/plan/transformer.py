@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.layers import Layer
@@ -74,7 +75,7 @@ def built_in() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def load_config(name: str) -> dict[str, object] | None:
+def load_config(name: str) -> dict[str, Any] | None:
     """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if there is none.
 
     Raises:
@@ -88,7 +89,7 @@ def load_config(name: str) -> dict[str, object] | None:
     return _read_json("model", path) if path.exists() else None
 
 
-def from_config(config: dict[str, object], sequence_length: int | None = None) -> Model:
+def from_config(config: dict[str, Any], sequence_length: int | None = None) -> Model:
     """The layers of a transformer with this Hugging Face config: an embedding, blocks and an untied head.
 
     Args:
@@ -161,8 +162,14 @@ def from_layers(path: Path) -> Model:
             values = {key: float(entry[key]) for key in _MEASURED}
             for key, value in values.items():
                 check_amount(f"{key} of layer {number}", value)
-            values["saved_bytes"] = max(0.0, values.pop("activation_bytes") - values["input_bytes"])
-            layers += [Layer(**values)] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
+            layer = Layer(
+                forward=values["forward"],
+                backward=values["backward"],
+                parameters=values["parameters"],
+                input_bytes=values["input_bytes"],
+                saved_bytes=max(0.0, values["activation_bytes"] - values["input_bytes"]),
+            )
+            layers += [layer] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
         sequence = int(content["sequence_length"])
     except ConfigError as error:
         raise ConfigError(f"layers={str(path)!r}: {error}") from None
@@ -180,7 +187,7 @@ def from_layers(path: Path) -> Model:
     return Model(layers, sequence, measured=True)
 
 
-def _read_json(option: str, path: Path) -> dict[str, object]:
+def _read_json(option: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ def _of_adam(
 
 
 def _of_fused_adam(
-    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
+    optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
 ) -> torch.Tensor | None:
     """The same as `_of_adam`; the steps are counted in the group."""
     if not state or not group.get("step"):
@@ -66,7 +66,7 @@ def _of_average(
 
 
 def _of_soap(
-    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
+    optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], weight: torch.Tensor
 ) -> torch.Tensor | None:
     """The first moment, its bias corrected, brought back from the basis in which the optimizer keeps it."""
     if not state or not state["step"]:

@@ -73,7 +73,9 @@ def expected_gradient(
         parameter: as the optimizer knows it.
         weight: the parameter's value.
     """
-    mean = _momentum_of(optimizer)(group, state_of(optimizer, group, parameter), weight)
+    momentum = _momentum_of(optimizer)
+    assert momentum is not None, "`check` has let the optimizer pass"
+    mean = momentum(group, state_of(optimizer, group, parameter), weight)
     return mean.neg() if mean is not None and group.get("maximize") else mean
 
 

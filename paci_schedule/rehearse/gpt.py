@@ -15,7 +15,7 @@ __all__ = ["hidden_matrices", "stages"]
 _HEAD = 12  # features of an attention head
 
 
-def stages(count: int, layers: int, width: int, context: int, vocabulary: int, seed: int) -> list[nn.Module]:
+def stages(count: int, layers: int, width: int, context: int, vocabulary: int, seed: int) -> list[nn.Sequential]:
     """The model in `count` stages with numbers of blocks that differ by at most one; the first stages have more.
 
     A stage maps float[batch, time, width] to float[batch, time, width].  The input of the first stage is int64[batch,
@@ -40,7 +40,7 @@ def stages(count: int, layers: int, width: int, context: int, vocabulary: int, s
     return [nn.Sequential(*parts[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
-def hidden_matrices(stage: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(stage: nn.Sequential) -> list[nn.Parameter]:
     """The matrices of a stage's blocks, which Muon is meant for."""
     blocks = (part for part in stage if isinstance(part, _Block))
     return [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
@@ -73,7 +73,7 @@ class _Block(nn.Module):
             (self.down, residual),
         ):
             nn.init.normal_(linear.weight, std=spread)
-            if linear.bias is not None:
+            if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]: without a bias it is None
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

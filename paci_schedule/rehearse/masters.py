@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from paci_schedule.errors import UnsupportedError
 
@@ -16,8 +15,8 @@ __all__ = ["with_masters"]
 _SUMS_IN_FP32 = hasattr(torch.Tensor, "grad_dtype")
 
 
-def with_masters(base: type[Optimizer]) -> type[Optimizer]:
-    """A class like `base` that steps fp32 copies of its parameters and casts them back after each step.
+def with_masters(base: type[Any]) -> type[Any]:
+    """A class like the optimizer `base` that steps fp32 copies of its parameters and casts them back after each step.
 
     The parameters' gradients are summed in fp32.  `base` must treat every parameter by itself, which predictions need
     anyway.

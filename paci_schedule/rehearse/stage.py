@@ -107,7 +107,8 @@ class Stage:
             pairs = zip(saved.outputs, self.gradients.pop(micro_batch), strict=True)
             trained = [pair for pair in pairs if pair[0].requires_grad]
             if trained:  # a first stage may train nothing
-                torch.autograd.backward(*zip(*trained, strict=True))
+                outputs, gradients = zip(*trained, strict=True)
+                torch.autograd.backward(outputs, gradients)
         self._summed += 1
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs]
 

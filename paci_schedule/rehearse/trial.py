@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -150,9 +150,9 @@ def run(settings: Settings, text: Text, variant: Variant, updates: int, tick: Ca
     )
 
 
-def _optimizers(settings: Settings, stage: nn.Module) -> list[Optimizer]:
+def _optimizers(settings: Settings, stage: nn.Sequential) -> list[Optimizer]:
     others, rest = list(stage.parameters()), {"betas": _BETAS, "weight_decay": _DECAY}
-    kept = (lambda base: base) if settings.dtype == "fp32" else with_masters
+    kept: Callable[[type[Any]], type[Any]] = (lambda base: base) if settings.dtype == "fp32" else with_masters
     if settings.optimizer == "nadam":
         return [kept(torch.optim.NAdam)(others, lr=settings.lr, decoupled_weight_decay=True, **rest)]
     if settings.optimizer == "adamw":
@@ -182,7 +182,7 @@ def _loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _validate(stages: list[nn.Module], text: Text) -> float:
+def _validate(stages: Sequence[nn.Module], text: Text) -> float:
     inputs, labels = text.validation(_VALIDATION_WINDOWS)
     total = 0.0
     for x, y in zip(inputs.split(_VALIDATION_BATCH), labels.split(_VALIDATION_BATCH), strict=True):

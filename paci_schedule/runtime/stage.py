@@ -131,6 +131,7 @@ class StageRunner:
         self._finished: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
         self._schedules: list[Schedule] = []
+        self._held = 0  # micro-batches whose activations are held
         self._execute = {
             OpKind.FORWARD: self._forward,
             OpKind.BACKWARD: self._backward,
@@ -289,7 +290,8 @@ class StageRunner:
             self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
         self.forwards += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
+        self._held += 1
+        self.peak_in_flight = max(self.peak_in_flight, self._held)
 
     def _backward(self, op: Op) -> None:
         backward = self._compute.backward_input if self.schedule.splits_backward else self._compute.backward
@@ -305,9 +307,11 @@ class StageRunner:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
         self.window_drift = max(self.window_drift, self.meter.record(op))
         self.backwards += 1
+        self._held -= not self.schedule.splits_backward
 
     def _backward_weight(self, op: Op) -> None:
         self._compute.backward_weight(op.index)
+        self._held -= 1
 
     def _step(self, op: Op) -> None:
         losses = torch.stack(self._window).mean(0)

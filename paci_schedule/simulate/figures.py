@@ -94,18 +94,18 @@ def report(
     batch = spec.accumulation
     count = (batches or 1) * batch
     steady = steady_state(schedule, spec, costs, batches or 0)
-    whole = steady if steady.micro_batches == count else run(schedule, spec, costs, count, count)
+    whole = None if steady.micro_batches == count else run(schedule, spec, costs, count, count)
     counted = batches or warm_up(schedule, spec) + 2  # by then every drift has been seen
     drift = [_drift(schedule, spec, stage, counted) for stage in range(spec.stages)]
     peak = [_peak(schedule, spec, stage, counted) for stage in range(spec.stages)]
     versions = [schedule.weight_versions(spec, stage) for stage in range(spec.stages)]
     bubbles, spent = (steady.period - steady.busy) * batch, steady.period * batch
     if schedule.flushes:
-        one = whole if count == batch else run(schedule, spec, costs, batch, batch)
+        one = whole if whole and count == batch else run(schedule, spec, costs, batch, batch)
         spent = one.end - one.start
         bubbles = spent - one.busy
     return Report(
-        makespan=whole.makespan,
+        makespan=whole.makespan if whole else steady.makespan,
         time_per_micro_batch=float(steady.period.max()),
         bubble=_rounded(bubbles.max(), spent.max()),
         bubble_share=_rounded((bubbles / np.maximum(spent, np.finfo(float).tiny)).max(), 1.0),

@@ -161,7 +161,7 @@ class _Durations:
         self.base, self.noise, self.drawn = base, noise, 0
         self.stage = np.arange(len(base))
         self.blocks = -(-reach // _BLOCK) + 1
-        self.kept = np.empty((self.blocks * _BLOCK, len(base))) if noise else None
+        self.kept = np.empty((self.blocks * _BLOCK if noise else 0, len(base)))
 
     def of(self, cut: slice, micro_batches: Callable[[], np.ndarray]) -> np.ndarray:
         """The durations of one op of each stage in `cut`, of the micro-batches that the function says."""

@@ -77,24 +77,25 @@ def read(path: Path) -> Recording:
             raise ValueError(f"the clocks are {shift} apart")
         spec = PipelineSpec(stages=header["stages"], accumulation=header["accumulation"])
         spec.check_stage(header["stage"])
-        recording = Recording(header["stage"], spec.stages, spec.accumulation, [], [])
+        spans: list[Span] = []
+        data: list[tuple[float, float]] = []
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007
             entry = json.loads(line)
             start, end = float(entry["start"]), float(entry["end"])
             if not -inf < start <= end < inf:
                 raise ValueError(f"from {start} to {end} is not a span of time")
             if entry["op"] == "data":
-                recording.data.append((start, end))
+                data.append((start, end))
             else:
-                recording.spans.append(Span(Op.parse(entry["op"]), start, end))
+                spans.append(Span(Op.parse(entry["op"]), start, end))
     except (IndexError, KeyError, TypeError, ValueError, ScheduleError) as error:
         raise ConfigError(
             f"trace={str(path)!r}: line {number} does not belong to a trace ({type(error).__name__}: {error}); "
             "see the format in paci_schedule/trace/file.py"
         ) from None
-    if not any(span.op.kind is OpKind.FORWARD for span in recording.spans):
+    if not any(span.op.kind is OpKind.FORWARD for span in spans):
         raise ConfigError(f"trace={str(path)!r}: contains no forward; record at least one batch")
-    return replace(recording, spans=_numbered_on(recording.spans)).shifted(shift)
+    return Recording(header["stage"], spec.stages, spec.accumulation, _numbered_on(spans), data).shifted(shift)
 
 
 def write(
