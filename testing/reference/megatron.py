@@ -48,7 +48,7 @@ class Expected:
 
 
 class MegatronStage:
-    """One stage of a job; a `pipeline.Stage`.
+    """One stage of a job; a `stage.Stage`.
 
     Args:
         job: what is trained.

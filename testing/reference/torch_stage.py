@@ -18,7 +18,7 @@ __all__ = ["TorchStage"]
 
 
 class TorchStage:
-    """One stage of a job; a `pipeline.Stage`.
+    """One stage of a job; a `stage.Stage`.
 
     Args:
         job: what is trained.
