@@ -23,7 +23,7 @@ NAMES = [optimizer(name) for name in ("matrices", *OF_ALL, *OF_MAIN)]
 
 
 def layer_wise(optimizer, **job):
-    """A job whose replicas share the weights out; Megatron-LM's main does so for emerging optimizers in bf16 alone."""
+    """A job whose replicas share the weights out; Megatron-LM's main does so only for emerging optimizers in bf16."""
     return GptJob(optimizer=optimizer, layer_wise=True, bf16=optimizer != "matrices" and is_main(), **job)
 
 

@@ -111,7 +111,7 @@ def test_the_partition_is_the_best_of_all_that_fit(every, extra):
     assert len(results) > 2 * 4  # the limits mattered
 
 
-def test_an_embedding_and_a_head_that_weigh_more_than_a_block():
+def test_a_head_that_weighs_more_than_a_block_gets_a_stage_of_its_own():
     """Six blocks of 2 + 5, an embedding of 1 + 2, a head of 7 + 13 seconds, in 3 stages: the head gets its own."""
     layers = [layer(1, 2), *[layer(2, 5)] * 6, layer(7, 13)]
     partition = balance(layers, memories(3))

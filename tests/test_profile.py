@@ -147,7 +147,7 @@ def test_the_inputs_of_the_first_layer_get_no_gradient_the_others_do():
     assert wanted == [False] * 4 + [True] * 4
 
 
-def test_dtype():
+def test_layers_are_measured_in_the_dtype_that_is_asked_for():
     layers = [nn.Embedding(9, 4), nn.Linear(4, 4)]
     costs = profile_layers(layers, torch.tensor([1, 2, 3]), CPU, dtype=torch.bfloat16)
     assert [cost.output_bytes for cost in costs] == [24, 24]

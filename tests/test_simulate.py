@@ -201,7 +201,7 @@ def test_jitter_is_seeded_keeps_the_mean_and_differs_between_ops():
     assert lengths.std() == pytest.approx(0.3, rel=0.15)
 
 
-def test_memory():
+def test_the_report_counts_activations_versions_and_stashes():
     spec = PipelineSpec(stages=3, accumulation=4)
     found = figures_of(
         schedule("pipedream"), spec, Costs(forward=1.0, backward=2.0), activation_bytes=10.0, weight_bytes=7.0
