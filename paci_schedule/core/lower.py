@@ -34,11 +34,12 @@ waits for SA(i), if ops wait for the device: a deadlock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from paci_schedule.core.link import Exchange, Link
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.places import Place, Program
-from paci_schedule.core.schedules.base import Call, Schedule
+from paci_schedule.core.schedules.base import Call, Rounds, Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.core.sums import place_sums
 
@@ -83,7 +84,7 @@ class Lowering:
         if self._below is not None:
             _exchange_below(program, self._below.exchange(ops, call.ops(self._stage + 1)))
         if self._ties:
-            place_sums(program, call, self._stage, self._ties)
+            place_sums(program, cast(Rounds, call), self._stage, self._ties)  # no flushes: it runs in rounds
         if call.finished == call.taken:
             for link in (self._above, self._below):
                 if link is not None:
@@ -113,7 +114,7 @@ def _exchange_above(program: Program, exchange: Exchange) -> None:
 def _exchange_below(program: Program, exchange: Exchange) -> None:
     """Activations that this stage sends down, and gradients that come up to it."""
     for index in exchange.activations:
-        program.add(Op(OpKind.SEND_ACTIVATION, index), program.position(OpKind.FORWARD, index) + 1, Place.SEND)
+        program.add(Op(OpKind.SEND_ACTIVATION, index), program.after(OpKind.FORWARD, index), Place.SEND)
     for gradient in exchange.gradients:
         at, place = program.position(OpKind.FORWARD, gradient.after), Place.POST_GRADIENT
         if at is not None:
