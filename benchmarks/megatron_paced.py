@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.pacing import Pace
-from integration_tests.megatron_job import GptJob, prepare, set_up
-from integration_tests.ranks import run_ranks
+from testing.megatron_job import prepare
+from testing.megatron_model import GptJob, set_up
+from testing.ranks import run_ranks
 
 SHAPE = (4, 1, 8)  # sequence, micro-batch, hidden: what crosses a link
 

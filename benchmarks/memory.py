@@ -11,7 +11,9 @@ number of pipeline buffers' bound min(P - s, a).
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import SCHEDULES, engine_for
-from integration_tests.ranks import run_ranks
 from paci_schedule.measure.live_bytes import LiveBytes
+from testing.ranks import run_ranks
 
 _WIDTH, _TOKENS = 128, 256
 
@@ -37,22 +39,40 @@ class Block(torch.nn.Module):
         return values + self.down(torch.nn.functional.gelu(self.up(values)))
 
 
-def _worker(accumulation: int) -> dict[str, Any]:
+def peaks(accumulation: int, samples: int, peak_of: Callable[[Callable[[], None]], int]) -> dict[str, Any]:
+    """On a rank, by schedule the most bytes that three batches hold at once; and PACI's micro-batches in flight.
+
+    Args:
+        accumulation: micro-batches to an update.
+        samples: in a micro-batch.
+        peak_of: does some work, and says how many bytes it held beyond those that were there before.
+    """
     stages = torch.distributed.get_world_size()
+    shape = samples, _TOKENS, _WIDTH
     found: dict[str, Any] = {}
     for schedule in SCHEDULES:
-        engine = engine_for([LayerSpec(Block)] * (4 * stages), schedule, accumulation=accumulation)
-        data = itertools.repeat((torch.ones(1, _TOKENS, _WIDTH), torch.zeros(1, _TOKENS, _WIDTH)))
-        for _ in range(2):  # gradients and optimizer states come into being
-            engine.train_batch(data)
-        engine.reset_activation_shape()  # so that both make their message buffers anew, under the counter
-        with LiveBytes() as counter:
-            for _ in range(3):
+        layers = [LayerSpec(Block)] * (4 * stages)
+        engine = engine_for(layers, schedule, accumulation=accumulation, micro_batch=samples)
+        data = itertools.repeat((torch.ones(shape), torch.zeros(shape)))
+
+        def train(batches: int, engine: Any = engine, data: Any = data) -> None:
+            for _ in range(batches):
                 engine.train_batch(data)
-        found[schedule] = counter.peak
+
+        train(2)  # gradients and optimizer states come into being
+        engine.reset_activation_shape()  # so that both make their message buffers anew, under the counter
+        found[schedule] = peak_of(functools.partial(train, 3))
         if schedule == "paci":
             found["peak_in_flight"] = engine.pipeline_stats()["peak_in_flight"]
+        del engine, train
     return found
+
+
+def live_peak(work: Callable[[], None]) -> int:
+    """The most bytes of tensors made by `work` that are alive at once."""
+    with LiveBytes() as counter:
+        work()
+    return counter.peak
 
 
 def main() -> None:
@@ -60,7 +80,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=8)
     arguments = parser.parse_args()
-    ranks = run_ranks(_worker, arguments.stages, (arguments.accumulation,), timeout=300)
+    ranks = run_ranks(peaks, arguments.stages, (arguments.accumulation, 1, live_peak), timeout=300)
     shown = Table("stage", "1F1B in flight", "PACI in flight", "1F1B KiB", "PACI KiB", "PACI / 1F1B")
     for stage, row in enumerate(ranks):
         bound = min(arguments.stages - stage, arguments.accumulation)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 
 def _worker(accumulation: int, batches: int) -> Race:

@@ -17,45 +17,30 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.delayed import use_delayed_links
 from benchmarks.engines import Race, engine_for, milliseconds, race
-from benchmarks.pacing import Pace
-from integration_tests.ranks import run_ranks
+from benchmarks.pacing import PacedLayer, Pacing, add_pacing, micro_batches, pacing_of
+from testing.ranks import run_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One table; times in seconds."""
+class Comparison(Pacing):
+    """One race of 1F1B and PACI.
 
-    stages: int
-    accumulation: int
-    forward: float
-    backward: float
-    latency: float
+    Attributes:
+        slack: for each engine of PACI, the micro-batches of slack at each link.
+        tied: whether one more has a weight that the first and the last stage share.
+    """
+
     slack: tuple[tuple[int, ...], ...]
     tied: bool
-    batches: int
-    turns: int
 
 
-class PacedLayer(torch.nn.Module):
-    """A stage whose forward and backward take a fixed time, in seconds."""
-
-    def __init__(self, forward: float, backward: float) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(8))
-        self.seconds = forward, backward
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return Pace.apply(values * self.weight, *self.seconds)
-
-
-def build(job: Job, schedule: str, *, extra_in_flight: tuple[int, ...] | int = 0, tied: bool = False) -> Any:
+def build(job: Pacing, schedule: str, *, extra_in_flight: tuple[int, ...] | int = 0, tied: bool = False) -> Any:
     """A DeepSpeed engine over `job.stages` paced stages."""
     pace = job.forward, job.backward
     layers = [LayerSpec(PacedLayer, *pace) for _ in range(job.stages)]
@@ -65,7 +50,7 @@ def build(job: Job, schedule: str, *, extra_in_flight: tuple[int, ...] | int = 0
     return engine_for(layers, schedule, accumulation=job.accumulation, paci=options)
 
 
-def _worker(job: Job) -> Race:
+def _worker(job: Comparison) -> Race:
     if job.latency:
         use_delayed_links(job.latency)
     engines = {"1F1B": build(job, "1f1b")}
@@ -74,11 +59,10 @@ def _worker(job: Job) -> Race:
         engines[name] = build(job, "paci", extra_in_flight=slack)
     if job.tied:
         engines["PACI, tied"] = build(job, "paci", tied=True)
-    data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
-    return race(engines, data, turns=job.turns, batches=job.batches)
+    return race(engines, micro_batches(), turns=job.turns, batches=job.batches)
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: Comparison) -> list[dict[str, Any]]:
     """Run one job: for each engine the median milliseconds per micro-batch, beside the ideal."""
     slot = job.forward + job.backward + 4 * job.latency
     batches = (2 + len(job.slack)) * job.turns * (job.batches + 4)
@@ -127,29 +111,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--accumulation", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--forward", type=float, default=40.0, help="milliseconds")
-    parser.add_argument("--backward", type=float, default=80.0, help="milliseconds")
     parser.add_argument("--latency", type=float, default=0.0, help="milliseconds that every message takes longer")
     parser.add_argument(
         "--slack", nargs="+", default=[], help="also PACI with these rounds of slack on the links, such as 1+1+1"
     )
     parser.add_argument("--tied", action="store_true", help="also with a weight tied between first and last stage")
-    parser.add_argument("--batches", type=int, default=4, help="batches in a turn")
-    parser.add_argument("--turns", type=int, default=2, help="turns of each engine")
-    parser.add_argument("--json", help="file to write the rows to")
+    add_pacing(parser)
     arguments = parser.parse_args()
     rows = []
     for stages, accumulation in itertools.product(arguments.stages, arguments.accumulation):
-        job = Job(
+        job = Comparison(
             stages=stages,
             accumulation=accumulation,
-            forward=arguments.forward / 1e3,
-            backward=arguments.backward / 1e3,
-            latency=arguments.latency / 1e3,
+            **pacing_of(arguments, arguments.latency),
             slack=((0,) * (stages - 1), *(tuple(map(int, slack.split("+"))) for slack in arguments.slack)),
             tied=arguments.tied,
-            batches=arguments.batches,
-            turns=arguments.turns,
         )
         rows += measure(job)
     Console(width=120).print(table(rows))

@@ -16,36 +16,32 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.delayed import use_delayed_links
 from benchmarks.engines import Race, engine_for, milliseconds, race
-from benchmarks.paced import PacedLayer
-from integration_tests.ranks import run_ranks
+from benchmarks.pacing import PacedLayer, Pacing, add_pacing, micro_batches, pacing_of
 from paci_schedule import PipelineSpec
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.transfers import simulate_transfers
+from testing.ranks import run_ranks
 
 _SLOWER = 1.25
 _ORDERS = {"default": False, "early": True}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """Four rows of the table; times in seconds."""
+class Orders(Pacing):
+    """Four rows of the table: a race of the orders in which receives are posted.
 
-    stages: int
-    accumulation: int
-    forward: float
-    backward: float
-    latency: float
+    Attributes:
+        slow_stage: the one that takes longer than the others, if any.
+    """
+
     slow_stage: int | None
-    batches: int
-    turns: int
 
     def scale(self, stage: int) -> float:
         return _SLOWER if stage == self.slow_stage else 1.0
@@ -56,7 +52,7 @@ class Job:
         )
 
 
-def _worker(job: Job) -> Race:
+def _worker(job: Orders) -> Race:
     use_delayed_links(job.latency, rendezvous=True)
     scales = [job.scale(stage) for stage in range(job.stages)]
     layers = [LayerSpec(PacedLayer, scale * job.forward, scale * job.backward) for scale in scales]
@@ -64,11 +60,10 @@ def _worker(job: Job) -> Race:
     for slack, (name, early) in itertools.product((0, 1), _ORDERS.items()):
         options = {"extra_in_flight": job.spec(slack).extra_in_flight, "early_receives": early}
         engines[f"{name} {slack}"] = engine_for(layers, "paci", accumulation=job.accumulation, paci=options)
-    data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
-    return race(engines, data, turns=job.turns, batches=job.batches)
+    return race(engines, micro_batches(), turns=job.turns, batches=job.batches)
 
 
-def simulated(job: Job, slack: int, early: bool) -> float:
+def simulated(job: Orders, slack: int, early: bool) -> float:
     """Milliseconds per micro-batch, in the steady state."""
     scales, warm, batches = [job.scale(stage) for stage in range(job.stages)], 40, 40
     costs = Costs(
@@ -81,7 +76,7 @@ def simulated(job: Job, slack: int, early: bool) -> float:
     return 1e3 * (ends[warm + batches - 1] - ends[warm - 1]) / (batches * job.accumulation)
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: Orders) -> list[dict[str, Any]]:
     """Run one job: for each slack and order the median milliseconds per micro-batch, and the simulator's."""
     slot = _SLOWER * (job.forward + job.backward) + 4 * job.latency
     batches = 4 * (job.turns * (job.batches + 1) + 5)
@@ -123,25 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=8)
-    parser.add_argument("--forward", type=float, default=40.0, help="milliseconds")
-    parser.add_argument("--backward", type=float, default=80.0, help="milliseconds")
     parser.add_argument("--latency", type=float, nargs="+", default=[5.0, 20.0], help="milliseconds")
-    parser.add_argument("--batches", type=int, default=4, help="batches in a turn")
-    parser.add_argument("--turns", type=int, default=2, help="turns of each engine")
-    parser.add_argument("--json", help="file to write the rows to")
+    add_pacing(parser)
     arguments = parser.parse_args()
     rows, console = [], Console(width=100)
     for latency, slow_stage in itertools.product(arguments.latency, (None, 1)):
-        job = Job(
-            stages=arguments.stages,
-            accumulation=arguments.accumulation,
-            forward=arguments.forward / 1e3,
-            backward=arguments.backward / 1e3,
-            latency=latency / 1e3,
-            slow_stage=slow_stage,
-            batches=arguments.batches,
-            turns=arguments.turns,
-        )
+        size = {"stages": arguments.stages, "accumulation": arguments.accumulation}
+        job = Orders(**size, **pacing_of(arguments, latency), slow_stage=slow_stage)
         rows += measure(job)
         console.print(table(rows[-4:]))
     console.print(table(rows))

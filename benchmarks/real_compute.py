@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 _STAGES = 2
 _WIDTH, _TOKENS, _SAMPLES = 256, 128, 4

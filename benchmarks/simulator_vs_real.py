@@ -10,7 +10,6 @@ themselves counts as its error; longer ops (`--scale`) make that smaller.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -25,12 +24,12 @@ from rich.table import Table
 from torch.distributed import pipelining
 
 from benchmarks.engines import engine_for
-from benchmarks.paced import PacedLayer
-from integration_tests.ranks import run_ranks
+from benchmarks.pacing import Pace, PacedLayer, micro_batches
 from paci_schedule import PipelineSpec
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.figures import time_per_micro_batch
+from testing.ranks import run_ranks
 
 TOLERANCE = 0.05
 WARM_UP = 2
@@ -50,20 +49,6 @@ class Case:
     batches: int = 5
 
 
-class _Pace(torch.autograd.Function):
-    """The identity, whose backward takes a fixed time."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(ctx.seconds)
-        return gradient, None
-
-
 class PacedChunk(torch.nn.Module):
     """A stage whose forward, input gradient and weight gradient take a fixed time each."""
 
@@ -74,14 +59,13 @@ class PacedChunk(torch.nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         forward, backward, weight = self.seconds
-        time.sleep(forward)
-        return _Pace.apply(values, backward) * _Pace.apply(self.scale, weight)
+        return Pace.apply(values, forward, backward) * Pace.apply(self.scale, 0.0, weight)
 
 
 def _deepspeed(case: Case) -> list[float]:
     layers = [LayerSpec(PacedLayer, case.forward, case.backward + (case.weight or 0.0)) for _ in range(case.stages)]
     engine = engine_for(layers, case.schedule, accumulation=case.accumulation)
-    data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
+    data = micro_batches()
     return _timed(case, lambda: engine.train_batch(data))
 
 

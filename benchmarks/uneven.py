@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import Race, engine_for, milliseconds, race
-from benchmarks.paced import PacedLayer
-from integration_tests.ranks import run_ranks
-from launch.gpt2 import gpt2_config, gpt2_layers, next_token_loss
+from benchmarks.gpt import gpt_layers, token_loss
+from benchmarks.pacing import PacedLayer
 from paci_schedule import PipelineSpec
 from paci_schedule.adapters.deepspeed import layer_costs
 from paci_schedule.plan.layers import Layer
 from paci_schedule.plan.partition import Partition, balance, evaluate, rooms_of
+from testing.ranks import run_ranks
 
 _HEADS = 4
 
@@ -47,9 +47,9 @@ class Model:
     tokens: int
 
     def layers(self) -> list[LayerSpec]:
-        config = gpt2_config("tiny", vocabulary=self.vocabulary, sequence_length=self.tokens, blocks=self.blocks)
-        config.update({"n_embd": self.hidden, "n_head": _HEADS})
-        return gpt2_layers(config)
+        return gpt_layers(
+            vocabulary=self.vocabulary, tokens=self.tokens, width=self.hidden, heads=_HEADS, blocks=self.blocks
+        )
 
     def micro_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.randint(self.vocabulary, (self.samples, self.tokens), generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ class Rounds:
 
 def profile(model: Model, repeats: int) -> list[Layer]:
     """What the layers cost."""
-    return layer_costs(model.layers(), model.micro_batch(), loss_fn=next_token_loss, repeats=repeats)
+    return layer_costs(model.layers(), model.micro_batch(), loss_fn=token_loss, repeats=repeats)
 
 
 def cuts_of(costs: Sequence[Layer], stages: int) -> dict[str, Partition]:
@@ -83,7 +83,7 @@ def cuts_of(costs: Sequence[Layer], stages: int) -> dict[str, Partition]:
 
 def _real(model: Model, cuts: dict[str, Partition], rounds: Rounds) -> Race:
     def engine(cut: Partition) -> Any:
-        options = {"micro_batch": model.samples, "loss": next_token_loss, "cut": cut.bounds}
+        options = {"micro_batch": model.samples, "loss": token_loss, "cut": cut.bounds}
         return engine_for(model.layers(), "paci", accumulation=rounds.accumulation, **options)
 
     return _race(engine, cuts, model.micro_batch(), rounds)

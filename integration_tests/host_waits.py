@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from integration_tests.megatron_cpu import shim
+from testing.megatron_cpu import shim
 
 __all__ = ["HostWaits"]
 

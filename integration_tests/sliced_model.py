@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from integration_tests import jobs
+from testing import jobs
 
 __all__ = ["layers", "shard_of", "use_group"]
 

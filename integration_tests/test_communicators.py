@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime import communicators
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.waiting import WATCHDOG_MARGIN
+from testing.ranks import on_gpus, run_ranks
 
 TIMEOUT = timedelta(seconds=30)
 CPU = torch.device("cpu")

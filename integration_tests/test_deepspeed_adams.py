@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, late_job, ranks
-from integration_tests.predicting_oracle import PredictingReference
 from integration_tests.test_deepspeed_prediction import MIXED, OFFLOAD, predicting
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import advance, check, expected_gradient, piece_of
+from testing import deepspeed_job, ranks
+from testing.reference.deepspeed import run as reference_of
 from tests.test_predict import assert_same, copies, gradients, step
 
 pytestmark = pytest.mark.slow
@@ -153,13 +153,15 @@ def follow_with_reference(folder: str) -> dict[str, Any]:
 
     results = {}
     # It takes a second, and is asked by every optimizer.
-    asked_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
-    with asked_once, mock.patch.object(jobs, "optimizer", return_value=functools.partial(Replayed, lr=0.02)):
-        references = {name: PredictingReference(job).run() for name, job in JOBS.items()}
-    with mock.patch.object(jobs, "optimizer", return_value=functools.partial(DeepSpeedCPUAdam, lr=0.02)):
-        for number, (name, job) in enumerate(JOBS.items()):
-            result = deepspeed_job.follow(late_job.build(job), job, "paci", f"{folder}/{number}")
-            results[name] = result, references[name]
+    with mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info)):
+        replayed = functools.partial(Replayed, lr=0.02)
+        references = {name: reference_of(dataclasses.replace(job, optimizer=replayed)) for name, job in JOBS.items()}
+    for number, (name, job) in enumerate(JOBS.items()):
+        job = dataclasses.replace(job, optimizer=functools.partial(DeepSpeedCPUAdam, lr=0.02))
+        results[name] = (
+            deepspeed_job.follow(deepspeed_job.build(job), job, folder=f"{folder}/{number}"),
+            references[name],
+        )
     return results
 
 
@@ -175,14 +177,14 @@ def ask_for_fewer(folder: str) -> tuple[str, str, dict[str, Any]]:
 
     from paci_schedule.errors import UnsupportedError
 
-    job = predicting("every", 3, 2, ("train x2", "drain"), config=OFFLOAD)
-    with mock.patch.object(jobs, "optimizer", return_value=functools.partial(DeepSpeedCPUAdam, lr=0.02)):
-        engine = late_job.build(job)
-        with pytest.raises(UnsupportedError) as asked_later:
-            engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu())
-        followed = deepspeed_job.follow(engine, job, "paci", folder)
-        with pytest.raises(UnsupportedError) as asked_at_once:
-            late_job.build(dataclasses.replace(job, accumulation=1))
+    cpu_adam = functools.partial(DeepSpeedCPUAdam, lr=0.02)
+    job = predicting("every", 3, 2, ("train x2", "drain"), config=OFFLOAD, optimizer=cpu_adam)
+    engine = deepspeed_job.build(job)
+    with pytest.raises(UnsupportedError) as asked_later:
+        engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu())
+    followed = deepspeed_job.follow(engine, job, folder=folder)
+    with pytest.raises(UnsupportedError) as asked_at_once:
+        deepspeed_job.build(dataclasses.replace(job, accumulation=1))
     return str(asked_later.value), str(asked_at_once.value), followed
 
 

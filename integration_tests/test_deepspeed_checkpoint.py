@@ -5,15 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests import deepspeed_job, jobs, oracle, ranks
-from integration_tests.jobs import Job
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
+BY_STAGE = {"paci": {"clip": "stage"}}
 MODELS = {
     "fp32": Job(stages=3, accumulation=2, script=(), warmup=True),
-    "bf16": Job(stages=3, accumulation=3, script=(), precision="bf16", optimizer="groups", clip=0.4, warmup=True),
+    "bf16": Job(
+        stages=3,
+        accumulation=3,
+        script=(),
+        precision="bf16",
+        optimizer="groups",
+        clip=0.4,
+        warmup=True,
+        config=BY_STAGE,
+    ),
     "tuples": Job(stages=2, accumulation=2, script=(), model="pairs", optimizer="sgd"),
-    "a stage without parameters": Job(stages=3, accumulation=2, script=(), model="hollow", precision="bf16", clip=0.4),
-    "a frozen stage": Job(stages=3, accumulation=2, script=(), model="frozen", clip=0.4),
+    "a stage without parameters": Job(
+        stages=3, accumulation=2, script=(), model="hollow", precision="bf16", clip=0.4, config=BY_STAGE
+    ),
+    "a frozen stage": Job(stages=3, accumulation=2, script=(), model="frozen", clip=0.4, config=BY_STAGE),
     "one stage": Job(stages=1, accumulation=3, script=(), warmup=True),
 }
 
@@ -58,37 +71,40 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, tmp_path):
 def test_a_run_that_loads_over_work_in_flight_starts_clean(name, tmp_path):
     """load_checkpoint in the middle of a run: what was in flight belongs to the past."""
     job = MODELS[name]
-    deepspeed_job.run(with_script(job, "train x3", "save"), folder=str(tmp_path))
-    fresh = deepspeed_job.run(with_script(job, "train x2", "drain", done=3), folder=str(tmp_path), load=True)
-    late = ranks.run_ranks(train_then_load, job.stages, (with_script(job, "train x2", "drain", done=3), str(tmp_path)))
-    assert_same_moments(fresh, late)
+    results = ranks.run_ranks(load_at_once_and_late, job.stages, (job, str(tmp_path)))
+    assert_same_moments(*zip(*results, strict=True))
 
 
-def train_then_load(job, folder):
-    """Two batches of other data, then the checkpoint, then the script."""
-    engine = deepspeed_job.build(job)
+def load_at_once_and_late(job, folder):
+    """A checkpoint, and what comes after it: in a new engine, and in one that has trained two batches of other data."""
+    deepspeed_job.train(with_script(job, "train x3", "save"), folder=folder)
+    rest = with_script(job, "train x2", "drain", done=3)
+    fresh = deepspeed_job.train(rest, folder=folder, load=True)
+    engine = deepspeed_job.build(rest)
     for _ in range(2):
         engine.train_batch(jobs.data(job.model, first=777))
     engine.load_checkpoint(folder, tag="common")
     assert engine.pipeline_stats()["in_flight"] == 0
-    return deepspeed_job.follow(engine, job, "paci", folder)
+    return fresh, deepspeed_job.follow(engine, rest, folder=folder)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "one stage"])
 def test_a_stock_checkpoint_loads_into_paci(name, tmp_path):
     job = dataclasses.replace(MODELS[name], clip=0.0)  # several stages: stock clips by the norm of the whole model
-    deepspeed_job.run(with_script(job, "train x2", "save"), "stock", folder=str(tmp_path))
-    results = deepspeed_job.run(with_script(job, "train x3", "drain", done=2), folder=str(tmp_path), load=True)
-    expected = oracle.run(with_script(job, "train", "drain", "train", "drain", "train x3", "drain"))
+    saves, loads = with_script(job, "train x2", "save"), with_script(job, "train x3", "drain", done=2)
+    folder = {"folder": str(tmp_path)}
+    _, results = deepspeed_job.run_all((saves, "stock", folder), (loads, "paci", {**folder, "load": True}))
+    expected = reference_of(with_script(job, "train", "drain", "train", "drain", "train x3", "drain"))
     deepspeed_job.assert_equal(results, expected[4:], counters=False)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "one stage"])
 def test_a_paci_checkpoint_loads_into_stock(name, tmp_path):
     job = dataclasses.replace(MODELS[name], clip=0.0)
-    deepspeed_job.run(with_script(job, "train x3", "save"), folder=str(tmp_path))
-    results = deepspeed_job.run(with_script(job, "train x2", done=3), "stock", folder=str(tmp_path), load=True)
-    expected = oracle.run(with_script(job, "train x3", "drain", "train", "drain", "train", "drain"))
+    saves, loads = with_script(job, "train x3", "save"), with_script(job, "train x2", done=3)
+    folder = {"folder": str(tmp_path)}
+    _, results = deepspeed_job.run_all((saves, "paci", folder), (loads, "stock", {**folder, "load": True}))
+    expected = reference_of(with_script(job, "train x3", "drain", "train", "drain", "train", "drain"))
     for stage, result in enumerate(results):
         for moment, truth in zip(result["moments"], expected[5::2], strict=True):
             assert all((moment["weights"][key] == value).all() for key, value in truth.weights[stage].items())

@@ -6,10 +6,10 @@ from unittest import mock
 
 import pytest
 
-from integration_tests import jobs, late_job, late_oracle, ranks
-from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_collectives import spanning, steady_calls
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {
@@ -77,20 +77,19 @@ JOBS = {
         clip=0.7,
         warmup=True,
         precision="bf16",
-        config={"poison": (1, 2, 0)},
+        poison=(1, 5, 0),  # in update 2
     ),
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("clip"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("clip"))
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_engine_clips_as_the_reference(name, runs):
-    reference = late_oracle.assert_equal(JOBS[name], runs[name])
-    factors = [factor for stage in reference.stages for factor in stage.factors]
+    factors = deepspeed_job.assert_as_reference(JOBS[name], runs[name]).factors()
     assert min(factors) < 1 < max(factors), "some updates shall be clipped, and some not"
 
 
@@ -113,9 +112,9 @@ def test_the_engine_clips_as_the_reference_everywhere(stages, model, precision, 
         )
         for accumulation in range(1, 9)
     ]
-    calls = [(job, "paci", str(tmp_path / str(job.accumulation))) for job in everywhere]
-    for job, results in zip(everywhere, late_job.run(*calls), strict=True):
-        late_oracle.assert_equal(job, results)
+    calls = [(job, "paci", {"folder": str(tmp_path / str(job.accumulation))}) for job in everywhere]
+    for job, results in zip(everywhere, deepspeed_job.run_all(*calls), strict=True):
+        deepspeed_job.assert_as_reference(job, results)
 
 
 @pytest.mark.parametrize(
@@ -127,19 +126,19 @@ def test_the_reference_uses_the_norms_of_the_closed_form(stages, accumulation, e
     In a drain, what the last activation told of earlier ones.
     """
     before, after = 2, 8
-    reference = LateReference(
+    reference = Reference(
         Job(
             stages=stages,
             accumulation=accumulation,
             clip=0.5,
-            extra_in_flight=extra,
+            config={"paci": {"extra_in_flight": extra}},
             script=(f"train x{before}", "drain", f"train x{after}"),
         )
     )
     reference.run()
     seen = set()
-    for (stage, update, other), used in reference.used.items():
-        behind = [reference._behind(number) for number in (stage, other)]
+    for (stage, update, other), used in reference.pipeline.used.items():
+        behind = [reference.pipeline.ahead[number] for number in (stage, other)]
         delay = 1 if other > stage else math.ceil((behind[1] - behind[0] + 1) / accumulation)
         emptied = before if update >= before else 0
         taken = (after if emptied else before) * accumulation
@@ -154,7 +153,7 @@ def test_the_reference_uses_the_norms_of_the_closed_form(stages, accumulation, e
 def test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_stage(runs):
     """The norm of a stage that overflowed reaches the others as infinite; they go on as if it were zero."""
     results, job = runs["overflow of one stage"], JOBS["overflow of one stage"]
-    clean = late_oracle.run(dataclasses.replace(job, config={}))
+    clean = Reference(dataclasses.replace(job, poison=None)).run()
     assert results[0]["moments"][5]["action"] == "drain"
     rates = [result["moments"][5]["rate"] for result in results]
     assert rates[0] == rates[2] != rates[1]  # the learning rate of the stage that skipped is one update behind
@@ -170,9 +169,7 @@ def test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_sta
 
 FLUSHED = {
     # Of the stages but the first, stock counts in fp32 only what is marked as a slice, slice or not.
-    "fp32, marked": Job(
-        stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7, config={"sliced": True}
-    ),
+    "fp32, marked": Job(stages=3, accumulation=2, script=("train x4", "eval", "train x2"), clip=0.7, marked=True),
     "bf16": Job(
         stages=3,
         accumulation=2,
@@ -205,18 +202,16 @@ def drained(job):
 def pairs(tmp_path_factory):
     calls = {}
     for name, job in FLUSHED.items():
-        calls[f"{name}: 1f1b"], calls[f"{name}: stock"] = (in_1f1b(job),), (job, "stock")
+        calls[f"{name}: 1f1b"], calls[f"{name}: stock"] = in_1f1b(job), (job, "stock")
     marked = FLUSHED["fp32, marked"]
-    calls["flush_warmup_steps"] = (
-        dataclasses.replace(marked, config={"sliced": True, "paci": {"flush_warmup_steps": 100}}),
-    )
-    calls["fp32, not marked: stock"] = dataclasses.replace(marked, config={}), "stock"
+    calls["flush_warmup_steps"] = dataclasses.replace(marked, config={"paci": {"flush_warmup_steps": 100}})
+    calls["fp32, not marked: stock"] = dataclasses.replace(marked, marked=False), "stock"
     for name, job in UNCLIPPED.items():
-        calls[f"{name}: none"] = (job,)
-        calls[f"{name}: huge"] = (dataclasses.replace(job, clip=1e9),)
-        calls[f"{name}: drained"] = (drained(job),)
-        calls[f"{name}: flushed"] = (dataclasses.replace(job, script=("train x4",)), "stock")
-    return late_job.Runs(calls, tmp_path_factory.mktemp("pairs"))
+        calls[f"{name}: none"] = job
+        calls[f"{name}: huge"] = dataclasses.replace(job, clip=1e9)
+        calls[f"{name}: drained"] = drained(job)
+        calls[f"{name}: flushed"] = dataclasses.replace(job, script=("train x4",)), "stock"
+    return deepspeed_job.Runs(calls, tmp_path_factory.mktemp("pairs"))
 
 
 def assert_same_weights(results, others, step=1, skip=0):
@@ -233,7 +228,7 @@ def test_in_1f1b_mode_the_engine_clips_as_stock_does(name, pairs):
     assert_same_weights(mine, stock, skip=1)
     if FLUSHED[name].clip and FLUSHED[name].precision != "fp32":  # stock does not tell in fp32
         for result, other in zip(mine, stock, strict=True):
-            assert result["norm"][1:] == other["norm"]
+            assert norms_of(result)[1:] == norms_of(other)
 
 
 def test_in_the_flushed_warm_up_the_engine_clips_as_stock_does(pairs):
@@ -256,6 +251,11 @@ def test_drained_after_every_batch_the_engine_is_stock(name, pairs):
     assert_same_weights(pairs[f"{name}: drained"], pairs[f"{name}: flushed"], skip=1, step=2)
 
 
+def norms_of(result):
+    """The gradient norm after every action."""
+    return [moment["norm"] for moment in result["moments"]]
+
+
 def assert_same_norms(norms, others):
     """To the bit, from the first update of a process on; a checkpoint does not hold the norm of the update before."""
     updated = [not math.isnan(norm) for norm in norms]
@@ -276,10 +276,10 @@ RESUMED = {
 def test_carried_norms_travel_with_a_checkpoint(name, tmp_path):
     job = RESUMED[name]
     rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
-    whole, resumed = late_job.run((job, "paci", str(tmp_path)), (rest, "paci", str(tmp_path), True))
-    late_oracle.assert_equal(job, whole)
+    whole, resumed = deepspeed_job.run_resumed(job, rest, tmp_path)
+    deepspeed_job.assert_as_reference(job, whole)
     for result, other in zip(resumed, whole, strict=True):
-        assert_same_norms(result["norm"], other["norm"][5:])
+        assert_same_norms(norms_of(result), norms_of(other)[5:])
     assert_same_weights(whole, resumed, skip=5)
 
 
@@ -299,7 +299,7 @@ def groups_of_all_reduce(job):
     """Ranks of the groups that torch.distributed.all_reduce is called with in a steady batch."""
     import torch.distributed as dist
 
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     feed = jobs.data(job.model)
     engine.train_batch(feed)
     all_reduce = dist.all_reduce

@@ -8,9 +8,9 @@ import traceback
 import pytest
 import torch.distributed as dist
 
-from integration_tests import deepspeed_job, jobs, ranks
-from integration_tests.collectives import MESSAGES, recorded
-from integration_tests.jobs import Job
+from testing import deepspeed_job, jobs, ranks
+from testing.collectives import MESSAGES, recorded
+from testing.jobs import Job
 
 
 def steady_calls(job, schedule, warm_up, count):

@@ -5,10 +5,10 @@ from unittest import mock
 
 import pytest
 
-from integration_tests import deepspeed_job, ranks
-from integration_tests.collectives import recorded
-from integration_tests.jobs import Job
 from launch import train_gpt
+from testing import deepspeed_job, ranks
+from testing.collectives import recorded
+from testing.jobs import Job
 
 JOB = Job(stages=2, accumulation=2, script=(), clip=0.5, config={"paci": {"clip": "global"}})
 

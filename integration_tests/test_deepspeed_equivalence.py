@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from integration_tests import deepspeed_job, oracle
-from integration_tests.jobs import Job
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 
 STEADY = ("train x6",)
 MIXED = ("train x3", "drain", "train x2", "eval", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
@@ -15,6 +16,8 @@ ADAMW = {
         "params": {"lr": 0.02, "betas": [0.8, 0.95], "weight_decay": 0.03, "torch_adam": True},
     }
 }
+
+BY_STAGE = {"paci": {"clip": "stage"}}
 
 JOBS = {
     "one stage": Job(stages=1, accumulation=3, script=MIXED, clip=0.6, warmup=True),
@@ -26,26 +29,30 @@ JOBS = {
     "P=4 a=1": Job(stages=4, accumulation=1, script=MIXED),
     "P=4 a=3": Job(stages=4, accumulation=3, script=MIXED, optimizer="groups", warmup=True),
     "P=4 a=8": Job(stages=4, accumulation=8, script=("train x3", "drain")),
-    "clipping is by stage": Job(stages=3, accumulation=2, script=STEADY, clip=0.4),
+    "clipping is by stage": Job(stages=3, accumulation=2, script=STEADY, clip=0.4, config=BY_STAGE),
     "optimizer of the config": Job(stages=2, accumulation=2, script=STEADY, config=ADAMW),
     "bf16": Job(stages=2, accumulation=3, script=MIXED, precision="bf16", warmup=True),
     "bf16, clipping, two optimizer groups": Job(
-        stages=4, accumulation=2, script=STEADY, precision="bf16", clip=0.4, optimizer="groups"
+        stages=4, accumulation=2, script=STEADY, precision="bf16", clip=0.4, optimizer="groups", config=BY_STAGE
     ),
     "bf16 on an fp32 wire": Job(
         stages=3, accumulation=3, script=STEADY, precision="bf16", config={"communication_data_type": "fp32"}
     ),
-    "bf16 sums, clipping": Job(stages=3, accumulation=4, script=STEADY, precision="bf16-bf16", clip=0.4),
+    "bf16 sums, clipping": Job(
+        stages=3, accumulation=4, script=STEADY, precision="bf16-bf16", clip=0.4, config=BY_STAGE
+    ),
     "tuples": Job(stages=3, accumulation=2, script=MIXED, model="pairs"),
-    "tuples, bf16": Job(stages=2, accumulation=3, script=STEADY, model="pairs", precision="bf16", clip=0.9),
+    "tuples, bf16": Job(
+        stages=2, accumulation=3, script=STEADY, model="pairs", precision="bf16", clip=0.9, config=BY_STAGE
+    ),
     "tuples, one stage": Job(stages=1, accumulation=3, script=STEADY, model="pairs"),
     "a stage without parameters": Job(stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW),
     "a stage without parameters, bf16": Job(
-        stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW, precision="bf16", clip=0.1
+        stages=3, accumulation=2, script=MIXED, model="hollow", config=ADAMW | BY_STAGE, precision="bf16", clip=0.1
     ),
     "a frozen stage": Job(stages=3, accumulation=2, script=MIXED, model="frozen", warmup=True),
     "a frozen stage, bf16, clipping": Job(
-        stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16", clip=0.4
+        stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16", clip=0.4, config=BY_STAGE
     ),
     "accumulation changes on the way": Job(
         stages=3, accumulation=2, script=("train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")
@@ -65,25 +72,28 @@ def assert_pulled(job, results):
         assert result["pulled"] == (expected if stage in (0, job.stages - 1) else [0] * len(expected))
 
 
-def assert_as_reference(job, tmp_path):
-    results = deepspeed_job.run(job, folder=str(tmp_path))
-    deepspeed_job.assert_equal(results, oracle.run(job))
+def assert_as_reference(job, results):
+    deepspeed_job.assert_as_reference(job, results)
     assert_pulled(job, results)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("equivalence"))
+
+
 @pytest.mark.parametrize("name", JOBS)
-def test_the_engine_is_the_reference(name, tmp_path):
-    assert_as_reference(JOBS[name], tmp_path)
+def test_the_engine_trains_as_the_reference(name, runs):
+    assert_as_reference(JOBS[name], runs[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-bf16"])
 @pytest.mark.parametrize("model", ["words", "pairs"])
-@pytest.mark.parametrize("accumulation", range(1, 9))
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_the_engine_is_the_reference_everywhere(stages, accumulation, model, precision, tmp_path):
-    assert_as_reference(
-        Job(
+def test_the_engine_trains_as_the_reference_in_every_combination(stages, model, precision, tmp_path):
+    jobs = {
+        str(accumulation): Job(
             stages=stages,
             accumulation=accumulation,
             script=MIXED,
@@ -92,16 +102,20 @@ def test_the_engine_is_the_reference_everywhere(stages, accumulation, model, pre
             clip=0.3 if accumulation % 2 else 0.0,
             warmup=True,
             optimizer="groups",
-        ),
-        tmp_path,
-    )
+            config=BY_STAGE,
+        )
+        for accumulation in range(1, 9)
+    }
+    runs = deepspeed_job.Runs(jobs, tmp_path)
+    for name, job in jobs.items():
+        assert_as_reference(job, runs[name])
 
 
 @pytest.mark.parametrize("name", ["P=3 a=2", "bf16"])
-def test_two_runs_are_the_same_run(name):
+def test_two_runs_of_a_job_are_equal_to_the_bit(name):
     """Nothing depends on when messages arrive: not one bit differs between runs."""
     job = dataclasses.replace(JOBS[name], script=STEADY)
-    first, second = (deepspeed_job.run(job) for _ in range(2))
+    first, second = (deepspeed_job.run(job) for _ in range(2))  # in processes of their own
     for one, other in zip(first, second, strict=True):
         for before, after in zip(one["moments"], other["moments"], strict=True):
             assert before["weights"].keys() == after["weights"].keys()
@@ -109,10 +123,10 @@ def test_two_runs_are_the_same_run(name):
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.clip])
-def test_the_clipped_jobs_clip_at_some_updates_and_not_at_others(name):
-    reference = oracle.Reference(JOBS[name])
+def test_jobs_that_clip_do_so_at_some_updates_and_not_at_others(name):
+    reference = Reference(JOBS[name])
     reference.run()
-    factors = [factor for stage in reference.stages for factor in stage.factors]
+    factors = reference.factors()
     assert min(factors) < 1 < max(factors)
 
 
@@ -137,7 +151,7 @@ def test_a_paci_engine_is_a_pipeline_engine():
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", None, "stock"], ids=["1f1b", "registered, no key", "not registered"])
-def test_otherwise_the_engine_is_the_stock_one(schedule):
+def test_without_the_paci_schedule_the_engine_is_the_stock_class(schedule):
     """The class itself, not one that behaves like it."""
     results = deepspeed_job.run(Job(stages=2, accumulation=2, script=("train x2",)), schedule, inspect=names)
     for result in results:

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, oracle, ranks
-from integration_tests.jobs import Job
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference import deepspeed as reference
 
 NAMED = pytest.mark.skipif(ranks.backend(3) != "gloo", reason="on NCCL nothing is raised: its watchdog ends the job")
 
@@ -27,7 +28,7 @@ def end(job):
 
 
 def test_the_end_of_training_drains():
-    truth = oracle.run(dataclasses.replace(JOB, script=("train x3", "drain")))[-1]
+    truth = reference.run(dataclasses.replace(JOB, script=("train x3", "drain")))[-1]
     for stage, (stands, weights) in enumerate(ranks.run_ranks(end, 3, (JOB,))):
         assert stands == [([2, 2, 3][stage], 2 - stage), (3, 0)]
         assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
@@ -76,18 +77,18 @@ def change_shape(job, announced):
     return deepspeed_job.weights(engine)
 
 
-def test_shapes_change_between_batches_when_told():
-    reference = oracle.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
-    reference.run()
-    reference._data = narrow(4)
-    reference.act("train")
-    truth = reference.act("drain")
+def test_shapes_may_change_between_batches_when_announced():
+    truth = reference.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
+    truth.run()
+    truth.data = [narrow(4)]
+    truth.act("train")
+    truth = truth.act("drain")
     for stage, weights in enumerate(ranks.run_ranks(change_shape, 3, (JOB, True))):
         assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
 
 
 @NAMED
-def test_another_shape_untold_is_an_error_that_says_what_to_do():
+def test_an_unannounced_shape_is_an_error_that_says_what_to_do():
     job = dataclasses.replace(JOB, config={"paci": {"timeout": 5}})
     outcomes = ranks.gather_outcomes(change_shape, 3, (job, False), timeout=60)
     assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "LinkError"]
@@ -161,7 +162,7 @@ def train_with_two_losses(schedules):
     return told
 
 
-def test_losses_beside_the_loss_are_averaged_like_it():
+def test_additional_losses_are_averaged_as_the_loss_is():
     """The last stage has the batch's own at once; the first, of two micro-batches, and of the third in the drain."""
     first, last = ranks.run_ranks(train_with_two_losses, 2, (("paci", "1f1b"),))
     for rows, truth in zip(last["paci"], last["1f1b"], strict=True):

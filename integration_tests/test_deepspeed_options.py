@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from integration_tests import deepspeed_job, jobs, oracle, ranks, replica_oracle, sliced_model
-from integration_tests.jobs import Job
+from integration_tests import sliced_model
 from integration_tests.test_deepspeed_collectives import recorded
 from integration_tests.test_deepspeed_errors import assert_refused
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import Moment, Reference
+from testing.reference.deepspeed import run as reference_of
 
 SCRIPT = ("train x5", "drain", "train x3", "eval")
 ZERO = {
@@ -30,80 +34,52 @@ JOB = Job(stages=2, accumulation=3, script=SCRIPT)
 HALF = Job(stages=2, accumulation=3, script=SCRIPT, config={"fp16": {"enabled": True, "loss_scale": 128.0}, **ZERO})
 
 
-# ---- what a variant changes, in an engine's rank and in the reference alike ------------------------------------------
+# ---- what a job of the engine is in the reference --------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def swapped(name: str, value: Any) -> Iterator[None]:
-    """`jobs` with another function of that name."""
-    before = getattr(jobs, name)
-    setattr(jobs, name, value)
-    try:
-        yield
-    finally:
-        setattr(jobs, name, before)
-
-
-def fused():
-    return swapped("optimizer", lambda job: functools.partial(torch.optim.AdamW, lr=0.02, fused=True))
-
-
-def sparse():
-    """The embedding's gradient is a sparse tensor."""
-    built = jobs.layers
-
-    def layers(model: str) -> list[torch.nn.Module]:
-        made = built(model)
-        made[0].words.sparse = True
-        return made
-
-    return swapped("layers", layers)
-
-
-def recomputed(reference: oracle.Reference, kinds: tuple[str, ...]) -> None:
-    """Layers of these classes save their inputs alone, and run again before their backward, on the weights of then."""
+def recomputed(reference: Reference, kinds: tuple[str, ...]) -> None:
+    """Layers of these classes save their inputs only, and run again before their backward, on the weights of then."""
     for stage in reference.stages:
         for layer in stage.module:
             if type(layer).__name__ in kinds:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def autocast(reference: oracle.Reference) -> None:
+def autocast(reference: Reference) -> None:
     """Stages run under torch.autocast in bfloat16."""
     for stage in reference.stages:
         stage.module.forward = torch.autocast("cpu", torch.bfloat16)(stage.module.forward)
 
 
+def plain(reference: Reference) -> None:
+    """Nothing is done to the reference."""
+
+
 def checkpointed(reentrant: bool) -> Job:
-    return Job(
-        stages=2,
-        accumulation=3,
-        script=SCRIPT,
-        config={"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": reentrant}},
+    return dataclasses.replace(
+        JOB, config={"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": reentrant}}
     )
 
 
-MIX = {"checkpointable_layers": ["_Mix"]}
-VARIANTS: dict[str, tuple[Job, dict[str, Any], Callable[[], Any], Callable[[oracle.Reference], None]]] = {
-    # name: (job, options of the module, what to swap, what to do to the reference)
-    "checkpointing, reentrant": (
-        checkpointed(True),
-        MIX,
-        contextlib.nullcontext,
-        functools.partial(recomputed, kinds=("_Mix",)),
+@dataclass(frozen=True)
+class Variant:
+    """A job with options for its PipelineModule, and what they make of the reference."""
+
+    job: Job
+    prepare: Callable[[Reference], None]
+    module: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "checkpointing, reentrant": Variant(
+        checkpointed(True), functools.partial(recomputed, kinds=("_Mix",)), {"checkpointable_layers": ["_Mix"]}
     ),
-    "checkpointing, not reentrant": (
-        checkpointed(False),
-        {},
-        contextlib.nullcontext,
-        functools.partial(recomputed, kinds=("_Embed", "_Mix", "Linear")),
+    "checkpointing, not reentrant": Variant(
+        checkpointed(False), functools.partial(recomputed, kinds=("_Embed", "_Mix", "Linear"))
     ),
-    "fused AdamW": (JOB, {}, fused, lambda _: None),
-    "autocast": (
-        Job(stages=2, accumulation=3, script=SCRIPT, config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-        {},
-        contextlib.nullcontext,
-        autocast,
+    "fused AdamW": Variant(dataclasses.replace(JOB, optimizer="fused"), plain),
+    "autocast": Variant(
+        dataclasses.replace(JOB, config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}), autocast
     ),
 }
 OFFLOADED = {
@@ -123,26 +99,22 @@ OFFLOADED = {
 }
 
 
-SPARSE = Job(stages=2, accumulation=3, script=SCRIPT, optimizer="sgd")
+SPARSE = Job(stages=2, accumulation=3, script=SCRIPT, model="sparse", optimizer="sgd")
 
 
 def follow_variants(names: list[str]) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
-    results = {}
-    with sparse():
-        results["sparse"] = deepspeed_job.follow(deepspeed_job.build(SPARSE), SPARSE, "paci", None)
+    plainly = {"sparse": SPARSE, **{f"offload, {name}": job for name, job in OFFLOADED.items()}}
+    results = {name: deepspeed_job.follow(deepspeed_job.build(job), job) for name, job in plainly.items()}
     for name in names:
-        job, options, swap, _ = VARIANTS[name]
-        with swap():
-            results[name] = deepspeed_job.follow(deepspeed_job.build(job, **options), job, "paci", None)
-    for name, job in OFFLOADED.items():
-        results[f"offload, {name}"] = deepspeed_job.follow(deepspeed_job.build(job), job, "paci", None)
+        job = VARIANTS[name].job
+        results[name] = deepspeed_job.follow(deepspeed_job.build(job, **VARIANTS[name].module), job)
     if get_accelerator().is_fp16_supported():
-        results["fp16"] = deepspeed_job.follow(deepspeed_job.build(HALF), HALF, "paci", None)
+        results["fp16"] = deepspeed_job.follow(deepspeed_job.build(HALF), HALF)
     engine = deepspeed_job.build(JOB)
     engine.compile(backend="aot_eager")
-    results["compiled"] = {**deepspeed_job.follow(engine, JOB, "paci", None), "is": engine.is_compiled}
+    results["compiled"] = {**deepspeed_job.follow(engine, JOB), "is": engine.is_compiled}
     return results
 
 
@@ -153,34 +125,33 @@ def variants():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_its_reference(variants, name):
-    job, _, swap, prepare = VARIANTS[name]
-    with swap():
-        reference = oracle.Reference(job)
-        prepare(reference)
-        deepspeed_job.assert_equal(variants[name], reference.run())
+def test_a_variant_trains_as_its_reference(variants, name):
+    reference = Reference(VARIANTS[name].job)
+    VARIANTS[name].prepare(reference)
+    deepspeed_job.assert_equal(variants[name], reference.run())
 
 
 @pytest.mark.parametrize("name", ["checkpointing, not reentrant", "autocast"])
 def test_the_variant_of_the_reference_is_another_training(name):
     """Recomputation reads newer weights and autocast rounds: not what the plain reference does."""
-    job, _, _, prepare = VARIANTS[name]
-    reference = oracle.Reference(job)
-    prepare(reference)
-    one, other = reference.run()[-1], oracle.run(job)[-1]
+    job = VARIANTS[name].job
+    reference = Reference(job)
+    VARIANTS[name].prepare(reference)
+    one, other = reference.run()[-1], reference_of(job)[-1]
     assert any((one.weights[0][key] != other.weights[0][key]).any() for key in one.weights[0])
 
 
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_an_offloaded_optimizer_is_the_reference(variants, name):
     """ZeRO-Offload's path with PyTorch's AdamW, which needs no kernel compiled."""
-    deepspeed_job.assert_equal(variants[f"offload, {name}"], replica_oracle.run(OFFLOADED[name], zero=True))
+    deepspeed_job.assert_as_reference(OFFLOADED[name], variants[f"offload, {name}"])
 
 
 def test_a_sparse_embedding_trains_as_a_dense_one(variants):
     """But for the order in which the rows of a word are summed."""
+    expected = reference_of(dataclasses.replace(SPARSE, model="words"))
     for stage, result in enumerate(variants["sparse"]):
-        for moment, truth in zip(result["moments"], oracle.run(SPARSE), strict=True):
+        for moment, truth in zip(result["moments"], expected, strict=True):
             for key, value in truth.weights[stage].items():
                 torch.testing.assert_close(moment["weights"][key], value, rtol=1e-5, atol=1e-5)
 
@@ -188,28 +159,13 @@ def test_a_sparse_embedding_trains_as_a_dense_one(variants):
 def test_compiled_layers_are_the_reference(variants):
     """engine.compile(): forward and backward graphs of torch.compile, with PyTorch's own kernels in them."""
     assert all(result["is"] for result in variants["compiled"])
-    deepspeed_job.assert_equal(variants["compiled"], oracle.run(JOB))
-
-
-class _Scaled(torch.autograd.Function):
-    """Identity; its gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.scale = scale
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient * ctx.scale, None
+    deepspeed_job.assert_as_reference(JOB, variants["compiled"])
 
 
 def test_fp16_with_a_fixed_loss_scale_is_the_reference(variants):
     if "fp16" not in variants:
         pytest.skip("this CPU has no fp16")
-    scale, plain = HALF.config["fp16"]["loss_scale"], jobs.loss
-    with swapped("loss", lambda output, labels: _Scaled.apply(plain(output, labels), scale)):
-        deepspeed_job.assert_equal(variants["fp16"], replica_oracle.run(HALF, zero=True, loss_scale=scale))
+    deepspeed_job.assert_as_reference(HALF, variants["fp16"])
 
 
 # ---- tensor parallelism ---------------------------------------------------------------------------------------------
@@ -239,17 +195,14 @@ def follow_slices(world: int, replicas: int = 1, names: tuple[str, ...] = tuple(
     slice_rank = torch.distributed.get_rank() % world
     results: dict[str, Any] = {}
     heard: list[tuple[str, list[int]]] = []
-    with (
-        swapped("layers", lambda model: sliced_model.layers(slice_rank, world)),
-        recorded(lambda name, members: heard.append((name, members))),
-    ):
+    with recorded(lambda name, members: heard.append((name, members))):
         for name in names:
             job, topology = SLICED[name], PipeModelDataParallelTopology(num_pp=2, num_mp=world, num_dp=replicas)
-            engine = deepspeed_job.build(job, topology=topology)
-            job = replica_oracle.replica_job(job, engine.grid.get_data_parallel_id())
+            engine = deepspeed_job.build(job, layers=sliced_model.layers(slice_rank, world), topology=topology)
+            job = job.of_replica(engine.grid.get_data_parallel_id())
             if world > 1:
                 sliced_model.use_group(engine.module, engine.grid.get_slice_parallel_group())
-            result = deepspeed_job.follow(engine, job, "paci", None)
+            result = deepspeed_job.follow(engine, job)
             feed = jobs.data(job.model, 5_000)
             heard.clear()
             for _ in range(2):
@@ -281,7 +234,7 @@ def assert_near(name: str, whole: list[dict[str, Any]], parts: list[dict[str, An
                 torch.testing.assert_close(moment["weights"][key], expected, rtol=near, atol=near)
 
 
-def test_slices_and_replicas_together():
+def test_slices_and_replicas_together_train_as_whole_layers():
     """Two stages of two replicas of two slices; a rank's collectives are with the other slice and the other replica."""
     names = ("global", "global, ZeRO-1")
     whole = ranks.run_ranks(follow_slices, 4, (1, 2, names))
@@ -312,9 +265,9 @@ def test_collectives_stay_among_the_slices_of_a_stage(sliced):
 
 
 def test_whole_layers_are_the_reference(sliced):
-    with swapped("layers", lambda model: sliced_model.layers()):
-        for name in ("fp32", "by stage"):
-            deepspeed_job.assert_equal([result[name] for result in sliced[1]], oracle.run(SLICED[name]))
+    for name in ("fp32", "by stage"):
+        results = [result[name] for result in sliced[1]]
+        deepspeed_job.assert_as_reference(SLICED[name], results, layers=sliced_model.layers())
 
 
 # ---- what does not run ----------------------------------------------------------------------------------------------
@@ -334,7 +287,7 @@ def test_what_cannot_run_is_refused(config, says):
 
 
 @pytest.mark.parametrize("key", ["progressive_layer_drop", "curriculum_learning", "sparse_gradients"])
-def test_what_deepspeed_has_removed_it_refuses_itself(key):
+def test_options_that_deepspeed_has_removed_are_refused_by_deepspeed(key):
     assert_refused("DeepSpeedConfigError", {key: {"enabled": True}}, says=[key])
 
 
@@ -347,7 +300,7 @@ def test_what_deepspeed_has_removed_it_refuses_itself(key):
     ids=["bf16 summed in fp32 without ZeRO", "fp32 summed in bf16 without ZeRO"],
 )
 @pytest.mark.parametrize("schedule", ["stock", "paci"])
-def test_sums_that_stock_refuses_too(schedule, config, error):
+def test_gradient_sums_that_stock_refuses_are_refused(schedule, config, error):
     assert_refused(error, config, target=build_with, args=(schedule,), says=["grad_accum_dtype"])
 
 
@@ -413,14 +366,12 @@ def test_the_sampler_of_the_curriculum_fails_in_a_pipeline_under_stock_too(sched
     assert "not part of group" in outcomes[1].error
 
 
-def follow_cpu_adam() -> tuple[dict[str, Any], list[oracle.Moment]]:
+def follow_cpu_adam() -> tuple[dict[str, Any], list[Moment]]:
     """A job with DeepSpeed's own optimizer for offloading, and its reference, which needs the kernel as well."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    job = OFFLOADED["bf16"]
-    with swapped("optimizer", lambda job: functools.partial(DeepSpeedCPUAdam, lr=0.02)):
-        result = deepspeed_job.follow(deepspeed_job.build(job), job, "paci", None)
-        return result, replica_oracle.run(job, zero=True)
+    job = dataclasses.replace(OFFLOADED["bf16"], optimizer=functools.partial(DeepSpeedCPUAdam, lr=0.02))
+    return deepspeed_job.follow(deepspeed_job.build(job), job), reference_of(job)
 
 
 @pytest.mark.slow

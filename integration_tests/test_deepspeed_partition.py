@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from integration_tests.ranks import gather_outcomes, run_ranks
+from testing.ranks import gather_outcomes, run_ranks
 
 
 class Clock:

@@ -9,10 +9,6 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, late_job, ranks, replica_oracle
-from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
-from integration_tests.predicting_oracle import PredictingReference
 from integration_tests.test_deepspeed_replicas import follow_all
 from integration_tests.test_rehearse import rehearsed
 from paci_schedule.adapters.deepspeed import working
@@ -21,6 +17,9 @@ from paci_schedule.adapters.deepspeed.prediction import build_prediction
 from paci_schedule.core.drift import drift_of
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, UnsupportedError
+from testing import deepspeed_job, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 PACI = ("train x5", "drain")
 MIXED = ("train x5", "drain", "train x2", "eval", "train x4", "save", "train x2", "drain")
@@ -72,7 +71,7 @@ if hasattr(torch.optim, "Muon"):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("predictions"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("predictions"))
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -90,12 +89,12 @@ def test_the_engine_predicts_as_a_rehearsal(name, runs):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_it_counts_its_predictions(name, runs):
+def test_the_engine_predicts_as_often_as_the_option_says(name, runs):
     """Where something is trained: at every stale forward, or at those of them that the option names."""
     job = JOBS[name]
-    asked = late_job.options(job)["prediction"]
+    asked = job.options["prediction"]
     spec = PipelineSpec(
-        stages=job.stages, accumulation=job.accumulation, extra_in_flight=late_job.options(job)["extra_in_flight"]
+        stages=job.stages, accumulation=job.accumulation, extra_in_flight=job.options["extra_in_flight"]
     )
     for stage, result in enumerate(runs[name]):
         between = {}  # updates done before the forward -> stale forwards
@@ -111,13 +110,15 @@ def test_it_counts_its_predictions(name, runs):
 def test_predictions_change_the_training(runs):
     """The jobs above would not tell a prediction that never happened from none, were it not for this."""
     for name, job in JOBS.items():
-        stages, _ = rehearsed(
-            dataclasses.replace(
-                job, config={"paci": {**late_job.options(job), "prediction": "off", "prediction_reach": 1.0}}
-            )
-        )
+        stages, _ = rehearsed(unpredicted(job))
         found = weights_of(job, 0, stages[0])
         assert any((found[key] != value).any() for key, value in runs[name][0]["moments"][-1]["weights"].items())
+
+
+def unpredicted(job):
+    """The same job without predictions."""
+    options = {**job.options, "prediction": "off", "prediction_reach": 1.0}
+    return dataclasses.replace(job, config={**job.config, "paci": options})
 
 
 def weights_of(job, stage, module):
@@ -178,19 +179,19 @@ REFERENCED = {
 
 @pytest.fixture(scope="module")
 def referenced(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in REFERENCED.items()}, tmp_path_factory.mktemp("references"))
+    return deepspeed_job.Runs(REFERENCED, tmp_path_factory.mktemp("references"))
 
 
 @pytest.mark.parametrize("name", REFERENCED)
 def test_the_engine_predicts_as_steps_on_copies(name, referenced):
-    deepspeed_job.assert_equal(referenced[name], PredictingReference(REFERENCED[name]).run())
+    deepspeed_job.assert_as_reference(REFERENCED[name], referenced[name])
 
 
 @pytest.mark.parametrize("name", REFERENCED)
 def test_the_reference_with_predictions_is_another_training(name):
     """Were it not, the comparison would say nothing."""
-    job = REFERENCED[name]
-    last = [reference(job).run()[-1].weights for reference in (PredictingReference, LateReference)]
+    jobs = REFERENCED[name], unpredicted(REFERENCED[name])
+    last = [reference_of(job)[-1].weights for job in jobs]
     assert any((one[key] != other[key]).any() for one, other in zip(*last, strict=True) for key in one)
 
 
@@ -216,7 +217,7 @@ RESUMED = {
     }.items()
 }
 OVERFLOWING = {
-    name: predicting("every", 2, 2, ("train x6", "drain"), **more)
+    name: predicting("every", 2, 2, ("train x6", "drain"), poison=(0, 4, 3), **more)  # in update 2
     for name, more in {
         "bf16": {"precision": "bf16"},
         "ZeRO-1": {"config": ZERO},
@@ -231,13 +232,6 @@ REFUSED = {
     ),
     "a sparse embedding": ({"optimizer": "sgd", "model": "sparse"}, ["sparse=True", "dense"]),
 }
-_LAYERS = jobs.layers
-
-
-def sparse_layers(model):
-    built = _LAYERS("words" if model == "sparse" else model)
-    built[0].words.sparse = model == "sparse"
-    return built
 
 
 def refused_job(name):
@@ -259,18 +253,16 @@ def on_two_ranks(folder):
     results = {}
     for name, job in RESUMED.items():
         rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
-        whole = deepspeed_job.follow(late_job.build(job), job, "paci", f"{folder}/{name}")
-        engine = late_job.build(rest)
+        whole = deepspeed_job.follow(deepspeed_job.build(job), job, folder=f"{folder}/{name}")
+        engine = deepspeed_job.build(rest)
         engine.load_checkpoint(f"{folder}/{name}", tag="common")
-        results[name] = whole, deepspeed_job.follow(engine, rest, "paci", f"{folder}/rest")
+        results[name] = whole, deepspeed_job.follow(engine, rest, folder=f"{folder}/rest")
     for name, job in OVERFLOWING.items():
-        engine = late_job.build(job)
-        poison_third_update(engine)
-        results[f"overflow, {name}"] = deepspeed_job.follow(engine, job, "paci", None), engine.skipped_steps
+        engine = deepspeed_job.build(job)
+        results[f"overflow, {name}"] = deepspeed_job.follow(engine, job), engine.skipped_steps
     for name in REFUSED:
-        with mock.patch.object(late_job, "_LAYERS_OF_JOBS", sparse_layers):
-            results[name] = why_not(late_job.build, refused_job(name))
-    engine = late_job.build(OVERFLOWING["ZeRO-1"])
+        results[name] = why_not(deepspeed_job.build, refused_job(name))
+    engine = deepspeed_job.build(OVERFLOWING["ZeRO-1"])
     engine.optimizer.dtype = torch.float16  # a CPU has no fp16 of DeepSpeed's
     options = PaciOptions(prediction="every")
     results["fp16"] = why_not(lambda job: build_prediction(engine, options, spec_of(job), [], None), REPLICATED["fp32"])
@@ -279,19 +271,6 @@ def on_two_ranks(folder):
 
 def spec_of(job):
     return PipelineSpec(stages=job.stages, accumulation=job.accumulation)
-
-
-def poison_third_update(engine):
-    """The first backward of the third update leaves an infinite gradient, on the first stage."""
-    run, done = engine._exec_backward_pass, []
-
-    def poisoned(slot):
-        run(slot)
-        done.append(slot)
-        if engine.stage_id == 0 and len(done) == 5:
-            engine.gradient_of(list(engine.module.parameters())[3]).view(-1)[2] = torch.inf
-
-    engine._exec_backward_pass = poisoned
 
 
 def on_four_ranks(folder):
@@ -339,7 +318,7 @@ def test_what_cannot_be_predicted_is_refused_by_name(name, on_two):
 @pytest.mark.parametrize("name", REPLICATED)
 def test_replicas_predict_each_from_its_own_part(name, on_four):
     """All of its weights, or with masters its shard of them."""
-    expected = replica_oracle.run(REPLICATED[name], 2, kind=PredictingReference)
+    expected = reference_of(REPLICATED[name], 2)
     for replica in range(2):
         deepspeed_job.assert_equal([followed[name] for followed in on_four[replica::2]], expected)
 
@@ -354,6 +333,6 @@ def test_predictions_ask_only_the_replicas_of_a_stage(on_four):
 
 
 @pytest.mark.parametrize("value", ["evry", 0, True, 1.5, None], ids=repr)
-def test_a_value_that_is_no_prediction_is_refused(value):
+def test_a_bad_value_of_the_option_prediction_is_refused(value):
     with pytest.raises(ConfigError, match=rf'"paci": {{"prediction": {value!r}}}: must be .*"?every'):
         PaciOptions.read({"paci": {"prediction": value}})

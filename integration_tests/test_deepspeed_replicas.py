@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, late_job, ranks, replica_oracle
-from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_collectives import recorded
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
+from testing.reference.updaters import ZeroArithmetic
 
 REPLICAS = 2
 MIXED = ("train x3", "drain", "train x2", "eval", "train x4", "save", "train x3")
@@ -66,9 +67,9 @@ def follow_all(scripts: dict[str, Job], folder: str) -> dict[str, Any]:
 
 
 def follow(job: Job, folder: str, heard: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    engine = late_job.build(job)
-    mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
-    result = deepspeed_job.follow(engine, mine, "paci", folder)
+    engine = deepspeed_job.build(job)
+    mine = job.of_replica(engine.grid.get_data_parallel_rank())
+    result = deepspeed_job.follow(engine, mine, folder=folder)
     feed = jobs.data(mine.model, 5_000)
     heard.clear()
     for _ in range(2):
@@ -94,20 +95,16 @@ def by_replica(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [results[replica::REPLICAS] for replica in range(REPLICAS)]
 
 
-def by_zero(job: Job) -> bool:
-    return "zero_optimization" in job.config
-
-
 @pytest.mark.parametrize("name", JOBS)
-def test_replicas_are_the_reference(followed, name):
-    expected = replica_oracle.run(JOBS[name], REPLICAS, zero=by_zero(JOBS[name]))
+def test_replicas_train_as_the_reference(followed, name):
+    expected = reference_of(JOBS[name], REPLICAS)
     for results in by_replica(followed[name]):
         deepspeed_job.assert_equal(results, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, job in GLOBAL.items() if "zero_optimization" not in job.config])
-def test_replicas_clipped_globally_are_the_reference(followed, name):
-    expected = replica_oracle.run(GLOBAL[name], REPLICAS, kind=LateReference)
+@pytest.mark.parametrize("name", GLOBAL)
+def test_replicas_clipped_globally_train_as_the_reference(followed, name):
+    expected = reference_of(GLOBAL[name], REPLICAS)
     for results in by_replica(followed[f"global, {name}"]):
         deepspeed_job.assert_equal(results, expected)
 
@@ -117,7 +114,7 @@ def test_copies_of_all_replicas_are_equal_at_equal_versions(followed, name):
     copies: dict[tuple[str, int], list[torch.Tensor]] = {}
     for result in followed[f"global, {name}"]:
         for moment in result["moments"]:
-            for key in late_job.TIED:
+            for key in jobs.TIED:
                 at = key, moment["stats"]["version"]
                 copies.setdefault(at, []).append(moment["weights"][f"tied_modules.{key}.weight"])
     assert all(torch.equal(copy, same[0]) for same in copies.values() for copy in same)
@@ -129,11 +126,11 @@ def run_and_resume(job: Job, folder: str) -> list[dict[str, Any]]:
     rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
     results = []
     for part in (job, rest):
-        engine = late_job.build(part)
+        engine = deepspeed_job.build(part)
         if part is rest:
             engine.load_checkpoint(folder, tag="common")
-        mine = replica_oracle.replica_job(part, engine.grid.get_data_parallel_rank())
-        results.append(deepspeed_job.follow(engine, mine, "paci", folder))
+        mine = part.of_replica(engine.grid.get_data_parallel_rank())
+        results.append(deepspeed_job.follow(engine, mine, folder=folder))
     return results
 
 
@@ -179,7 +176,7 @@ def test_collectives_stay_among_the_replicas_of_a_stage(followed):
         assert [name for name, members in result["collectives"] if len(members) > 1] == ["allreduce"] * 4
 
 
-def test_the_optimizers_are_those_that_the_names_say(followed):
+def test_jobs_run_with_the_optimizers_that_their_names_say(followed):
     zero, bf16 = "DeepSpeedZeroOptimizer", "BF16_Optimizer"
     for name, optimizer in [
         ("fp32", "AdamW"),
@@ -192,7 +189,7 @@ def test_the_optimizers_are_those_that_the_names_say(followed):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-bf16"])
-def test_zero_without_replicas_is_the_reference(precision, tmp_path):
+def test_zero_without_replicas_trains_as_the_reference(precision, tmp_path):
     job = Job(
         stages=3,
         accumulation=2,
@@ -203,12 +200,12 @@ def test_zero_without_replicas_is_the_reference(precision, tmp_path):
         warmup=True,
         config={**ZERO, **BY_STAGE},
     )
-    deepspeed_job.assert_equal(deepspeed_job.run(job, folder=str(tmp_path)), replica_oracle.run(job, zero=True))
+    deepspeed_job.assert_as_reference(job, deepspeed_job.run(job, folder=str(tmp_path)))
 
 
 def test_the_replicas_do_train_on_different_data():
     job = JOBS["fp32"]
-    alone, together = replica_oracle.run(job, 1), replica_oracle.run(job, REPLICAS)
+    alone, together = reference_of(job), reference_of(job, REPLICAS)
     assert largest_difference(alone, together)[-1] > 1e-3
 
 
@@ -222,6 +219,11 @@ LONG = Job(
     clip=0.4,
     config={**ZERO, **BY_STAGE},
 )
+
+
+def without_zero(job: Job) -> Job:
+    """The same as BF16_Optimizer computes it."""
+    return dataclasses.replace(job, config=BY_STAGE)
 
 
 def largest_difference(some: list, others: list) -> list[float]:
@@ -239,7 +241,7 @@ def largest_difference(some: list, others: list) -> list[float]:
 @pytest.fixture(scope="module")
 def zero_alone():
     """The reference without replicas."""
-    return replica_oracle.run(LONG, zero=True)
+    return reference_of(LONG)
 
 
 def test_zero_with_bf16_sums_and_clipping_is_the_reference(zero_alone):
@@ -247,30 +249,32 @@ def test_zero_with_bf16_sums_and_clipping_is_the_reference(zero_alone):
 
 
 @pytest.mark.parametrize("schedule", ["stock", "paci"])
-def test_stock_differs_from_other_arithmetic_just_so(schedule):
+def test_stock_zero_differs_from_bf16_optimizer_as_the_reference_does(schedule):
     """One stage, no replicas, no PACI: stock DeepSpeed is the same reference, and as far from the other one."""
     job = dataclasses.replace(LONG, stages=1, script=("train x30",))
-    exact, other = replica_oracle.run(job, zero=True), replica_oracle.run(job)
+    exact, other = reference_of(job), reference_of(without_zero(job))
     deepspeed_job.assert_equal(deepspeed_job.run(job, schedule), exact, counters=schedule == "paci")
     assert largest_difference(exact, other)[-1] > 1e-2
 
 
-def test_the_difference_is_that_zero_casts_to_fp32_before_it_clips(zero_alone):
+def test_zero_differs_from_bf16_optimizer_since_it_casts_to_fp32_before_it_clips(zero_alone):
     """That one change turns the reference into BF16_Optimizer's, bit for bit; the fp64 norm changes nothing here."""
-    other = replica_oracle.run(LONG)
-    assert largest_difference(other, replica_oracle.run(LONG, zero=True, scale_dtype=torch.bfloat16))[-1] == 0.0
-    assert largest_difference(zero_alone, replica_oracle.run(LONG, zero=True, norm_dtype=torch.float32))[-1] == 0.0
+    other = reference_of(without_zero(LONG))
+    scaled_in_bf16 = reference_of(LONG, zero=ZeroArithmetic(scale_dtype=torch.bfloat16))
+    assert largest_difference(other, scaled_in_bf16)[-1] == 0.0
+    norm_in_fp32 = reference_of(LONG, zero=ZeroArithmetic(norm_dtype=torch.float32))
+    assert largest_difference(zero_alone, norm_in_fp32)[-1] == 0.0
     by_batch = largest_difference(zero_alone, other)
     assert by_batch[0] == 0.0 < by_batch[1] < 4e-3 < 1e-1 < by_batch[-1]
 
 
-def test_any_last_bit_grows_like_that(zero_alone):
+def test_a_difference_of_one_last_bit_grows_as_large(zero_alone):
     """clip / norm in place of 1 / (norm / clip) is a last bit of one fp32 number, and ends as far away."""
-    by_batch = largest_difference(zero_alone, replica_oracle.run(LONG, zero=True, reciprocal=False))
+    by_batch = largest_difference(zero_alone, reference_of(LONG, zero=ZeroArithmetic(reciprocal=False)))
     assert by_batch[1] == 0.0
     assert by_batch[-1] > 1e-1
 
 
-def test_without_clipping_the_two_are_the_same():
+def test_without_clipping_zero_and_bf16_optimizer_are_equal():
     job = dataclasses.replace(LONG, clip=0.0)
-    assert largest_difference(replica_oracle.run(job, zero=True), replica_oracle.run(job))[-1] == 0.0
+    assert largest_difference(reference_of(job), reference_of(without_zero(job)))[-1] == 0.0

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from integration_tests import late_job, late_oracle
-from integration_tests.jobs import Job
 from paci_schedule import PipelineSpec
 from paci_schedule.core.drift import drift_of
+from testing import deepspeed_job
+from testing.jobs import Job
 
 MIXED = ("train x5", "drain", "train x4", "eval", "train x3")
 
@@ -46,7 +46,7 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("slack"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("slack"))
 
 
 def look_aheads(job):
@@ -58,12 +58,12 @@ def look_aheads(job):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_engine_is_the_reference(name, runs):
-    late_oracle.assert_equal(JOBS[name], runs[name])
+def test_the_engine_with_slack_trains_as_the_reference(name, runs):
+    deepspeed_job.assert_as_reference(JOBS[name], runs[name])
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_live_micro_batches_and_drift_are_as_stated(name, runs):
+def test_slack_sets_live_micro_batches_and_drift(name, runs):
     """d_s + 1 micro-batches live at most, drift bound ceil(d_s / a), reached, and every drift the closed form's."""
     job = JOBS[name]
     extra = job.config["paci"]["extra_in_flight"]

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from integration_tests import late_job, late_oracle
-from integration_tests.jobs import Job
+from integration_tests.test_deepspeed_clip import norms_of
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 THERE_AND_BACK = ("train x3", "schedule=1f1b", "train x2", "eval", "train", "schedule=paci", "train x3", "drain")
 TWICE = (
@@ -55,13 +57,13 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("switch"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("switch"))
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_engine_switches_as_the_reference(name, runs):
     """Weights, optimizer states (by what comes of them), rates, counters, drift: as if there were one long run."""
-    late_oracle.assert_equal(JOBS[name], runs[name])
+    deepspeed_job.assert_as_reference(JOBS[name], runs[name])
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -100,14 +102,15 @@ def test_a_clipped_warm_up_of_several_stages_is_stock_and_then_paci(tmp_path):
     warm = dataclasses.replace(job, script=("train x3", "train x3", "drain"), config=warmup(3))
     loads = dataclasses.replace(job, script=("train x3", "drain"), first_micro_batch=6)
     stock = dataclasses.replace(job, script=("train x3", "save"))
-    mine, theirs = late_job.run((warm, "paci", str(tmp_path)), (stock, "stock", str(tmp_path)))
+    folder = {"folder": str(tmp_path)}
+    mine, theirs = deepspeed_job.run_all((warm, "paci", folder), (stock, "stock", folder))
     for result, other in zip(mine, theirs, strict=True):
-        assert result["norm"][:3] == other["norm"][:3]
+        assert norms_of(result)[:3] == norms_of(other)[:3]
         for moment, truth in zip(result["moments"][:3], other["moments"][:3], strict=True):
             assert all((moment["weights"][name] == value).all() for name, value in truth["weights"].items())
-    (resumed,) = late_job.run((loads, "paci", str(tmp_path), True))
+    resumed = deepspeed_job.run(loads, folder=str(tmp_path), load=True)
     for result, other in zip(resumed, mine, strict=True):  # the same, but that no norm was carried into it
-        assert result["norm"][-1] == pytest.approx(other["norm"][-1], rel=0.5)
+        assert norms_of(result)[-1] == pytest.approx(norms_of(other)[-1], rel=0.5)
         assert result["steps"] == other["steps"] == 6
 
 
@@ -115,19 +118,19 @@ def test_a_warm_up_goes_on_after_a_resume(tmp_path):
     """Updates are counted from the start of training, not of the process."""
     job = Job(stages=2, accumulation=2, clip=0.6, config=warmup(3), script=("train x2", "save", "train x3", "drain"))
     rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4)
-    whole, resumed = late_job.run((job, "paci", str(tmp_path)), (rest, "paci", str(tmp_path), True))
-    late_oracle.assert_equal(job, whole)
+    whole, resumed = deepspeed_job.run_resumed(job, rest, tmp_path)
+    deepspeed_job.assert_as_reference(job, whole)
     for result, other in zip(resumed, whole, strict=True):
-        assert result["norm"] == other["norm"][3:]
+        assert norms_of(result) == norms_of(other)[3:]
         for moment, truth in zip(result["moments"], other["moments"][3:], strict=True):
             assert moment["stats"]["in_flight"] == truth["stats"]["in_flight"]
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
 
 
-def test_a_flush_and_a_late_update_are_not_the_same():
+def test_switching_schedules_changes_the_training():
     """What is compared above differs from a run that never switched."""
     job = JOBS["P=3 a=2"]
-    switched = late_oracle.run(job)[-1]
-    never = late_oracle.run(dataclasses.replace(job, script=tuple(a for a in job.script if "=" not in a)))[-1]
+    switched = reference_of(job)[-1]
+    never = reference_of(dataclasses.replace(job, script=tuple(a for a in job.script if "=" not in a)))[-1]
     for stage in range(job.stages):
         assert any((switched.weights[stage][name] != value).any() for name, value in never.weights[stage].items())

@@ -7,12 +7,12 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_tests import deepspeed_job, jobs, late_job, late_oracle, ranks
-from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
-from integration_tests.test_deepspeed_clip import assert_same_norms
+from integration_tests.test_deepspeed_clip import assert_same_norms, norms_of
 from integration_tests.test_deepspeed_collectives import recorded
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from testing import deepspeed_job, jobs, ranks
+from testing.jobs import Job
+from testing.reference import deepspeed as reference
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {
@@ -27,10 +27,9 @@ def tied(**options):
     return Job(model="tied", **options)
 
 
-def overflowing(number=3, config=(), **options):
+def overflowing(number=3, **options):
     """A gradient of stage 0 is infinite in its update 2; parameters 0 and 1 are tied."""
-    options = {"stages": 2, "accumulation": 1, "script": MIXED, **options}
-    return tied(config={**dict(config), "poison": (0, 2, number)}, **options)
+    return tied(**{"stages": 2, "accumulation": 1, "script": MIXED, "poison": (0, 2, number), **options})
 
 
 JOBS = {
@@ -79,15 +78,16 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("tied"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("tied"))
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_engine_ties_as_the_reference(name, runs):
     # Three numbers have several sums: the process group chooses one, the same for all of its ranks.
-    reference = late_oracle.assert_equal(JOBS[name], runs[name], 1e-5 if JOBS[name].model == "thrice" else 0.0)
+    rounding = 1e-5 if JOBS[name].model == "thrice" else 0.0
+    truth = deepspeed_job.assert_as_reference(JOBS[name], runs[name], rounding=rounding)
     if JOBS[name].clip:
-        assert min(factor for stage in reference.stages for factor in stage.factors) < 1
+        assert min(truth.factors()) < 1
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -96,7 +96,7 @@ def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
     seen, compared = {}, set()
     for result in runs[name]:
         for moment in result["moments"]:
-            for key in late_job.TIES[JOBS[name].model]:
+            for key in jobs.TIES[JOBS[name].model]:
                 weight = moment["weights"].get(f"tied_modules.{key}.weight")
                 if weight is not None:
                     version = moment["stats"]["version"]
@@ -105,7 +105,7 @@ def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
                     compared |= {(key, version)} if stage != result["stage"] else set()
     batches = sum(moment["action"] == "train" for moment in runs[name][0]["moments"])
     if JOBS[name].script[-1] == "drain":
-        assert {(key, batches) for key in late_job.TIES[JOBS[name].model]} <= compared
+        assert {(key, batches) for key in jobs.TIES[JOBS[name].model]} <= compared
     assert len(compared) > batches / 2
 
 
@@ -116,13 +116,13 @@ def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
 def test_the_first_updates_apply_no_gradient_to_a_tied_weight(stages, accumulation, words, square):
     """j = ceil((d_first - d_last) / a); by plain SGD, so that a zero gradient moves nothing."""
     job = tied(stages=stages, accumulation=accumulation, optimizer="sgd", script=("train", "drain") * (words + 1))
-    reference = LateReference(job)
-    assert reference.waits == {"words": words, "square": square}
-    start = {key: late_job.Shared(key).weight for key in late_job.TIED}
-    for moment in reference.run()[1::2]:
+    truth = reference.Reference(job)
+    assert {key: truth.pipeline.tied_delay(key) for key in jobs.TIED} == {"words": words, "square": square}
+    start = {key: jobs.Shared(key).weight for key in jobs.TIED}
+    for moment in truth.run()[1::2]:
         version = moment.version[0]
         for key, delay in (("words", words), ("square", square)):
-            for stage in reference.holders(key):
+            for stage in job.holders(key):
                 still = (moment.weights[stage][f"tied_modules.{key}.weight"] == start[key]).all()
                 assert still == (version <= delay)
 
@@ -133,9 +133,11 @@ def test_the_first_updates_apply_no_gradient_to_a_tied_weight(stages, accumulati
 def test_flushed_after_every_batch_the_engine_is_stock(model, clip, precision):
     """In 1F1B mode every sum is applied at once, as stock DeepSpeed does."""
     job = Job(stages=3, accumulation=2, script=("train x4",), model=model, precision=precision, clip=clip)
-    mine, stock = late_job.run((dataclasses.replace(job, script=("schedule=1f1b", *job.script)),), (job, "stock"))
+    mine, stock = deepspeed_job.run_all(
+        (dataclasses.replace(job, script=("schedule=1f1b", *job.script)), "paci", {}), (job, "stock", {})
+    )
     for result, other in zip(mine, stock, strict=True):
-        assert not clip or result["norm"][1:] == other["norm"]
+        assert not clip or norms_of(result)[1:] == norms_of(other)
         for moment, truth in zip(result["moments"][1:], other["moments"], strict=True):
             assert all((moment["weights"][name] == value).all() for name, value in truth["weights"].items())
 
@@ -144,11 +146,11 @@ def test_flushed_after_every_batch_the_engine_is_stock(model, clip, precision):
 def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
     job = dataclasses.replace(JOBS[name], script=("train x4", "save", "train x3", "drain"))
     rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
-    whole, resumed = late_job.run((job, "paci", str(tmp_path)), (rest, "paci", str(tmp_path), True))
-    late_oracle.assert_equal(job, whole)
+    whole, resumed = deepspeed_job.run_resumed(job, rest, tmp_path)
+    deepspeed_job.assert_as_reference(job, whole)
     for result, other in zip(resumed, whole, strict=True):
         if job.clip:
-            assert_same_norms(result["norm"], other["norm"][5:])
+            assert_same_norms(norms_of(result), norms_of(other)[5:])
         for moment, truth in zip(result["moments"], other["moments"][5:], strict=True):
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
 
@@ -157,7 +159,7 @@ def go_on(job, folder, *, loads):
     """Four batches; with `loads`, weights alone from a checkpoint of stock's, then nothing; three more batches."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     feed = jobs.data(job.model)
     for _ in range(4):
         engine.train_batch(feed)
@@ -176,7 +178,7 @@ def go_on_both_ways(job, folder):
     return [go_on(job, folder, loads=loads) for loads in (False, True)]
 
 
-def test_what_is_late_stays_where_the_optimizer_s_states_stay(tmp_path):
+def test_loading_weights_only_keeps_pending_sums_and_norms(tmp_path):
     job = dataclasses.replace(JOBS["clipping"], script=())
     for (weights, norm), (others, other) in ranks.run_ranks(go_on_both_ways, 3, (job, str(tmp_path))):
         assert norm == other
@@ -185,24 +187,23 @@ def test_what_is_late_stays_where_the_optimizer_s_states_stay(tmp_path):
 
 def load_untied(job, folder):
     """The checkpoint of a model three of whose layers share a matrix, where the last of them has one of its own."""
-    specs = late_job._tied_specs(job.model)
-    specs[10] = late_job.Shared("square")
-    with mock.patch.object(late_job, "_tied_specs", return_value=specs):
-        engine = late_job.build(job)
+    layers = jobs.layers(job.model, deepspeed_job.tied_spec)
+    layers[10] = jobs.Shared("square")
+    engine = deepspeed_job.build(job, layers=layers)
     engine.load_checkpoint(folder, "common")
     return [tied.pending() for tied in engine._ties.gradients.values()]
 
 
 def test_sums_of_ties_between_other_stages_are_dropped_with_a_word(tmp_path):
     job = dataclasses.replace(JOBS["thrice"], script=("train x3", "save"))
-    late_job.run((job, "paci", str(tmp_path)))
+    deepspeed_job.run(job, folder=str(tmp_path))
     for rank, outcome in enumerate(ranks.gather_outcomes(load_untied, 3, (job, str(tmp_path)))):
         assert outcome.value == ([[]] if rank < 2 else []), outcome
         assert "dropped, no such tie here: square.weight of stages [0, 1, 2] of 3" in outcome.output
 
 
 def load_weights(job, folder):
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     engine.load_checkpoint(folder, "common", load_module_only=True)
     return deepspeed_job.weights(engine), engine.train_batch(jobs.data(job.model)).item()
 
@@ -210,7 +211,7 @@ def load_weights(job, folder):
 def test_the_weights_alone_load_where_nothing_is_tied_across_stages(tmp_path):
     """On one rank, from two."""
     job = dataclasses.replace(JOBS["P=2 a=1"], script=("train x3", "save"))
-    saved = [result["moments"][-1]["weights"] for result in late_job.run((job, "paci", str(tmp_path)))[0]]
+    saved = [result["moments"][-1]["weights"] for result in deepspeed_job.run(job, folder=str(tmp_path))]
     [(weights, loss)] = ranks.run_ranks(load_weights, 1, (dataclasses.replace(job, stages=1), str(tmp_path)))
     assert weights.keys() == saved[0].keys() | saved[1].keys()
     assert all((weights[name] == value).all() for stage in saved for name, value in stage.items())
@@ -221,7 +222,7 @@ def follow_in_slices(job):
     """The job on every one of two slices of a stage, which share all weights."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    engine = late_job.build(job, topology=PipeModelDataParallelTopology(num_pp=job.stages, num_mp=2, num_dp=1))
+    engine = deepspeed_job.build(job, topology=PipeModelDataParallelTopology(num_pp=job.stages, num_mp=2, num_dp=1))
     return deepspeed_job.follow(engine, job, "paci", None)
 
 
@@ -229,7 +230,7 @@ def follow_in_slices(job):
 def test_slices_tie_as_the_reference(precision):
     """A norm counts what all slices hold once."""
     job = tied(stages=2, accumulation=1, script=("train x4", "drain", "train x3"), clip=2.0, precision=precision)
-    results, expected = ranks.run_ranks(follow_in_slices, 4, (job,)), late_oracle.run(job)
+    results, expected = ranks.run_ranks(follow_in_slices, 4, (job,)), reference.run(job)
     for part in range(2):
         deepspeed_job.assert_equal(results[part::2], expected)
 
@@ -237,7 +238,7 @@ def test_slices_tie_as_the_reference(precision):
 @pytest.mark.parametrize(("clip", "refused"), [(0.5, True), (0.0, False)])
 def test_clipping_by_stage_would_part_the_copies_and_is_refused(clip, refused):
     job = tied(stages=2, accumulation=2, clip=clip, script=("train", "drain"), config={"paci": {"clip": "stage"}})
-    for outcome in ranks.gather_outcomes(late_job.train, 2, (job,), timeout=60):
+    for outcome in ranks.gather_outcomes(deepspeed_job.train, 2, (job,), timeout=60):
         assert (outcome.raised[:1] == ("UnsupportedError",)) == refused, outcome
         if refused:
             for words in ('"clip": "stage"', '"gradient_clipping": 0.5', "square, words", 'use "clip": "global"'):
@@ -252,13 +253,13 @@ def test_clipping_by_stage_would_part_the_copies_and_is_refused(clip, refused):
 def test_ties_that_bf16_cannot_train_fail_at_once(model, schedule, error, says):
     """BF16_Optimizer sums no gradients of a weight that gets none; stock 0.19.8 reads the sum of a frozen one, too."""
     job = Job(stages=3, accumulation=2, script=("train x9",), model=model, precision="bf16")
-    outcomes = ranks.gather_outcomes(late_job.train, 3, (job, schedule), timeout=60)
+    outcomes = ranks.gather_outcomes(deepspeed_job.train, 3, (job, schedule), timeout=60)
     [failed] = [outcome for outcome in outcomes if outcome.raised[:1] == (error,)][:1]
     assert says in failed.error
     assert all(outcome.ended == "raised" for outcome in outcomes)
 
 
-def test_what_overflows_is_dropped_element_by_element():
+def test_gradients_that_overflow_are_dropped_element_by_element():
     for dtype, huge in [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float16, 6e4)]:
         gradient = torch.tensor([1.5, torch.inf, -torch.inf, torch.nan, huge, -huge, -2.0, 0.0], dtype=dtype)
         sparse = gradient.to_sparse()
@@ -291,7 +292,7 @@ def watch_steady_calls(job, warm_up, count):
     """
     import torch.distributed as dist
 
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     feed = jobs.data(job.model)
     posted, waits, callers, call = [], [], [], 0
     all_reduce = dist.all_reduce
@@ -329,31 +330,31 @@ def watch_steady_calls(job, warm_up, count):
 )
 def test_only_the_tied_sums_span_stages_and_nobody_waits_for_them_early(job):
     """One all-reduce for each tied weight and update, waited for j updates after it; all copies post it in one call."""
-    delays = LateReference(job).waits
+    pipeline = reference.Reference(job).pipeline
     results = ranks.run_ranks(watch_steady_calls, 3, (job, 4, 4))
     for stage, result in enumerate(results):
-        here = [key for key in late_job.TIED if stage in LateReference(job).holders(key)]
+        here = [key for key in jobs.TIED if stage in job.holders(key)]
         assert len(result["collectives"]) == len(here) * result["updates"] > (0 if here else -1)
         for name, members, callers in result["collectives"]:
             assert name == "allreduce"
             assert members == [0, 2]
             assert "post_sum" in callers
         assert len(result["waits"]) == len(here) * result["updates"]
-        assert {waited - number for number, waited in result["waits"]} == {delays[key] for key in here}
+        assert {waited - number for number, waited in result["waits"]} == {pipeline.tied_delay(key) for key in here}
     assert sorted(results[0]["posted"]) == sorted(results[2]["posted"])
 
 
 def test_a_gradient_of_a_tied_weight_is_the_sum_over_the_copies():
     """The reference against autograd: one process, one weight, no pipeline, plain SGD, at the first sum's update."""
     job = tied(stages=2, accumulation=2, optimizer="sgd", script=("train", "drain", "train", "drain"))
-    reference = LateReference(job)
-    reference.run()
-    layers = late_job.layers("tied")
-    layers[late_job.TIED["words"][1]] = layers[late_job.TIED["words"][0]]
-    layers[late_job.TIED["square"][1]] = layers[late_job.TIED["square"][0]]
+    truth = reference.Reference(job)
+    truth.run()
+    layers = jobs.layers("tied")
+    layers[jobs.TIED["words"][1]] = layers[jobs.TIED["words"][0]]
+    layers[jobs.TIED["square"][1]] = layers[jobs.TIED["square"][0]]
     for index in range(2):
         batch, labels = jobs.micro_batch("tied", index)
         (jobs.loss(torch.nn.Sequential(*layers)(batch), labels) / 2).backward()
-    for key, (first, _) in late_job.TIED.items():
-        total = sum(reference.handed[key][0].values())
+    for key, (first, _) in jobs.TIED.items():
+        total = sum(gradient for [gradient] in truth.pipeline.handed[key][0].values())
         torch.testing.assert_close(total, layers[first].weight.grad, rtol=1e-5, atol=1e-6)

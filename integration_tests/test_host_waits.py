@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests import jobs, late_job, megatron_job, ranks
 from integration_tests.host_waits import HostWaits
-from integration_tests.megatron_job import GptJob
 from integration_tests.test_deepspeed_collectives import JOBS
 from paci_schedule.runtime.upload import upload
+from testing import deepspeed_job, jobs, megatron_job, ranks
+from testing.megatron_model import GptJob, set_up
 
 READS, UPLOADS = "reads an element", "uploads and waits"
 
@@ -79,7 +79,7 @@ def waits_of_deepspeed(job):
     """What waits in steady state: under stock, and under PACI."""
     seen = []
     for schedule in ("stock", "paci"):
-        engine = late_job.build(job, schedule)
+        engine = deepspeed_job.build(job, schedule)
         waits = HostWaits()
         feed = waits.on_host(jobs.data(job.model))
         for _ in range(4):
@@ -145,7 +145,7 @@ def test_a_prediction_makes_the_host_wait_nowhere(name):
 def waits_of_megatron(job):
     """What waits in the calls after the third and in the updates after them."""
     megatron_job.prepare()
-    megatron_job.set_up(job)
+    set_up(job)
     waits = HostWaits()
 
     def begins(call):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests import ranks
+from testing import ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,8 +17,8 @@ import argparse, json, os, sys
 import helper                                    # lies beside the script
 import deepspeed
 from deepspeed.pipe import PipelineModule
-from integration_tests import deepspeed_job, jobs
-from integration_tests.jobs import Job
+from testing import deepspeed_job, jobs
+from testing.jobs import Job
 
 assert __name__ == "__main__"
 parser = argparse.ArgumentParser()

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from integration_tests.ranks import run_ranks
 from launch import train_gpt
 from launch.errors import LaunchError
 from launch.runlog import read_log
+from testing.ranks import run_ranks
 
 SMALL = ["--blocks", "2", "--sequence-length", "32", "--micro-batch-size", "2", "--accumulation", "2", "--warm-up", "2"]
 

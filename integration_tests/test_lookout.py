@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests.ranks import gather_outcomes, on_gpus
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.lookout import Lookout
+from testing.ranks import gather_outcomes, on_gpus
 
 
 class AtOnce(dist.Work):
@@ -109,7 +109,7 @@ def test_the_age_counts_from_when_a_message_became_the_oldest(lookout):
     assert len(lookout.told) == 1
 
 
-def test_nothing_is_said_of_a_stage_that_has_nothing_to_wait_for(lookout):
+def test_a_stage_with_nothing_to_wait_for_reports_nothing(lookout):
     lookout.expect("waited (RA0) for", 1, 5, AtOnce(come=True))
     look(lookout, 100)
     assert not lookout.told

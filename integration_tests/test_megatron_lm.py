@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from integration_tests.megatron_optimizers import missing
-from integration_tests.ranks import on_gpus
+from testing.megatron_optimizers import missing
+from testing.ranks import on_gpus
 
 CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM_CHECKOUT", "").split(os.pathsep) if path]
 
@@ -42,7 +42,7 @@ def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, scrip
     flags = [word for argument in arguments for word in argument.split()]
     module = ["paci_schedule.launch"]
     if not on_gpus(stages * replicas):
-        module = ["integration_tests.megatron_cpu", *module]
+        module = ["testing.megatron_cpu", *module]
         flags += ["--distributed-backend", "gloo"]
     environment = {
         **os.environ,
@@ -238,7 +238,7 @@ def test_no_collective_of_a_steady_iteration_spans_stages(checkout, stages, tmp_
     ],
     ids=["muon", "dist_muon", "muon, sharded", "adaptive_muon, sharded", "lion", "soap"],
 )
-def test_nor_does_one_of_the_other_optimizers(checkout, name, flags, tmp_path):
+def test_no_collective_of_a_steady_iteration_with_another_optimizer_spans_stages(checkout, name, flags, tmp_path):
     """With two replicas, which share the weights out where the optimizer does so."""
     reason = missing(name, main := Path(checkout, EMERGING).is_file())
     if reason is None and not main and "--use-distributed-optimizer" in flags:
@@ -353,7 +353,7 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
         ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: '1.5': must be a whole number"),
     ],
 )
-def test_a_wrong_value_is_refused_by_its_flag(checkout, flag, said):
+def test_a_wrong_value_of_a_flag_is_refused_by_the_name_of_the_flag(checkout, flag, said):
     assert said in pretrain(checkout, "paci", 1, flag, expect=1)
 
 

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from integration_tests.megatron_job import GptJob, build, prepare, set_up, train_all, train_recorded
-from integration_tests.megatron_optimizers import OF_ALL, OF_MAIN, is_main, missing
-from integration_tests.ranks import run_ranks
-from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_the_oracle_says, assert_equal
+from integration_tests.megatron_checks import EXACT, STOCK, assert_as_reference, assert_equal
 from paci_schedule import PaciError
+from testing.megatron_job import prepare, train_all, train_recorded
+from testing.megatron_model import GptJob, build, set_up
+from testing.megatron_optimizers import OF_ALL, OF_MAIN, is_main, missing
+from testing.ranks import run_ranks
 
 
 def optimizer(name):
@@ -28,9 +29,9 @@ def layer_wise(optimizer, **job):
 
 @EXACT
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_losses_norms_and_drift_are_the_oracles(name):
+def test_each_optimizer_trains_as_the_reference(name):
     plain = GptJob(stages=2, accumulation=3, calls=4, optimizer=name)
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             dataclasses.replace(plain, **change)
             for change in ({}, {"clip_grad": 0.1}, {"bf16": True, "clip_grad": 0.1, "tied": True}, {"accumulation": 1})
@@ -40,15 +41,15 @@ def test_weights_losses_norms_and_drift_are_the_oracles(name):
 
 @EXACT
 @pytest.mark.parametrize("name", NAMES)
-def test_so_they_are_with_replicas_that_share_the_weights_out(name):
+def test_the_layer_wise_optimizer_trains_as_the_reference(name):
     """The layer-wise optimizer: each replica updates some weights whole, and they are gathered."""
     plain = layer_wise(name, stages=2, accumulation=2, calls=4)
-    assert_as_the_oracle_says([plain, dataclasses.replace(plain, clip_grad=0.1, tied=True)])
+    assert_as_reference([plain, dataclasses.replace(plain, clip_grad=0.1, tied=True)])
     shared = dataclasses.replace(plain, data_parallel=2)
     jobs = [shared, dataclasses.replace(shared, tied=True)]
     if plain.bf16:  # matrices and all else in buffers of their own: Megatron-LM's main
         jobs.append(dataclasses.replace(shared, tied=True, distributed_optimizer=True))
-    assert_as_the_oracle_says(jobs)
+    assert_as_reference(jobs)
 
 
 @STOCK
@@ -83,7 +84,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, shared):
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_tensor_parallel_ranks_agree(name):
+def test_tensor_parallel_ranks_train_alike_with_each_optimizer(name):
     """Muon orthogonalises a weight that is split over them with collectives of their own."""
     job = GptJob(optimizer=name, calls=3, tensor_parallel=2, clip_grad=0.5, tied=True)
     ranks = run_ranks(train_recorded, 4, (job,))

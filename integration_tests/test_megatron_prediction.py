@@ -1,21 +1,21 @@
 """Predicted weights on the real megatron-core: as other optimizers' steps on copies leave them; never shown."""
 
 import dataclasses
-from unittest import mock
 
 import pytest
 import torch
 
-from integration_tests import megatron_job
-from integration_tests.megatron_job import GptJob, refusals, train_all, train_recorded
-from integration_tests.ranks import on_gpus, run_ranks
-from integration_tests.test_megatron_core import STOCK, SWITCHED, assert_as_the_oracle_says, assert_equal
+from integration_tests.megatron_checks import STOCK, assert_as_reference, assert_equal
+from integration_tests.test_megatron_core import SWITCHED
 from paci_schedule.core.drift import drift_of
 from paci_schedule.core.spec import PipelineSpec
+from testing.megatron_job import refusals, train_all, train_recorded, wired
+from testing.megatron_model import GptJob
+from testing.ranks import on_gpus, run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from integration_tests.megatron_predicting_oracle import predicting_all
+from testing.reference import megatron as reference
 
 EXACT = pytest.mark.skipif(on_gpus(1), reason="equality to the last bit is asked for on the CPU")
 
@@ -46,7 +46,7 @@ REPLICATED = [
 
 
 def assert_as_steps_on_copies(jobs):
-    for job, ranks in zip(jobs, assert_as_the_oracle_says(jobs, predicting_all), strict=True):
+    for job, ranks in zip(jobs, assert_as_reference(jobs), strict=True):
         for rank, trained in enumerate(ranks):
             stage = rank // job.data_parallel
             spec = PipelineSpec(stages=job.stages, accumulation=job.accumulation)
@@ -87,7 +87,7 @@ OTHERS = {
 def others():
     """name -> for each stage, what it gave and what the reference gives."""
     jobs = list(OTHERS.values())
-    [expected] = run_ranks(predicting_all, 1, (jobs,))
+    [expected] = run_ranks(reference.train_all, 1, (jobs,))
     found = zip(*run_ranks(train_all, 2, (jobs,)), strict=True)
     return dict(zip(OTHERS, (list(zip(*pair, strict=True)) for pair in zip(found, expected, strict=True)), strict=True))
 
@@ -105,7 +105,7 @@ def test_a_run_that_switches_to_the_stock_schedule_and_back_predicts_under_paci_
 @EXACT
 def test_flushed_updates_at_the_start_predict_nothing():
     job = predicting("every", GptJob(calls=5, clip_grad=0.2), paci={"flush_warmup_steps": 2})
-    [(first, last)] = assert_as_the_oracle_says([job], predicting_all)
+    [(first, last)] = assert_as_reference([job])
     assert (first.stats["predictions"], last.stats["predictions"]) == (3, 0)
 
 
@@ -204,7 +204,7 @@ REFUSED = {
 
 def refusals_of(names):
     """What each of these jobs is refused with."""
-    wired, said = megatron_job._wired, []
+    said = []
     for name in names:
         spoil, change = REFUSED[name]
 
@@ -214,8 +214,7 @@ def refusals_of(names):
                 spoil(optimizer)
             return model, optimizer
 
-        with mock.patch.object(megatron_job, "_wired", spoiled):
-            said += refusals([predicting("every", GptJob(calls=1), **change)])
+        said += refusals([predicting("every", GptJob(calls=1), **change)], spoiled)
     return said
 
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from integration_tests.megatron_job import GptJob, train_all
-from integration_tests.ranks import run_ranks
-from integration_tests.test_megatron_core import EXACT, STOCK, assert_as_the_oracle_says, assert_equal
+from integration_tests.megatron_checks import EXACT, STOCK, assert_as_reference, assert_equal
+from testing.megatron_job import train_all
+from testing.megatron_model import GptJob
+from testing.ranks import run_ranks
 
 pytestmark = STOCK
 
@@ -16,9 +17,9 @@ def warming(updates, **job):
 
 
 @EXACT
-def test_weights_losses_norms_and_drift_are_the_oracles():
+def test_a_flushed_warm_up_trains_as_the_reference():
     """Drift is counted as 0 while it lasts; tied gradients and norms of the flushed updates are of their own update."""
-    assert_as_the_oracle_says(
+    assert_as_reference(
         [
             warming(2),
             warming(1, accumulation=1, clip_grad=0.2),
@@ -32,11 +33,11 @@ def test_weights_losses_norms_and_drift_are_the_oracles():
 
 @EXACT
 @pytest.mark.slow
-def test_so_they_are_with_three_stages():
-    assert_as_the_oracle_says([warming(2, stages=3, accumulation=1, tied=True), warming(3, stages=3, accumulation=4)])
+def test_a_flushed_warm_up_of_three_stages_trains_as_the_reference():
+    assert_as_reference([warming(2, stages=3, accumulation=1, tied=True), warming(3, stages=3, accumulation=4)])
 
 
-def test_while_it_lasts_it_is_the_stock_schedule_and_after_it_there_is_drift():
+def test_a_warm_up_is_the_stock_schedule_and_drift_begins_after_it():
     job = warming(3, accumulation=2, data_parallel=2, clip_grad=0.2)
     stock = dataclasses.replace(job, schedule="1f1b")
     ranks = run_ranks(train_all, 4, ([job, stock],))
@@ -52,7 +53,7 @@ def test_while_it_lasts_it_is_the_stock_schedule_and_after_it_there_is_drift():
     assert last.stats["drift_histogram"] == {0: 6 * 2}
 
 
-def test_a_resumed_run_has_the_rest_of_it():
+def test_a_resumed_run_has_the_rest_of_its_warm_up():
     """A run that is resumed at update 2 of 3 has one more flushed update, and one at update 4 has none."""
     job = warming(3, clip_grad=0.2, tied=True, accumulation=1, paci={"drain_interval": 2})
     jobs = [job, *(dataclasses.replace(job, resume_after=update) for update in (2, 4))]

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from integration_tests import deepspeed_job, jobs, late_job, late_oracle, nccl_like, ranks, replica_oracle
-from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
 from integration_tests.test_deepspeed_replicas import REPLICAS, by_replica, follow_all
 from paci_schedule.runtime.deferred.norms import NormGroup
+from testing import deepspeed_job, jobs, nccl_like, ranks
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 SCRIPT = ("train x3", "drain", "train x2", "eval", "save", "train x2")
 SWITCHES = ("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x2", "drain")
@@ -36,22 +36,22 @@ THREE_STAGES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in THREE_STAGES.items()}, tmp_path_factory.mktemp("habits"))
+    return deepspeed_job.Runs(THREE_STAGES, tmp_path_factory.mktemp("habits"))
 
 
 @pytest.mark.parametrize("name", THREE_STAGES)
-def test_the_engine_is_the_reference(name, runs):
-    late_oracle.assert_equal(THREE_STAGES[name], runs[name])
+def test_the_engine_trains_as_the_reference_over_nccls_habits(name, runs):
+    deepspeed_job.assert_as_reference(THREE_STAGES[name], runs[name])
 
 
-def test_replicas_are_the_reference(tmp_path):
+def test_replicas_train_as_the_reference_over_nccls_habits(tmp_path):
     scripts = {
         "bf16": Job(stages=2, accumulation=2, script=SCRIPT, clip=0.4, precision="bf16"),
         "tied": Job(stages=2, accumulation=1, script=SCRIPT, clip=2.0, model="tied"),
     }
     results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(tmp_path)))
     for name, job in scripts.items():
-        expected = replica_oracle.run(job, REPLICAS, kind=LateReference)
+        expected = reference_of(job, REPLICAS)
         for of_one in by_replica([result[name] for result in results]):
             deepspeed_job.assert_equal(of_one, expected)
 
@@ -60,7 +60,7 @@ def save_and_go_on(job, folder):
     """Losses of two batches after a checkpoint, by the run that wrote it and by one that has loaded it."""
     losses = []
     for resumes in (False, True):
-        engine = late_job.build(job)
+        engine = deepspeed_job.build(job)
         feed = jobs.data(job.model)
         for _ in range(3):
             next(feed) if resumes else engine.train_batch(feed)
@@ -80,11 +80,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
         assert resumed == pytest.approx(went_on, rel=0, nan_ok=True)
 
 
-def test_megatron_is_the_reference():
+def test_megatron_trains_as_the_reference_over_nccls_habits():
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    from integration_tests.megatron_job import GptJob
-    from integration_tests.megatron_predicting_oracle import predicting_all
-    from integration_tests.test_megatron_core import assert_as_the_oracle_says
+    from integration_tests.megatron_checks import assert_as_reference
+    from testing.megatron_model import GptJob
 
     sharded = {"bf16": True, "distributed_optimizer": True}
     jobs = [
@@ -92,12 +91,12 @@ def test_megatron_is_the_reference():
         GptJob(stages=2, accumulation=1, clip_grad=0.2, tied=True, **sharded),
         GptJob(stages=2, accumulation=2, clip_grad=0.2, tied=True, **sharded, paci={"prediction": "window"}),
     ]
-    assert_as_the_oracle_says(jobs, predicting_all)
+    assert_as_reference(jobs)
 
 
 def train_and_synchronise(job):
     """Four batches, with a synchronisation of the last stage's device after each, as of a profiler or empty_cache."""
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     feed = jobs.data(job.model)
     for _ in range(4):
         engine.train_batch(feed)
@@ -122,7 +121,7 @@ SYNCHRONISED = {
 
 def train_synchronised(job):
     """As a job whose every op, from the first one on, ends with a synchronisation of the device."""
-    engine = late_job.build(job)
+    engine = deepspeed_job.build(job)
     compute = engine._runner._compute
     for name in ("forward", "backward", "step"):
         setattr(compute, name, then_synchronised(getattr(compute, name)))
@@ -144,7 +143,7 @@ def then_synchronised(function):
 @pytest.mark.parametrize("name", SYNCHRONISED)
 def test_every_op_of_every_stage_may_synchronise_its_device_from_the_first_one_on(name):
     job = SYNCHRONISED[name]
-    expected = late_oracle.run(job)
+    expected = reference_of(job)
     for stage, losses in enumerate(ranks.run_ranks(train_synchronised, 3, (job,), timeout=100)):
         truth = [moment.loss[stage] for moment in expected]
         assert losses == pytest.approx(truth, rel=1e-6, nan_ok=True)
@@ -183,7 +182,7 @@ def sums(asynchronous, flushing):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("flushing", [False, True])
-def test_a_sum_is_ordered_before_it_is_completed(asynchronous, flushing):
+def test_a_norm_is_summed_over_the_stage_before_others_are_added(asynchronous, flushing):
     expected = (3.0, 2.0, [3.0]) if flushing else (6.0, 2.0, [])
     assert ranks.run_ranks(sums, 2, (asynchronous, flushing)) == [expected] * 2
 
@@ -195,5 +194,5 @@ def fail_inside():
     dist.destroy_process_group()
 
 
-def test_an_error_inside_a_norm_s_group_is_itself():
+def test_an_error_inside_the_norms_group_is_raised_unchanged():
     ranks.run_ranks(fail_inside, 2)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from integration_tests import nccl_like
-from integration_tests.played_stream import RaceError, StuckError
-from integration_tests.ranks import run_ranks
+from testing import nccl_like
+from testing.played_stream import RaceError, StuckError
+from testing.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests.ranks import RankError, _shared_gpu, backend, gather_outcomes, on_gpus, run_ranks
+from testing.ranks import RankError, _shared_gpu, backend, gather_outcomes, on_gpus, run_ranks
 
 
 def all_ranks_meet(offset):

@@ -5,9 +5,9 @@ import math
 import pytest
 from torch import nn
 
-from integration_tests import jobs, late_job
-from integration_tests.jobs import Job
 from paci_schedule.rehearse import rehearse
+from testing import deepspeed_job, jobs
+from testing.jobs import Job
 
 PACI = ("train x5", "drain")
 FLUSH = ("schedule=1f1b", "train x4")
@@ -38,7 +38,7 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return late_job.Runs({name: (job,) for name, job in JOBS.items()}, tmp_path_factory.mktemp("rehearse"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("rehearse"))
 
 
 def rehearsed(job, look=lambda stages: None):
@@ -61,10 +61,10 @@ def rehearsed(job, look=lambda stages: None):
         batches,
         schedule="flush" if job.script == FLUSH else "paci",
         accumulation=job.accumulation,
-        extra_in_flight=late_job.options(job).get("extra_in_flight", 0),
+        extra_in_flight=job.options.get("extra_in_flight", 0),
         clip=job.clip,
-        prediction=late_job.options(job).get("prediction", "off"),
-        prediction_reach=late_job.options(job).get("prediction_reach", 1.0),
+        prediction=job.options.get("prediction", "off"),
+        prediction_reach=job.options.get("prediction_reach", 1.0),
         schedulers=schedulers,
     ):
         updates.append(update)
@@ -73,7 +73,7 @@ def rehearsed(job, look=lambda stages: None):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_rehearsal_is_the_engine(name, runs):
+def test_a_rehearsal_trains_as_the_engine(name, runs):
     job, results = JOBS[name], runs[name]
     stages, updates = rehearsed(job)
     for number, (stage, result) in enumerate(zip(stages, results, strict=True)):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from integration_tests import ranks
-from integration_tests.megatron_job import SEQUENCE, GptJob, build, micro_batch, prepare, set_up, train_all
 from paci_schedule.rehearse import rehearse
+from testing import ranks
+from testing.megatron_job import prepare, train_all
+from testing.megatron_model import SEQUENCE, GptJob, build, micro_batch, set_up
 
 JOBS = [
     GptJob(stages=2, accumulation=1),

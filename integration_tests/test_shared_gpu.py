@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from integration_tests.ranks import on_gpus, run_ranks
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime import shared_gpu
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.waiting import shorten_timeout
+from testing.ranks import on_gpus, run_ranks
 
 pytestmark = pytest.mark.skipif(on_gpus(2), reason="ranks do not share a GPU here")
 

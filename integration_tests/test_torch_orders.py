@@ -61,7 +61,7 @@ def torch_orders():
 
 @pytest.mark.parametrize("name", THEIR_NAMES)
 @pytest.mark.parametrize(("stages", "micro_batches"), SIZES)
-def test_the_order_is_torchs(torch_orders, name, stages, micro_batches):
+def test_schedules_order_ops_as_torch_does(torch_orders, name, stages, micro_batches):
     ours, spec = schedule(name), PipelineSpec(stages=stages, accumulation=micro_batches)
     rows = [
         [(op.kind, op.index, ours.position(stages, stage, op.chunk)) for op in ours.batch(spec, stage)]

@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore PYTHONPATH="$PWD:$MEGATRON_LM"
 exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node 2 \
-  -m integration_tests.megatron_cpu paci_schedule.launch "$MEGATRON_LM/pretrain_gpt.py" \
+  -m testing.megatron_cpu paci_schedule.launch "$MEGATRON_LM/pretrain_gpt.py" \
   --pipeline-schedule paci --pipeline-model-parallel-size 2 --distributed-backend gloo \
   --transformer-impl local --attention-backend unfused --no-persist-layer-norm --no-masked-softmax-fusion \
   --no-gradient-accumulation-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion \

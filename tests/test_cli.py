@@ -1,4 +1,4 @@
-"""The `paci` command: what it prints, its JSON, and one line for bad input."""
+"""The `paci` command: its output, its JSON, and one line for bad input."""
 
 import json
 import subprocess

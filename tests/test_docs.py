@@ -34,7 +34,7 @@ def test_output_is_put_where_it_belongs(output):
 
 
 def test_the_grids_in_the_documents_are_up_to_date():
-    """The cheap commands alone; `python docs/rebuild.py --check` runs all."""
+    """Only the cheap commands are run; `python docs/rebuild.py --check` runs all."""
     text = (ROOT / "docs" / "planning.md").read_text()
     cheap = [block for block in re.findall(r"```console\n.*?```\n", text, re.DOTALL) if "plan" not in block]
     cheap = [block for block in cheap if "--output" not in block]
@@ -56,7 +56,7 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_every_row_of_what_works_names_tests_that_exist():
-    """A name without a file is of the file named before it; "the same" is the row before it."""
+    """A name without a file belongs to the file named before it; "the same" means the row before it."""
     text = (ROOT / "docs" / "what-works.md").read_text()
     rows = [row for row in text.partition("## Not tested")[0].splitlines() if row.startswith("| ")]
     rows = [row for row in rows if not row.startswith("| what |")]

@@ -5,10 +5,12 @@ import itertools
 import pytest
 
 from paci_schedule import PipelineSpec
+from paci_schedule.core.lower import Lowering
 from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules import one_f_one_b
+from paci_schedule.core.schedules.registry import schedule
 from tests import golden
-from tests.grids import calls, leading_calls, program_grid, programs, random_script
+from tests.grids import calls, leading_calls, program_grid, programs, random_script, text
 from tests.streams import check_segments
 
 # Two calls and the drain.  The gradient of a stage's last round goes at the start of the next segment: SG1 of stage 1
@@ -102,6 +104,19 @@ EARLY = {
     ],
 }
 
+GPIPE = [
+    "F0 SA0 F1 SA1 F2 SA2 EG2 RG2 B2 EG1 RG1 B1 EG0 RG0 B0 STEP0",
+    "EA0 EA1 RA0 F0 SA0 EA2 RA1 F1 SA1 RA2 F2 SA2 EG2 RG2 B2 SG2 EG1 RG1 B1 SG1 EG0 RG0 B0 SG0 STEP0",
+    "EA0 EA1 RA0 F0 EA2 RA1 F1 RA2 F2 B2 SG2 B1 SG1 B0 SG0 STEP0",
+]
+
+# The activation of a later F is posted before B, not before the W that follows it: the stage before sends it only then.
+ZB_H1 = [
+    "F0 SA0 F1 SA1 F2 SA2 EG0 RG0 B0 W0 EG1 RG1 B1 W1 EG2 RG2 B2 W2 STEP0",
+    "EA0 EA1 RA0 F0 SA0 RA1 F1 SA1 EG0 EA2 RG0 B0 SG0 RA2 F2 SA2 EG1 RG1 B1 SG1 W0 EG2 RG2 B2 SG2 W1 W2 STEP0",
+    "EA0 RA0 F0 EA1 B0 SG0 RA1 F1 EA2 B1 SG1 RA2 F2 B2 SG2 W0 W1 W2 STEP0",
+]
+
 EARLY_FLUSH = [
     "F0 SA0 F1 SA1 EG0 F2 SA2 EG1 RG0 B0 EG2 RG1 B1 RG2 B2 STEP0",
     "EA0 EA1 RA0 F0 SA0 EG0 RA1 F1 SA1 EA2 RG0 B0 SG0 EG1 RA2 F2 SA2 EG2 RG1 B1 SG1 RG2 B2 SG2 STEP0",
@@ -126,6 +141,13 @@ def test_calls_and_drain_are_golden(stages, accumulation, early, golden):
 def test_a_flushed_batch_is_golden(early, golden):
     segments = [one_f_one_b.batch(PipelineSpec(stages=3, accumulation=3))]
     assert program_grid(segments, early_receives=early) == [golden]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("gpipe", GPIPE), ("zb-h1", ZB_H1), ("1f1b", FLUSH)])
+def test_a_batch_of_any_schedule_gets_its_messages(name, expected):
+    spec = PipelineSpec(stages=3, accumulation=3)
+    batch = schedule(name).call(spec)
+    assert [text(Lowering(schedule(name), spec, stage).program(batch)) for stage in range(3)] == expected
 
 
 @pytest.mark.parametrize(("early", "golden"), [(False, LEADING), (True, EARLY_LEADING)], ids=["default", "early"])

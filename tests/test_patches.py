@@ -143,7 +143,7 @@ def test_a_megatron_lm_patch_applies_and_works(patch, tmp_path):
         "--nproc-per-node",
         "2",
         "-m",
-        "integration_tests.megatron_cpu",
+        "testing.megatron_cpu",
         "pretrain_gpt",
     ]
     losses = {

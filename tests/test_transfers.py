@@ -4,6 +4,7 @@ import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
 from paci_schedule.core.schedules.paci import Paci
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.execute import simulate
 from paci_schedule.simulate.transfers import simulate_transfers
@@ -51,6 +52,32 @@ def test_posting_early_is_never_slower(slack, leading):
         simulate_transfers(Paci(leading), spec, costs, 6, early_receives=order).makespan for order in (True, False)
     )
     assert simulate(Paci(leading), spec, costs, 6).makespan <= early <= late
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-h2"])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_any_schedule_with_one_chunk_a_stage_runs(stages, early, name):
+    """Where messages take no time and stages are alike, the order of postings has no effect; batches count on."""
+    spec, costs = PipelineSpec(stages=stages, accumulation=6), Costs(forward=3, backward=4, weight=2, step=1)
+    expected = simulate(schedule(name), spec, costs, 3)
+    found = simulate_transfers(schedule(name), spec, costs, 3, early_receives=early)
+    assert found.calls == expected.calls
+    assert found.rows == expected.rows
+
+
+def test_a_fast_stage_of_gpipe_waits_until_the_next_one_can_take_another_activation():
+    """Stage 1 runs F0, has A1 and posts the receive of A2 only after F0; so A3 waits, and with it stage 0."""
+    spec, costs = PipelineSpec(stages=2, accumulation=5), Costs(forward=[1, 5], backward=[1, 5])
+    starts = [span.start for span in simulate_transfers(schedule("gpipe"), spec, costs).rows[0][:5]]
+    assert [span.start for span in simulate(schedule("gpipe"), spec, costs).rows[0][:5]] == [0, 1, 2, 3, 4]
+    assert starts == [0, 1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("name", ["interleaved-1f1b", "zb-v"])
+def test_a_schedule_with_several_chunks_is_refused(name):
+    with pytest.raises(ConfigError, match=f"schedule={name}: its messages are known only for one chunk a stage"):
+        simulate_transfers(schedule(name), PipelineSpec(stages=2, accumulation=4), Costs(forward=1, backward=1))
 
 
 def test_a_synchronised_run_is_refused():

@@ -7,7 +7,7 @@
 Every step is a module beside this one.  It runs in a process of its own, with a deadline, and its failure stops no
 other; its function `run` takes a `Place` and returns figures by name, or raises where the answer is "no".  The outcome
 is a table and one JSON file.  Several ranks share the GPU over NCCL, each with an NCCL_HOSTID of its own, which NCCL
-does not promise to support: `integration_tests/ranks.py` sets it up.
+does not promise to support: `testing/ranks.py` sets it up.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 from benchmarks.gpu.place import Failed, Place
-from integration_tests import deepspeed_job, jobs
-from integration_tests.jobs import Job
-from integration_tests.ranks import gather_outcomes
 from paci_schedule.runtime.waiting import WATCHDOG_MARGIN
+from testing import deepspeed_job, jobs
+from testing.jobs import Job
+from testing.ranks import gather_outcomes
 
 __all__ = ["run"]
 

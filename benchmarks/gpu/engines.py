@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.place import Failed, Place
-from integration_tests import deepspeed_job, late_job, late_oracle, replica_oracle
-from integration_tests.jobs import Job
-from integration_tests.late_oracle import LateReference
-from integration_tests.ranks import run_ranks
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.ranks import run_ranks
+from testing.reference.deepspeed import run as reference_of
 
 __all__ = ["run"]
 
@@ -46,11 +46,11 @@ _WITH_REPLICAS = _job(stages=2, accumulation=3, clip=0.4)
 
 def run(place: Place) -> dict[str, Any]:
     """The largest difference of a weight for each job; raises where a job differs, hangs or fails, after the others."""
-    todo = [(name, _JOBS[name], late_job.train, None) for name in (list(_JOBS)[:2] if place.dry else _JOBS)]
+    todo = [(name, _JOBS[name], deepspeed_job.train, 1) for name in (list(_JOBS)[:2] if place.dry else _JOBS)]
     synchronised = f"{_SYNCHRONISED}, synchronised in every op and between calls"
     todo += [
-        (f"{_BOUND}, a device bound to the default group", _JOBS[_BOUND], _train_bound, None),
-        (synchronised, _JOBS[_SYNCHRONISED], _train_synchronised, None),
+        (f"{_BOUND}, a device bound to the default group", _JOBS[_BOUND], _train_bound, 1),
+        (synchronised, _JOBS[_SYNCHRONISED], _train_synchronised, 1),
         ("P=2 x DP=2, clipping", _WITH_REPLICAS, _train_replica, _REPLICAS),
     ]
     figures: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def run(place: Place) -> dict[str, Any]:
     for number, (name, job, train, replicas) in enumerate(todo):
         left = (ends - time.monotonic()) / min(3, len(todo) - number)  # what one job does not need, the next ones have
         try:
-            results = run_ranks(train, job.stages * (replicas or 1), (job,), timeout=left)
+            results = run_ranks(train, job.stages * replicas, (job,), timeout=left)
             figures[name] = _difference_of(job, results, replicas)
         except Exception as error:
             failed.append(name)
@@ -69,11 +69,9 @@ def run(place: Place) -> dict[str, Any]:
     return figures
 
 
-def _difference_of(job: Job, results: list[dict[str, Any]], replicas: int | None) -> float:
+def _difference_of(job: Job, results: list[dict[str, Any]], replicas: int) -> float:
     """As far as any weight is from the reference's at any moment; raises beyond rounding."""
-    if replicas is None:
-        return _difference(results, late_oracle.run(job))
-    expected = replica_oracle.run(job, replicas, kind=LateReference)
+    expected = reference_of(job, replicas)
     return max(_difference(results[replica::replicas], expected) for replica in range(replicas))
 
 
@@ -87,18 +85,17 @@ def _train_bound(job: Job) -> dict[str, Any]:
         dist.init_process_group(
             "nccl", store=dist.PrefixStore("bound", store), rank=rank, world_size=world, device_id=device
         )
-    return late_job.train(job)
+    return deepspeed_job.train(job)
 
 
 def _train_synchronised(job: Job) -> dict[str, Any]:
     _synchronise_always()
-    return late_job.train(job)
+    return deepspeed_job.train(job)
 
 
 def _train_replica(job: Job) -> dict[str, Any]:
-    engine = late_job.build(job)
-    mine = replica_oracle.replica_job(job, engine.grid.get_data_parallel_rank())
-    return deepspeed_job.follow(engine, mine, "paci", None)
+    engine = deepspeed_job.build(job)
+    return deepspeed_job.follow(engine, job.of_replica(engine.grid.get_data_parallel_rank()))
 
 
 def _synchronise_always() -> None:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.place import Failed, Place
-from integration_tests.ranks import free_port
+from testing.ranks import free_port
 
 __all__ = ["run"]
 
 _ROOT = Path(__file__).parents[2]
 _SCRIPT = """
 import torch
-from integration_tests import deepspeed_job, oracle
-from integration_tests.jobs import Job
+from testing import deepspeed_job
+from testing.jobs import Job
+from testing.reference.deepspeed import run as reference_of
 
 job = Job(stages=2, accumulation=3, script=("train x4", "drain", "train x3", "drain"), optimizer="sgd")
 result = deepspeed_job.train(job)
-expected = oracle.run(job)
+expected = reference_of(job)
 difference = max(
     (moment["weights"][name].float() - value.float()).abs().max().item()
     for moment, truth in zip(result["moments"], expected, strict=True)

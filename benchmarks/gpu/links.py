@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.place import Place
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 __all__ = ["run"]
 

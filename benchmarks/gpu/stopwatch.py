@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engines import engine_for
 from benchmarks.gpu.place import Failed, Place
-from integration_tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 __all__ = ["run"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.place import Failed, Place
-from integration_tests import deepspeed_job, jobs
-from integration_tests.jobs import Job
-from integration_tests.ranks import run_ranks
+from testing import deepspeed_job, jobs
+from testing.jobs import Job
+from testing.ranks import run_ranks
 
 __all__ = ["run"]
 

@@ -8,7 +8,22 @@ from collections.abc import Collection, Iterable
 
 from paci_schedule.errors import UnsupportedError
 
-__all__ = ["look_up", "require"]
+__all__ = ["TORCH_HOOKS", "look_up", "require"]
+
+_C10D = "torch.distributed.distributed_c10d"
+TORCH_HOOKS = {
+    f"{_C10D}:_get_default_group": (),
+    f"{_C10D}:_get_default_store": (),
+    f"{_C10D}:_new_process_group_helper": ("backend_options", "device_id", "group_desc"),
+    f"{_C10D}:_process_group_name": ("ranks", "use_hashed_name"),
+    **{f"{_C10D}:_world.{table}": () for table in ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config")},
+    "torch.distributed:ProcessGroup._get_backend": (),
+    "torch.distributed:ProcessGroup._device_types": (),
+    "torch.autograd:_unsafe_preserve_version_counter": (),
+    "torch:_foreach_mul": (),
+    "torch:_foreach_copy_": (),
+}
+"""What `paci_schedule.runtime` and `predict` use of torch that is no public name: hook -> parameters it must take."""
 
 
 def require(found: Iterable[tuple[str, bool, str]], refused: str) -> None:

@@ -1,7 +1,8 @@
-"""Do programs of several stages ever wait for one another in a circle?
+"""A check that the programs of several stages never wait for one another in a circle.
 
-The programs are run against each other with the least that a transport must do, and with operations that wait for their
-stage's whole device, as on NCCL, where a posted receive, a started send and a posted sum are running kernels.
+The programs are run against each other on a transport that does only what every transport must do, and with operations
+that wait for their stage's whole device, as on NCCL, where a posted receive, a started send and a posted sum are
+running kernels.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _ROLES = {  # kind -> (direction of the link, stage offset of its sender, role)
 
 @dataclass(frozen=True, kw_only=True)
 class Synchronising:
-    """What waits until a stage's device has nothing left to do.
+    """Which operations wait until their stage's device has nothing left to do.
 
     Attributes:
-        kinds: ops that end only then.  A posting, a send or a sum in it waits for itself, too (launch blocking).
-        between_calls: the training loop waits for the device after every call.
-        stages: the ones that wait so; None means all.
+        kinds: the kinds of ops that end only then.  A posting, a send or a sum among them waits for itself, too, as
+            under launch blocking.
+        between_calls: whether the training loop waits for the device after every call.
+        stages: the stages where this is so; None for all.
     """
 
     kinds: frozenset[OpKind] = frozenset()
@@ -53,7 +55,7 @@ def check_rendezvous(
     synchronising: Synchronising = NEVER,
     ends: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Run the stages' programs against each other with the least that a transport must do.
+    """Run the stages' programs against each other on a transport that does only what every transport must do.
 
     A send blocks until its receive is posted, or, on a link that may have g gradients on the wire, the receive g - 1
     before it; a wait blocks until the send has started.  What waits for a stage's device ends only when every receive
@@ -63,7 +65,7 @@ def check_rendezvous(
 
     Args:
         programs: what each stage does, in order.
-        gradients_on_wire: for each stage, how many gradients it may have on the wire (`PipelineSpec`).
+        gradients_on_wire: for each stage, how many gradients it may have on the wire (`Schedule`).
         synchronising: what waits for the device.
         ends: for each stage, how many of its ops were done at the end of each call; for `between_calls`.
 

@@ -1,6 +1,6 @@
-"""Is this a valid pipeline schedule?  Order, pairing, drift and memory bounds, and freedom from deadlock.
+"""A check that a pipeline schedule is valid: its order, its pairs of ops, its bounds of drift and memory, no deadlock.
 
-Errors show the grid with the offending op marked, so that a schedule can be debugged from the message alone.
+Errors show the grid with the offending op marked, so that a schedule can be debugged from the message only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_schedule(schedule: Schedule, spec: PipelineSpec, batches: int = 3) -> 
 
 
 def check_grid(schedule: Schedule, spec: PipelineSpec, rows: Sequence[Program]) -> None:
-    """Check that the rows keep what `schedule` promises.
+    """Check that the rows of ops keep what `schedule` promises.
 
     On every stage and chunk every micro-batch has one F, then one B, then, where the backward is split, one W; an
     update holds exactly its own micro-batches; in flight and drift stay within the schedule's bounds.  Together the
@@ -60,7 +60,7 @@ def check_grid(schedule: Schedule, spec: PipelineSpec, rows: Sequence[Program]) 
 
 
 def _check_row(schedule: Schedule, spec: PipelineSpec, stage: int, row: Program) -> None:
-    """What `check_grid` says of one stage."""
+    """Check the row of one stage, as `check_grid` says."""
     path = [OpKind.FORWARD, OpKind.BACKWARD] + [OpKind.WEIGHT] * schedule.splits_backward
     done: dict[tuple[int, int], int] = {}
     meter, held, finished = DriftMeter(), 0, 0

@@ -28,7 +28,7 @@ __all__ = ["check"]
 @click.option("--batches", type=int, default=3, metavar="N", help="Number of batches to check (default 3).")
 @json_option
 def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **options: Any) -> None:
-    """Check a schedule against its rules.
+    """Check a schedule against its rules, and that its messages never wait in a circle where engines can run it.
 
     With FILE, check a grid of ops instead; it has one line for each stage, such as F0 B0 STEP0.
 

@@ -185,9 +185,10 @@ def jobs(options: dict[str, Any]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
     for name in names:
         own = dict(shape)
         if len(names) > 1:
-            own["chunks"] = shape["chunks"] if name == "interleaved-1f1b" else None
-            own["cut"] = shape["cut"] if name == "paci" else None
-            own["extra_in_flight"] = shape["extra_in_flight"] if name == "paci" else 0
+            takes = schedule(name).options
+            own["chunks"] = shape["chunks"] if "chunks" in takes else None
+            own["cut"] = shape["cut"] if "leading" in takes else None
+            own["extra_in_flight"] = shape["extra_in_flight"] if "extra_in_flight" in takes else 0
         chosen, spec = shape_of(name, **own)
         found.append((chosen, spec, _costs_for(spec, dict(options))))
     return found
@@ -233,7 +234,7 @@ def shape_of(
     name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
 ) -> tuple[Schedule, PipelineSpec]:
     """The schedule and the pipeline, checked against each other."""
-    if cut is not None and name != "paci":
+    if cut is not None and "leading" not in schedule(name).options:
         raise ConfigError(f"cut={cut}: {name} returns at the end of every batch; leave it out, or take paci")
     varied = {"chunks": chunks} if chunks is not None else {}
     varied |= {"leading": cut == "leading"} if cut is not None else {}

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from paci_schedule.adapters.choice import IN_EVERY_LOOP
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.printing import print_json, screen
 from paci_schedule.core.schedules.registry import SCHEDULES
@@ -140,7 +141,7 @@ def plan_(
     if measured is not None:
         job = calibrated(job, measured)
     rows = search(job)
-    best = next((row for row in rows if not row.refused and row.schedule in ("paci", "1f1b")), None)
+    best = next((row for row in rows if not row.refused and row.schedule in IN_EVERY_LOOP), None)
     if as_json:
         settings = best and {
             "row": asdict(best),

@@ -1,1 +1,1 @@
-"""The core: what schedules are, in pure Python; it imports no torch and no framework."""
+"""The core: what a schedule is, in pure Python.  It imports neither torch nor a framework."""

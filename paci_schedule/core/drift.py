@@ -1,6 +1,6 @@
 """Drift: how many optimizer updates a stage applies between the forward and the backward of one micro-batch.
 
-It is known in closed form and counted at run time; the two must agree (semantics: the formula is a contract).
+Drift is known in closed form, and it is counted at run time; the two must agree.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def drift_bound(spec: PipelineSpec, stage: int) -> int:
 
 
 def drift_histogram(spec: PipelineSpec, stage: int, micro_batches: int) -> Counter[int]:
-    """Drift -> how many of the first `micro_batches` micro-batches have it at `stage`: `drift_of`, summed up."""
+    """For each drift, how many of the first `micro_batches` micro-batches have it at `stage`: `drift_of`, summed up."""
     window, ahead = spec.accumulation, spec.look_ahead(stage)
     filling = min(micro_batches, ahead)
     histogram = Counter({number: min(window, filling - number * window) for number in range(-(-filling // window))})
     whole, rest = divmod(ahead, window)
 
     def early(count: int) -> int:
-        """How many of the first `count` stand among the first `rest` of their window."""
+        """How many of the first `count` micro-batches are among the first `rest` of their window."""
         return count // window * rest + min(count % window, rest)
 
     one_more = early(max(micro_batches, ahead)) - early(ahead)
@@ -47,7 +47,7 @@ class DriftMeter:
 
     Attributes:
         version: updates counted so far.
-        histogram: drift -> number of micro-batches that had it.
+        histogram: for each drift, the number of micro-batches that had it.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class DriftMeter:
         return len(self._forward_version)
 
     def record(self, op: Op) -> int | None:
-        """Count one op, after it was executed.  Returns the drift of the micro-batch for a B, else None."""
+        """Count one op after its execution.  Returns the drift of the micro-batch for a B, None for any other op."""
         if op.kind is OpKind.FORWARD:
             self._forward_version[op.chunk, op.index] = self.version
         elif op.kind is OpKind.STEP:

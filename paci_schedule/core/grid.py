@@ -16,11 +16,11 @@ _LABEL = re.compile(r"\s*stage\s+\d+\s*[,;:]?\s*", re.IGNORECASE)
 def read(text: str) -> list[list[Op]]:
     """The ops of every stage of a grid.
 
-    A line may begin with its label (`stage 3`).  `.`, empty cells, empty lines and lines that begin with # do not
-    count.
+    A line may begin with its label (`stage 3`).  Cells that are empty or `.`, empty lines and lines that begin with
+    # are skipped.
 
     Raises:
-        ScheduleError: something that is not an op, with the line it stands in; or no line at all.
+        ScheduleError: a cell is not an op, and the message names its line; or there is no line at all.
     """
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -36,12 +36,12 @@ def read(text: str) -> list[list[Op]]:
 
 
 def write(rows: Sequence[Sequence[Op]]) -> str:
-    """The grid as text that `read` takes back."""
+    """The grid as text, which `read` turns back into the same ops."""
     return "\n".join(f"stage {stage:<3} " + " ".join(map(str, ops)) for stage, ops in enumerate(rows))
 
 
 def marked(rows: Mapping[int, Sequence[Op]], marks: Mapping[int, int], context: int = 6) -> str:
-    """The rows as a text grid, `context` ops either side of the marked one, which stands in >...<."""
+    """The rows as a text grid: of each row the marked op, in >...<, and `context` ops before and after it."""
     lines = []
     for stage, ops in rows.items():
         mark = marks[stage]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from paci_schedule.core.ops import Op, OpKind
 
-__all__ = ["Exchange", "Gradient", "Link"]
+__all__ = ["EMPTY", "Exchange", "Gradient", "Link"]
 
 
 class Gradient(NamedTuple):
@@ -35,12 +35,18 @@ class Exchange(NamedTuple):
     Attributes:
         activations: micro-batches.
         gradients: in the order in which the lower stage makes them.
+        needed: micro-batches whose gradient the upper stage uses in this call.
         next_forward: the micro-batch of the lower stage's first F after this call.
     """
 
     activations: list[int]
     gradients: list[Gradient]
+    needed: list[int]
     next_forward: int
+
+
+EMPTY = Exchange([], [], [], 0)
+"""The exchange of a stage without such a neighbour."""
 
 
 class Link:
@@ -86,4 +92,4 @@ class Link:
             gradients.append(Gradient(index, after, after < earlier, before))
             self._crossed += 1
         self._used += len(needed)
-        return Exchange(activations, gradients, self._taken)
+        return Exchange(activations, gradients, needed, self._taken)

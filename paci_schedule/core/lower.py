@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from paci_schedule.core.link import Exchange, Link
+from paci_schedule.core.link import EMPTY, Exchange, Link
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.places import Place, Program
 from paci_schedule.core.schedules.base import Call, Rounds, Schedule
@@ -77,12 +77,15 @@ class Lowering:
 
     def program(self, call: Call) -> list[Op]:
         """The program of the next call: its compute ops with the messages and sums between them, in order."""
-        ops = list(call.ops(self._stage))
-        program = Program(ops)
+        program = Program(list(call.ops(self._stage)))
+        above = below = EMPTY
         if self._above is not None:
-            _exchange_above(program, self._above.exchange(call.ops(self._stage - 1), ops))
+            above = self._above.exchange(call.ops(self._stage - 1), program.ops)
         if self._below is not None:
-            _exchange_below(program, self._below.exchange(ops, call.ops(self._stage + 1)))
+            below = self._below.exchange(program.ops, call.ops(self._stage + 1))
+        _pair(program, above, below)
+        _post_activations(program, above)
+        _post_gradients(program, below)
         if self._ties:
             place_sums(program, cast(Rounds, call), self._stage, self._ties)  # no flushes: it runs in rounds
         if call.finished == call.taken:
@@ -92,39 +95,43 @@ class Lowering:
         return _posted_early(program) if self._early else list(program)
 
 
-def _exchange_above(program: Program, exchange: Exchange) -> None:
-    """Activations that come down to this stage, and gradients that it sends up."""
-    for index in exchange.activations:
+def _pair(program: Program, above: Exchange, below: Exchange) -> None:
+    """Sends, and the waits for what is received."""
+    for index in above.activations:
         at = program.position(OpKind.FORWARD, index)
-        if at is not None:
-            program.add(Op(OpKind.EXPECT_ACTIVATION, index), program.before(at), Place.POST_ACTIVATION)
-            program.add(Op(OpKind.RECV_ACTIVATION, index), at, Place.RECEIVE)
-            continue
-        # Its F is in a later call.  While the F of the first of them is the next, the ops before hide its transfer.
-        if index == exchange.next_forward:
-            program.add(Op(OpKind.EXPECT_ACTIVATION, index), program.before(program.end), Place.POST_ACTIVATION)
+        receive = Op(OpKind.RECV_ACTIVATION, index)
+        if at is None:  # its F is in a later call
+            program.add(receive, program.end, Place.PARKED, (index, 2))
         else:
-            program.add(Op(OpKind.EXPECT_ACTIVATION, index), program.end, Place.PARKED, 4 * index)
-        program.add(Op(OpKind.RECV_ACTIVATION, index), program.end, Place.PARKED, 4 * index + 2)
-    for gradient in exchange.gradients:
+            program.add(receive, at, Place.RECEIVE)
+    for gradient in above.gradients:
         at = program.position(OpKind.BACKWARD, gradient.index)
         program.add(Op(OpKind.SEND_GRADIENT, gradient.index), program.begin if at is None else at + 1, Place.SEND)
+    for index in below.activations:
+        program.add(Op(OpKind.SEND_ACTIVATION, index), program.at(OpKind.FORWARD, index) + 1, Place.SEND)
+    for index in below.needed:
+        program.add(Op(OpKind.RECV_GRADIENT, index), program.at(OpKind.BACKWARD, index), Place.RECEIVE)
 
 
-def _exchange_below(program: Program, exchange: Exchange) -> None:
-    """Activations that this stage sends down, and gradients that come up to it."""
-    for index in exchange.activations:
-        program.add(Op(OpKind.SEND_ACTIVATION, index), program.after(OpKind.FORWARD, index), Place.SEND)
-    for gradient in exchange.gradients:
+def _post_activations(program: Program, above: Exchange) -> None:
+    """Postings of the receives of activations, before the F or B that precedes the wait."""
+    for index in above.activations:
+        at, post = program.position(OpKind.FORWARD, index), Op(OpKind.EXPECT_ACTIVATION, index)
+        if at is None and index != above.next_forward:  # it waits behind another one that is parked
+            program.add(post, program.end, Place.PARKED, (index, 0))
+        else:
+            program.add(post, program.before(program.end if at is None else at), Place.POST_ACTIVATION)
+
+
+def _post_gradients(program: Program, below: Exchange) -> None:
+    """Postings of the receives of gradients, where the next stage can send them."""
+    for gradient in below.gradients:
         at, place = program.position(OpKind.FORWARD, gradient.after), Place.POST_GRADIENT
         if at is not None:
             at += 1
         elif not gradient.is_late and gradient.before is not None:
             at, place = program.position(OpKind.BACKWARD, gradient.before), Place.POST_LAST_GRADIENT
         program.add(Op(OpKind.EXPECT_GRADIENT, gradient.index), program.begin if at is None else at, place)
-    for at, op in enumerate(program.ops):
-        if op.kind is OpKind.BACKWARD:
-            program.add(Op(OpKind.RECV_GRADIENT, op.index), at, Place.RECEIVE)
 
 
 def _posted_early(program: Iterable[Op]) -> list[Op]:

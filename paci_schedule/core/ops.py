@@ -1,7 +1,7 @@
 """One thing that one pipeline stage does: forward, backward, weight gradient, optimizer step, message, or sum.
 
-An op prints and parses (``F3``, ``B0``, ``STEP1``, ``RA3``; ``F3.1`` for model chunk 1), so that a schedule
-round-trips as text.
+An op can be printed and parsed (``F3``, ``B0``, ``STEP1``, ``RA3``; ``F3.1`` for model chunk 1), so a schedule can be
+written as text and read back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Op", "OpKind"]
 
 
 class OpKind(str, Enum):
-    """What an op does.  The value is how it prints."""
+    """What an op does.  The value is the text that it is printed as."""
 
     FORWARD = "F"
     BACKWARD = "B"  # the whole backward, or only the input gradient where the schedule has W ops
@@ -25,12 +25,12 @@ class OpKind(str, Enum):
 
     EXPECT_ACTIVATION = "EA"  # post the receive
     RECV_ACTIVATION = "RA"  # wait for it
-    SEND_ACTIVATION = "SA"  # start sending; the send before it on this link must be done
+    SEND_ACTIVATION = "SA"  # start the send; the send before it on this link must be done
     EXPECT_GRADIENT = "EG"
     RECV_GRADIENT = "RG"
     SEND_GRADIENT = "SG"
 
-    SUM = "SUM"  # post the sum, over all copies of a tied weight, of their gradients of one update; the index is its
+    SUM = "SUM"  # post the sum, over all copies of a tied weight, of their gradients of one update
 
     @property
     def is_compute(self) -> bool:
@@ -61,7 +61,7 @@ class Op(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Op:
-        """The op that prints as `text`.  Raises ScheduleError if there is none."""
+        """The op that is printed as `text`.  Raises ScheduleError if there is none."""
         match = _PATTERN.fullmatch(text)
         try:
             kind, index, chunk = match.groups(default="0") if match else ("", "", "")

@@ -22,7 +22,7 @@ class Place(IntEnum):
     SUM_WITHOUT_FORWARD = 6
     POST_ACTIVATION = 7
     RECEIVE = 8
-    PARKED = 9  # activations at the end of a call whose F is in a later one
+    PARKED = 9  # activations at the end of a call whose F is in a later one: posted (0), taken (2), sums around that
     SUM_AT_END = 10
 
 
@@ -46,15 +46,15 @@ class Program:
         self.ops = ops
         self.end = len(ops)
         self._position = {(op.kind, op.index): at for at, op in enumerate(ops)}
-        self._gaps: dict[int, list[tuple[int, int, Op]]] = {}
+        self._gaps: dict[int, list[tuple[int, tuple[int, int], Op]]] = {}
 
     def position(self, kind: OpKind, index: int) -> int | None:
         """Where the compute op stands, which is also the number of the gap before it; None for none in this call."""
         return self._position.get((kind, index))
 
-    def after(self, kind: OpKind, index: int) -> int:
-        """The gap after the compute op, which must be in this call."""
-        return self._position[kind, index] + 1
+    def at(self, kind: OpKind, index: int) -> int:
+        """The position of a compute op that is in this call for certain."""
+        return self._position[kind, index]
 
     def before(self, at: int) -> int:
         """The gap before the F or B that precedes position `at`; the begin where there is none."""
@@ -64,8 +64,8 @@ class Program:
                 return at
         return self.begin
 
-    def add(self, op: Op, gap: int, place: Place, order: int = 0) -> None:
-        """Put `op` into the gap before compute op `gap`; behind what was put in the same place with the same order."""
+    def add(self, op: Op, gap: int, place: Place, order: tuple[int, int] = (0, 0)) -> None:
+        """Put `op` into the gap before compute op `gap`; in one place by `order`, and behind what has the same."""
         rank = _BEGIN[place] if gap == self.begin else place
         self._gaps.setdefault(gap, []).append((rank, order, op))
 

@@ -11,7 +11,7 @@ __all__ = ["PipelineSpec"]
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSpec:
-    """A pipeline job, validated on construction.
+    """The shape of a pipeline job; a wrong value is refused on construction.
 
     Raises:
         ConfigError: a field is not a whole number in its range.
@@ -24,9 +24,10 @@ class PipelineSpec:
     """a, micro-batches per optimizer update; at least 1 (DeepSpeed: gradient_accumulation_steps)."""
 
     extra_in_flight: int | tuple[int, ...] = 0
-    """Rounds of slack on the links, to hide their latency: each lets the stages before the link run a micro-batch
-    further ahead.  One number for each link, first to last; or k, for k of them spread as evenly as they go, the last
-    links first.  A link with a round of slack hides a round trip (both ways) of up to F + B, one without hides none."""
+    """Rounds of slack on the links, which hide their latency: each round lets the stages before the link run a
+    micro-batch further ahead.  A tuple holds one number for each link, first to last.  A single number k means k rounds
+    in all, spread as evenly as possible, where the last links get the rest.  A link with a round of slack hides a round
+    trip (both ways) of up to F + B; a link without slack hides none."""
 
     def __post_init__(self) -> None:
         for field, least in (("stages", 1), ("accumulation", 1)):
@@ -45,8 +46,8 @@ class PipelineSpec:
     def look_ahead(self, stage: int) -> int:
         """d_s, the micro-batches that `stage` runs ahead of its own backwards.
 
-        P-1-s, as in 1F1B, plus the slack of the links after this stage: their `extra_in_flight`, or, where that is one
-        number k, ceil(k (P-1-s) / (P-1)).
+        This is P-1-s, as in 1F1B, plus the slack of the links after this stage: the sum of their `extra_in_flight`, or,
+        where that is one number k, ceil(k (P-1-s) / (P-1)).
         """
         self.check_stage(stage)
         behind = self.stages - 1 - stage
@@ -59,11 +60,11 @@ class PipelineSpec:
         return self.look_ahead(stage) + 1
 
     def gradients_on_wire(self, stage: int) -> int:
-        """How many gradients `stage` may be sending at once: the rounds that the stage before it takes them later."""
+        """How many gradients `stage` may be sending at once: it is taken so many rounds after it was made."""
         return self.look_ahead(stage - 1) - self.look_ahead(stage) if stage else 0
 
     def check_stage(self, stage: int) -> None:
-        """Raises ConfigError unless `stage` is one of this pipeline's."""
+        """Raises ConfigError unless `stage` is a stage of this pipeline."""
         if not 0 <= stage < self.stages:
             raise ConfigError(f"stage={stage!r}: a pipeline of {self.stages} stages has stages 0 to {self.stages - 1}")
 

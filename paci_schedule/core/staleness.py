@@ -1,4 +1,4 @@
-"""Stale forwards: those that run on weights which the pending update changes before their backward; and predictions.
+"""Stale forwards, which run on weights that the pending update changes before their backward; and predictions for them.
 
 A forward is stale when its micro-batch belongs to a later window (the micro-batches of one update) than the one whose
 gradients its stage is summing.
@@ -16,14 +16,14 @@ FARTHEST = 4
 
 
 def interval_of(prediction: object, said: str | None = None) -> int | None:
-    """Stale forwards from one prediction to the next: None for "off", 0 for once a window.
+    """How many stale forwards share a prediction: None for "off", 0 for one prediction a window.
 
     Args:
-        prediction: what was asked for.
-        said: how it was asked for, for the error.
+        prediction: what the user asked for.
+        said: how the user wrote it, for the error.
 
     Raises:
-        ConfigError: it is none of "off", "window", "every" and the whole numbers of at least 1.
+        ConfigError: the value is none of "off", "window", "every" and the whole numbers of at least 1.
     """
     named = {"off": None, "window": ONCE, "every": 1}
     if isinstance(prediction, str) and prediction in named:
@@ -42,7 +42,7 @@ def check_reach(reach: object, prediction: str | int, said: str | None = None) -
     Args:
         reach: how far along the expected updates predicted weights lie; 1 is where these end.
         prediction: as `interval_of` takes it.
-        said: how the reach was asked for, for the error.
+        said: how the user wrote the reach, for the error.
     """
     said = said or f"prediction_reach={reach!r}"
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= FARTHEST:

@@ -1,23 +1,26 @@
-"""When the stages post the sums of a tied weight's gradients: all at the same moment of the stream.
+"""When the stages post the sum of a tied weight's gradients: all of them at the same moment of the stream.
 
-The gradients of update k are summed over the stages that hold a copy.  The first of them, f, has them last, with STEP k
-in round R = (k+1) a - 1 + d_f; the others hold their part until then.  "Then" is a level (see `wavefront`): what stage
-s does between F(i) and B(i - d) has the level s + 2i, what it does after that B the level s + 2i + 1, and nobody waits
-for a higher level than its own.  So f posts the sum at the level f + 2R + 1, right after its STEP, and so does f + n:
+The gradients of update k are summed over the stages that hold a copy.  The first of these stages, f, is the last to
+have its gradients, with STEP k in round R = (k+1) a - 1 + d_f; the others keep theirs until then.  "Until then" is
+measured in levels (see `simulate.wavefront`): what stage s does between F(i) and B(i - d) has the level s + 2i, what it
+does after that B has the level s + 2i + 1, and no stage ever waits for a higher level than its own.  So stage f posts
+the sum at the level f + 2R + 1, right after its STEP, and stage f + n posts it at the same level:
 
     n odd     after F(R - (n-1)/2)
     n even    at the start of round R + 1 - n/2
 
-where no copy waits long for the others, and none in a circle, even if it waits for its device.  (In one and the same
-round R, the copies of a weight on three stages would wait in a circle under launch blocking.)  A call of the training
-loop moves this: what is posted in one call is posted by all in the same call, so that nobody waits between two.
+There no copy waits long for the others, and no copies wait in a circle, even if each waits for its device.  (If all
+posted in the same round R, the copies of a weight on three stages would wait in a circle under launch blocking.)  The
+calls of the training loop shift this: a sum is posted by all stages in the same call, so that no stage waits between
+two calls.
 
-* Lagging cut: in the call of round R.  Where the level lies in the call before, at the very beginning.
-* Leading cut: f's update k follows call k, so in call k + 1: f at the start of its first round, and where the level
-  lies in a later call, between the activations received at the end, or after them.  The sum of the update after the
-  call that empties the pipe is posted with it.
+* Under the lagging cut the sum is posted in the call of round R.  A stage whose level lies in the call before posts it
+  at the very beginning.
+* Under the leading cut update k of stage f follows call k, so the sum is posted in call k + 1: by f at the start of its
+  first round, and by a stage whose level lies in a later call between the activations received at the end, or after
+  them.  The sum of the update after the call that empties the pipe is posted in that call.
 
-In any case that is before the first STEP that applies the sum (`runtime.tied`).
+In every case that is before the first STEP that applies the sum (`runtime.deferred.tied`).
 """
 
 from __future__ import annotations
@@ -102,7 +105,7 @@ class _Rounds:
 
     def _at_start(self, op: Op, index: int) -> None:
         forward, at = self._find(index)
-        self._add(op, at if forward is None else forward, Place.SUM_AT_START, 4 * index + 1)
+        self._add(op, at if forward is None else forward, Place.SUM_AT_START, (index, 1))
 
     def _after_forward(self, op: Op, index: int) -> None:
         """After the F of the round, or where it would be."""
@@ -110,18 +113,18 @@ class _Rounds:
         if forward is not None:
             self._program.add(op, forward + 1, Place.SUM_AFTER_FORWARD)
         else:
-            self._add(op, at, Place.SUM_WITHOUT_FORWARD, 4 * index + 3)
+            self._add(op, at, Place.SUM_WITHOUT_FORWARD, (index, 3))
 
     def _after_step(self, op: Op, index: int) -> None:
         update = (index - self._ahead) // self._call.spec.accumulation
-        self._program.add(op, self._program.after(OpKind.STEP, update), Place.SUM_AFTER_STEP)
+        self._program.add(op, self._program.at(OpKind.STEP, update) + 1, Place.SUM_AFTER_STEP)
 
     def _find(self, index: int) -> tuple[int | None, int | None]:
         """Where the F and the B of a round stand."""
         position = self._program.position
         return position(OpKind.FORWARD, index), position(OpKind.BACKWARD, index - self._ahead)
 
-    def _add(self, op: Op, at: int | None, place: Place, order: int) -> None:
+    def _add(self, op: Op, at: int | None, place: Place, order: tuple[int, int]) -> None:
         """In a round with neither F nor B it goes to the end, between the activations that are received there."""
         if at is None:
             self._program.add(op, self._program.end, Place.PARKED, order)

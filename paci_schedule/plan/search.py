@@ -233,7 +233,7 @@ class _Table:
             accumulation=accumulation,
             recompute=recompute,
             drift=chosen.drift_bound(spec, 0),
-            predictions=predictions_of_an_update(spec, 0, job.prediction) if name == "paci" else 0,
+            predictions=predictions_of_an_update(spec, 0, job.prediction) if "prediction" in chosen.options else 0,
         )
         reason = _impossible(job, chosen, spec, row)
         if reason:

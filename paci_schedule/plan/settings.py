@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.plan.search import Job, Row
 
 __all__ = ["deepspeed_config", "megatron_flags", "pipeline_module"]
@@ -36,7 +37,7 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     }
     arguments = [each for flag, value in flags.items() for each in (flag, str(value))]
     arguments += ["--untie-embeddings-and-output-weights", "--bf16"]
-    arguments += ["--rerun-mode", "disabled"] * (row.schedule == "paci")
+    arguments += ["--rerun-mode", "disabled"] * (not schedule(row.schedule).flushes)
     arguments += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
     arguments += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
@@ -44,4 +45,4 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
 
 
 def _predicts(job: Job, row: Row) -> bool:
-    return row.schedule == "paci" and job.prediction != "off"
+    return "prediction" in schedule(row.schedule).options and job.prediction != "off"

@@ -1,7 +1,7 @@
 """One stage at work: executes the programs that the core generates, and keeps the books.
 
-The runner decides no order.  A framework adapter supplies the three things that only it can do (`StageCompute`), the
-links carry the messages, and the drift meter counts what happened.
+The runner decides no order.  A framework adapter supplies what only it can do (`StageCompute`), the links carry the
+messages, and the drift meter counts what happened.
 
 The loss of a micro-batch is known at the last stage only; it travels upstream with that micro-batch's gradient, so
 every stage learns the loss of what it finished without a collective.
@@ -131,6 +131,7 @@ class StageRunner:
         self._finished: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
         self._schedules: list[Schedule] = []
+        self._held = 0  # micro-batches whose activations are held
         self._execute = {
             OpKind.FORWARD: self._forward,
             OpKind.BACKWARD: self._backward,
@@ -289,7 +290,8 @@ class StageRunner:
             self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
         self.meter.record(op)
         self.forwards += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
+        self._held += 1
+        self.peak_in_flight = max(self.peak_in_flight, self._held)
 
     def _backward(self, op: Op) -> None:
         backward = self._compute.backward_input if self.schedule.splits_backward else self._compute.backward
@@ -305,9 +307,11 @@ class StageRunner:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
         self.window_drift = max(self.window_drift, self.meter.record(op))
         self.backwards += 1
+        self._held -= not self.schedule.splits_backward
 
     def _backward_weight(self, op: Op) -> None:
         self._compute.backward_weight(op.index)
+        self._held -= 1
 
     def _step(self, op: Op) -> None:
         losses = torch.stack(self._window).mean(0)

@@ -1,4 +1,4 @@
-"""How long things take: ops, messages and their jitter.  In seconds, or in any other unit that all of them share."""
+"""How long ops and messages take, and how much that varies; in seconds, or in any other unit that all of them share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_JITTER = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What every op and message costs; a list gives every stage its own, a number holds for all.
+    """What every op and message costs.  A list gives every stage a number of its own; a single number holds for all.
 
     F, B and W are those of one micro-batch through everything that a stage holds; a schedule with several chunks a
     stage spreads them evenly over the chunks.
@@ -32,34 +32,35 @@ class Costs:
     """
 
     forward: PerStage
-    """F."""
+    """F: the forward."""
 
     backward: PerStage
-    """The whole backward; or, where `weight` is given, its input half."""
+    """B: the whole backward or, where `weight` is given, its first half, the gradients of inputs."""
 
     weight: PerStage | None = None
-    """W, the weight half of the backward.  Without it a schedule that splits the backward splits it evenly."""
+    """W: the second half of the backward, the gradients of weights.  Where it is not given, a schedule that splits the
+    backward splits it evenly."""
 
     step: PerStage = 0.0
-    """One optimizer update."""
+    """STEP: one optimizer update."""
 
     latency: PerStage = 0.0
-    """From the end of a send to its arrival; a list has one for each link between neighbours, in order."""
+    """The time from the end of a send to its arrival; a list has one for each link between neighbours, in order."""
 
     bandwidth: float = math.inf
-    """Bytes a unit of time; messages of one direction of a link go one after the other."""
+    """Bytes that a link carries in a unit of time; messages in the same direction go one after the other."""
 
     message_bytes: float = 0.0
     """Bytes of an activation, and of a gradient, between two stages."""
 
     jitter: float = 0.0
-    """Coefficient of variation of every F, B and W: lognormal, its mean left where it is."""
+    """Coefficient of variation of every F, B and W; the times are lognormal, and their mean does not change."""
 
     seed: int = 0
-    """Which jitter."""
+    """The seed of the random jitter."""
 
     sync: float | None = None
-    """Time of a collective over all stages at the end of every call, once all are there; None: there is none."""
+    """Time of a collective over all stages at the end of every call, once all stages are there; None for none."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,13 +72,13 @@ class Costs:
         if self.jitter > _MOST_JITTER:
             raise ConfigError(
                 f"jitter={self.jitter}: must be at most {_MOST_JITTER}; it is the standard deviation of an op's time "
-                "by its mean, 0.05 for 5%"
+                "divided by its mean, such as 0.05 for 5%"
             )
         if not self.bandwidth:
             raise ConfigError("bandwidth=0: must be more than 0; leave it out for links of any bandwidth")
 
     def durations(self, schedule: Schedule, stages: int) -> dict[OpKind, np.ndarray]:
-        """Kind -> time of one op of one chunk, an array of shape (stages,)."""
+        """For each kind of op, the time of one op of one chunk: an array of shape (stages,)."""
         forward, backward = self._spread("forward", stages), self._spread("backward", stages)
         if schedule.splits_backward:
             halved = self.weight is None
@@ -94,7 +95,7 @@ class Costs:
         }
 
     def latencies(self, stages: int) -> np.ndarray:
-        """The latency of the link behind each stage, shape (stages,); from the last stage to the first, the longest."""
+        """The latency of the link after each stage, shape (stages,); from the last stage to the first the longest."""
         if isinstance(self.latency, Sequence):
             if len(self.latency) != stages - 1:
                 raise ConfigError(

@@ -1,12 +1,13 @@
-"""Run a schedule without hardware: every op starts when its stage is free and its message is there.
+"""Run a schedule without hardware: every op starts when its stage is free and its message has arrived.
 
-The simulator executes any schedule.  `wavefront.py` runs PACI's stream many times faster, to the same numbers.
+This simulator executes any schedule.  `wavefront.py` runs PACI's stream many times faster, with the same results.
 
 * A stage does one op at a time, in the order of its program.
 * A message starts when its op ends and its link is free, occupies the link for bytes / bandwidth, and arrives one
   latency later.  Sends and receives cost the stage nothing.  The two directions of a link do not disturb each other.
 
-Nobody posts receives here; where a transport begins only then, `transfers.py` says what that costs.
+Receives are not posted here.  Where a transport begins only when the receive is posted, `transfers.py` says what that
+costs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def check_size(schedule: Schedule, spec: PipelineSpec, batches: int, why: str = 
         schedule: which schedule.
         spec: the pipeline.
         batches: how many batches.
-        why: for the message, where nobody asked for as many: why so many.
+        why: for the message: why there are so many batches, where the user has not asked for them.
     """
     schedule.check(spec)
     count = (2 + schedule.splits_backward) * spec.stages * schedule.chunks * spec.accumulation * batches
@@ -59,7 +60,7 @@ def check_size(schedule: Schedule, spec: PipelineSpec, batches: int, why: str = 
 
 
 def execute(schedule: Schedule, programs: Sequence[Sequence[Iterable[Op]]], costs: Costs) -> Timeline:
-    """The timeline of the stages' programs, each a list of calls, under the placement of `schedule`.
+    """The timeline of the stages' programs, each a list of calls; `schedule` says where the chunks are.
 
     Raises:
         ScheduleError: every stage waits for another one.
@@ -84,7 +85,7 @@ def execute(schedule: Schedule, programs: Sequence[Sequence[Iterable[Op]]], cost
 
 
 def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs: Costs) -> list[list[Span]]:
-    """Run the stages as far as they get."""
+    """Run the stages until each has finished or waits for good."""
     stages, (forward, backward, weight, step) = len(ops), _KINDS
     takes = durations(schedule, ops, costs)
     latencies, transfer, last = costs.latencies(stages), costs.transfer, stages * schedule.chunks - 1

@@ -1,4 +1,4 @@
-"""The figures of a schedule: how long it takes, how much of that it waits, and what it holds meanwhile."""
+"""The figures of a schedule: how long it takes, how much of that time it waits, and how much memory it holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paci_schedule.simulate.costs import Costs, check_amount
 from paci_schedule.simulate.steady import run, steady_state, warm_up
 from paci_schedule.simulate.timeline import peak_in_flight
 
-__all__ = ["Report", "report", "time_per_micro_batch"]
+__all__ = ["Report", "figures_of", "time_per_micro_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,44 +26,44 @@ class Report:
     """From the first op to the last, of the batches asked for, filling and draining included."""
 
     time_per_micro_batch: float
-    """In the steady state: the time between two batches by the micro-batches of one."""
+    """In the steady state: the time between two batches, divided by the micro-batches of a batch."""
 
     bubble: float
-    """Of one batch, the largest over the stages of end of last op - start of first op - compute; of a schedule that
-    does not flush, what a stage waits per batch in the steady state."""
+    """The largest, over the stages, of the time that a stage waits during one batch: end of its last op - start of its
+    first op - compute.  For a schedule that does not flush, the wait per batch in the steady state."""
 
     bubble_share: float
-    """`bubble` by the time that the batch takes its stage."""
+    """The bubble divided by the time that the batch takes its stage."""
 
     waiting_share: list[float]
-    """Of the time of every stage in the steady state, the share in which it computes nothing."""
+    """For each stage, the share of the time in the steady state in which it computes nothing."""
 
     peak_in_flight: list[float]
     """Micro-batches whose activations are held at once; with v chunks a stage a chunk's counts 1/v."""
 
     max_drift: list[int]
-    """Updates between the forward and the backward of a micro-batch, at the most."""
+    """The most updates between the forward and the backward of a micro-batch."""
 
     counted_batches: int
-    """Batches from an empty pipe that `peak_in_flight`, `max_drift` and `drift_histogram` are counted over."""
+    """The batches, from an empty pipe on, over which `peak_in_flight`, `max_drift` and `drift_histogram` count."""
 
     drift_histogram: list[dict[int, int]]
-    """Drift -> micro-batches."""
+    """For each drift, the number of micro-batches that have it."""
 
     weight_versions: list[int]
     """Versions of its weights that a stage keeps."""
 
     activation_bytes: list[float]
-    """Activations at their peak."""
+    """Bytes of activations at their peak."""
 
     weight_bytes: list[float]
-    """Weights, without stashes."""
+    """Bytes of weights, without stashed versions."""
 
     stash_bytes: list[float]
-    """Further versions of the weights."""
+    """Bytes of further versions of the weights."""
 
 
-def report(
+def figures_of(
     schedule: Schedule,
     spec: PipelineSpec,
     costs: Costs,
@@ -78,13 +78,13 @@ def report(
         schedule: which schedule.
         spec: the pipeline.
         costs: what things take.
-        batches: how many batches `makespan`, `peak_in_flight` and the drift are of; None: one for the makespan, and
-            enough to reach the steady state for the others.
+        batches: the number of batches over which makespan, peaks and drift are taken; None for one batch for the
+            makespan, and for the others as many as it takes to reach the steady state.
         activation_bytes: activations of one micro-batch on one stage.
         weight_bytes: weights of one stage.
 
     Raises:
-        ConfigError: the schedule does not exist for `spec`, or a value has no sense.
+        ConfigError: the schedule does not exist for `spec`, or a value is outside its range.
     """
     schedule.check(spec)
     if batches is not None and batches < 1:
@@ -124,7 +124,7 @@ def report(
 
 
 def time_per_micro_batch(schedule: Schedule, spec: PipelineSpec, costs: Costs) -> float:
-    """`Report.time_per_micro_batch` alone."""
+    """Only `Report.time_per_micro_batch`."""
     return float(steady_state(schedule, spec, costs).period.max())
 
 

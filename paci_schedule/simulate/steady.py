@@ -22,7 +22,7 @@ from paci_schedule.simulate.wavefront import Marks, sweep
 
 __all__ = ["Steady", "run", "steady_state", "warm_up"]
 
-_AGREE = 1e-12  # of the time that passed: what is closer together than that is the same time
+_AGREE = 1e-12  # as a share of the time that has passed: times that are closer together count as equal
 _MOST_ROUNDS = 20_000  # of one run along wavefronts
 _MOST_OPS = 300_000  # of one run of the general simulator
 _MOST_MARKS = 8_000_000  # of all stages together
@@ -30,13 +30,13 @@ _MOST_MARKS = 8_000_000  # of all stages together
 
 @dataclass(frozen=True)
 class Steady:
-    """The steady state, arrays of shape (stages,).
+    """The steady state of a run; arrays have the shape (stages,).
 
     Attributes:
         period: the time that a micro-batch takes.
-        busy: the part of it in which the stage computes.
-        micro_batches: how long the run was that this was seen in.
-        makespan: of that run.
+        busy: the part of that time in which the stage computes.
+        micro_batches: the length of the run in which this was seen.
+        makespan: the makespan of that run.
     """
 
     period: np.ndarray
@@ -63,7 +63,7 @@ def run(schedule: Schedule, spec: PipelineSpec, costs: Costs, micro_batches: int
 
 
 def steady_state(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int = 0) -> Steady:
-    """Run until the pipe repeats itself; with jitter as long as is affordable, or `batches` if they are more.
+    """Run until the pipe repeats itself; with jitter as long as is affordable, or `batches` batches if that is longer.
 
     Raises:
         ConfigError: the schedule does not exist for `spec`, or even the shortest run is too large.
@@ -130,7 +130,7 @@ def _cycles(times: np.ndarray, lasting: int, unit: int) -> int | None:
 
 
 def _between(marks: Marks, first: int, every: int, count: int) -> Steady:
-    """What is between a mark and the last one, per micro-batch."""
+    """The steady state between a mark and the last one, per micro-batch."""
     passed = (len(marks.starts) - 1 - first) * every
     return Steady(
         (marks.starts[-1] - marks.starts[first]) / passed,

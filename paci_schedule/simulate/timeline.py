@@ -14,7 +14,7 @@ __all__ = ["Span", "Timeline", "peak_in_flight"]
 
 
 class Span(NamedTuple):
-    """One op, from `start` to `end`."""
+    """One op, which runs from `start` to `end`."""
 
     op: Op
     start: float
@@ -26,9 +26,9 @@ class Timeline:
     """The spans of every stage, in order.
 
     Attributes:
-        rows: for each stage its spans.
+        rows: the spans of each stage.
         calls: for each stage, how many of its spans were done at the end of each call of the training loop.
-        shown_from: pictures leave out the spans that start before.
+        shown_from: pictures leave out the spans that start before this time.
     """
 
     rows: Sequence[Sequence[Span]]

@@ -1,4 +1,4 @@
-"""PACI's stream at the scale of clusters: all stages at once, along wavefronts, to the general simulator's numbers.
+"""PACI's stream at the scale of clusters: all stages at once, along wavefronts, with the general simulator's results.
 
 Give F(i) of stage s the level s + 2i, and the B that follows it in round i the level s + 2i + 1.  Everything that an op
 waits for then has a lower level: the activation comes from level - 1, the gradient from level - 1 or, with extra in
@@ -27,12 +27,12 @@ _MOST_STAGES, _MOST_MICRO_BATCHES = 10_000, 1_000_000
 
 @dataclass(frozen=True)
 class Marks:
-    """What is left of a run when the single ops are forgotten.
+    """What is kept of a run when its single ops are dropped.
 
     Attributes:
         start: when the first op of each stage starts, shape (stages,).
-        end: when its last op ends, shape (stages,).
-        busy: the time that all its ops take, shape (stages,).
+        end: when the last op of each stage ends, shape (stages,).
+        busy: the time that all ops of a stage take, shape (stages,).
         starts: when the marked ops start, shape (marks, stages).
         free: when the stage could have started them, shape (marks, stages).
         busy_before: the time that the ops before the marked ones take, shape (marks, stages).
@@ -155,7 +155,7 @@ class _Sweep:
 
 
 class _Durations:
-    """How long the ops of one kind take; of their jitter the last `reach` micro-batches and a block are kept."""
+    """How long the ops of one kind take; their jitter is kept for the last `reach` micro-batches and a block more."""
 
     def __init__(self, base: np.ndarray, noise: Noise | None, reach: int) -> None:
         self.base, self.noise, self.drawn = base, noise, 0
@@ -164,7 +164,7 @@ class _Durations:
         self.kept = np.empty((self.blocks * _BLOCK if noise else 0, len(base)))
 
     def of(self, cut: slice, micro_batches: Callable[[], np.ndarray]) -> np.ndarray:
-        """The durations of one op of each stage in `cut`, of the micro-batches that the function says."""
+        """The durations of one op of each stage in `cut`, whose micro-batches the function returns."""
         if self.noise is None:
             return self.base[cut]
         wanted = micro_batches()

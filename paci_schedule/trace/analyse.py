@@ -8,7 +8,7 @@ from math import inf
 from statistics import median
 
 from paci_schedule.core.ops import OpKind
-from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.errors import ConfigError, ScheduleError
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.execute import execute
@@ -100,7 +100,8 @@ def simulated(recordings: Sequence[Recording]) -> Timeline:
     if not whole:
         raise ConfigError("traces without a micro-batch that every stage recorded from F to B; record a longer run")
     programs = [[[span.op for span in row if span.op.kind is OpKind.STEP or span.op.index in whole]] for row in rows]
-    split = any(span.op.kind is OpKind.WEIGHT for row in rows for span in row)
+    recorded = Schedule()
+    recorded.splits_backward = any(span.op.kind is OpKind.WEIGHT for row in rows for span in row)
     costs = Costs(
         forward=_medians(rows, OpKind.FORWARD),
         backward=_medians(rows, OpKind.BACKWARD),
@@ -108,7 +109,7 @@ def simulated(recordings: Sequence[Recording]) -> Timeline:
         step=_medians(rows, OpKind.STEP),
     )
     try:
-        return execute(schedule("zb-h1" if split else "paci"), programs, costs)
+        return execute(recorded, programs, costs)
     except ScheduleError:
         raise ConfigError(
             "traces whose ops cannot run in their order: lines are missing or occur twice; record the run again"

@@ -39,12 +39,13 @@ class _StandIn(type(StockEngine)):
 
 
 def _chosen(stock: type, config: DeepSpeedConfig | None, model: object) -> type:
-    if config is None or read_schedule(config._param_dict) == "1f1b":
+    name = "1f1b" if config is None else read_schedule(config._param_dict)
+    if name == "1f1b":
         return stock
     if stock is not StockEngine:
         raise UnsupportedError(
-            f'"pipeline_schedule": "paci" with a model of class {type(model).__name__}, which DeepSpeed runs in a '
-            f"{stock.__name__}: PACI schedules a PipelineEngine; make it a PipelineModule, or leave the key out"
+            f'"pipeline_schedule": "{name}" with a model of class {type(model).__name__}, which DeepSpeed runs in a '
+            f"{stock.__name__}: it schedules a PipelineEngine; make it a PipelineModule, or leave the key out"
         )
     return PaciPipelineEngine
 

@@ -22,16 +22,18 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from paci_schedule.adapters.choice import check_schedule
+from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
 from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, note_update
-from paci_schedule.adapters.deepspeed.refusals import check_supported
+from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
+from paci_schedule.adapters.deepspeed.split import why_not_split
 from paci_schedule.adapters.deepspeed.stage_local import StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
+from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
@@ -70,7 +72,7 @@ class PaciPipelineEngine(DrainingEngine):
         self._timeout = timeout = timedelta(seconds=options.timeout)
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
-        check_supported(config_class, options, module)
+        check_supported(self._schedule, config_class, options, module)
         grid = module.mpu()
         spec = PipelineSpec(
             stages=module.num_stages,
@@ -84,6 +86,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._norm_group = NormGroup(norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
         stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
+        self._check_split(self._schedule)
         self._reporter = (
             Reporter(self.monitor, self.steps_per_print(), writes=self.global_rank == 0)
             if self.is_first_stage()
@@ -186,12 +189,15 @@ class PaciPipelineEngine(DrainingEngine):
         """Go on with another schedule, after a `drain`; call it on every rank.
 
         Args:
-            schedule: "paci", or "1f1b" for a flush after every batch, as DeepSpeed's own engine computes it.
+            schedule: "paci", or one that flushes after every batch: "1f1b", which computes what DeepSpeed's own engine
+                computes, "gpipe" or "zb-h1".
 
         Raises:
             ConfigError: an unknown name.
+            UnsupportedError: the schedule cannot run, or not this job.
         """
-        self._schedule = check_schedule(schedule, f"schedule={schedule!r}")
+        self._check_split(check_choice(schedule, f"schedule={schedule!r}"))
+        self._schedule = schedule
         self.drain()
 
     def drain(self) -> torch.Tensor:
@@ -256,6 +262,11 @@ class PaciPipelineEngine(DrainingEngine):
     def __del__(self) -> None:
         self._runner = None  # a stage that is merely forgotten does not wait for its neighbours
         super().__del__()
+
+    def _check_split(self, name: str) -> None:
+        """Raises UnsupportedError, on every rank, where the schedule splits a backward that cannot be split."""
+        if schedule(name).splits_backward:
+            refuse_together(why_not_split(self), refused(name))
 
     def _choose_schedule(self) -> None:
         """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""

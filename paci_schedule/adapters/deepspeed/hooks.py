@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.adapters.probing import look_up, require
+from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
 from paci_schedule.adapters.versions import DEEPSPEED
 
 __all__ = ["ENGINES", "TESTED", "check_installed", "probe"]
@@ -29,6 +29,7 @@ _HOOKS = {
     f"{_ENGINE}._exec_optimizer_step": (),
     f"{_ENGINE}._reserve_pipe_buffers": ("num_buffers",),
     f"{_ENGINE}._configure_optimizer": ("client_optimizer", "model_parameters"),
+    f"{_ENGINE}._mixed_precision_dtypes": (),
     f"{_ENGINE}.clip_fp32_gradients": (),
     f"{_ENGINE}.set_dataiterator": ("iterator",),
     f"{_ENGINE}.reset_activation_shape": (),
@@ -37,13 +38,13 @@ _HOOKS = {
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
     "deepspeed.runtime.utils:is_model_parallel_parameter": ("p",),
     "deepspeed.runtime.utils:all_gather_dp_groups": ("groups_flat", "partitioned_param_groups", "dp_process_group"),
+    "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.get_grads_for_norm": ("for_clipping",),
     "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.update_lp_params": (),
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_gradient_for_reduction": ("param",),
     "deepspeed.runtime.pipe.module:PipelineModule.get_tied_weights_and_groups": (),
     "deepspeed.runtime.pipe.module:PipelineModule._partition_layers": ("method",),
     "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
-    "torch.distributed.distributed_c10d:_new_process_group_helper": ("backend_options", "device_id", "group_desc"),
-    "torch.distributed.distributed_c10d:_world.pg_group_ranks": (),
-    "torch.autograd:_unsafe_preserve_version_counter": (),
+    **TORCH_HOOKS,
 }
 
 

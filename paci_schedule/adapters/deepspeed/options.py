@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from paci_schedule.adapters.choice import check_schedule
+from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.options import Options, is_count, option, read
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.errors import ConfigError
 
 __all__ = ["PaciOptions", "read_schedule"]
+
+_OF_DRIFT = frozenset({"clip", "flush_warmup_steps", "prediction", "prediction_reach", "extra_in_flight"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,20 @@ def read_schedule(config: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: an unknown name, with the nearest valid one; a block ``"paci"`` that is wrong, or without a name.
     """
-    if "paci" in config:
-        PaciOptions.read(config)
-        if "pipeline_schedule" not in config:
-            raise ConfigError(
-                '"paci": {...} without "pipeline_schedule": the options are of no effect; add "pipeline_schedule": '
-                '"paci", or "1f1b" for DeepSpeed\'s own schedule, or take the block out'
-            )
+    options = PaciOptions.read(config)
+    if "paci" in config and "pipeline_schedule" not in config:
+        raise ConfigError(
+            '"paci": {...} without "pipeline_schedule": the options are of no effect; add "pipeline_schedule": '
+            '"paci", or "1f1b" for DeepSpeed\'s own schedule, or take the block out'
+        )
     name = config.get("pipeline_schedule", "1f1b")
-    return check_schedule(name, f'"pipeline_schedule": {name!r}')
+    check_choice(name, f'"pipeline_schedule": {name!r}')
+    if schedule(name).flushes and name != "1f1b":  # DeepSpeed's own takes no options: a job may go back to it as it is
+        for option in fields(options):
+            value = getattr(options, option.name)
+            if option.name in _OF_DRIFT and value != option.default:
+                raise ConfigError(
+                    f'"paci": {{"{option.name}": {value!r}}} with "pipeline_schedule": "{name}": the option is for a '
+                    'schedule without a flush after every batch; leave it out, or take "pipeline_schedule": "paci"'
+                )
+    return name

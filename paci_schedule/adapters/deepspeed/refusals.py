@@ -13,11 +13,11 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.refusal import Refusal, launch_blocking, reasons, refuse_together
 
-__all__ = ["check_supported"]
+__all__ = ["check_supported", "refused"]
 
 
-def check_supported(config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule) -> None:
-    """Raises UnsupportedError with every reason why this job cannot run under PACI.
+def check_supported(name: str, config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule) -> None:
+    """Raises UnsupportedError with every reason why this job cannot run under the schedule called `name`.
 
     Every rank calls it: what one stage cannot run, all of them refuse, so that none is left waiting.
     """
@@ -28,7 +28,12 @@ def check_supported(config: DeepSpeedConfig, options: PaciOptions, module: Pipel
         _tie_reasons(config, options, module),
         _receive_reasons(config, options),
     )
-    refuse_together(found, '"pipeline_schedule": "paci" cannot run this job; change what follows, or use "1f1b"')
+    refuse_together(found, refused(name))
+
+
+def refused(name: str) -> str:
+    """What the refusal of a schedule begins with."""
+    return f'"pipeline_schedule": "{name}" cannot run this job; change what follows, or use "1f1b"'
 
 
 def _at(*path: str) -> Callable[[Mapping[str, Any]], Any]:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.adapters.probing import look_up, require
+from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
 from paci_schedule.adapters.versions import MEGATRON_CORE
 
 __all__ = ["TESTED", "check_installed", "probe"]
@@ -28,8 +28,9 @@ _HOOKS = {
     "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.get_grad_norm": (),
     "megatron.core.parallel_state:get_tensor_and_data_parallel_group": ("with_context_parallel",),
     "megatron.core.parallel_state:get_embedding_group": ("check_initialized",),
-    "torch.distributed.distributed_c10d:_new_process_group_helper": ("backend_options", "device_id", "group_desc"),
-    "torch.autograd:_unsafe_preserve_version_counter": (),
+    "torch._utils:_flatten_dense_tensors": (),
+    "torch._utils:_unflatten_dense_tensors": (),
+    **TORCH_HOOKS,
 }
 
 

@@ -1,7 +1,7 @@
-"""What a schedule is: a name, the ops of every stage, and the limits it promises to keep.
+"""What a schedule is: a name, the ops of every stage, and the limits that it promises to keep.
 
-A schedule splits the model into `chunks` pieces a stage.  The pieces stand in a row of stages * chunks *positions*, the
-way an activation travels; `position` says where a stage's chunk stands in it.
+A schedule splits the model into `chunks` pieces for each stage.  In the order in which an activation passes them, the
+pieces have the *positions* 0 to stages * chunks - 1; `position` gives the position of a stage's chunk.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Nothing:
 
 
 class Schedule:
-    """A pipeline schedule; subclasses say what differs from plain, flushed, unsplit pipelines.
+    """A pipeline schedule; a subclass says where it differs from a flush, one chunk and an unsplit backward.
 
     Attributes:
-        name: how it is asked for.
-        chunks: model chunks a stage.
+        name: the name in the registry.
+        chunks: model chunks of each stage.
         splits_backward: True where the weight gradient is an op of its own (W) and B the input gradient only.
         flushes: True where every batch begins and ends with an empty pipe.
         in_rounds: True where round i of a stage is F(i), then B(i - d), without end, with d the look-ahead of
@@ -148,7 +148,7 @@ class Schedule:
         return chain.from_iterable(self.calls(spec, stage, batches))
 
     def position(self, stages: int, stage: int, chunk: int) -> int:
-        """Where the chunk stands in the row of stages * chunks that an activation travels."""
+        """The position of a chunk in the order in which an activation passes all of them."""
         return chunk * stages + stage
 
     def in_flight(self, spec: PipelineSpec, stage: int) -> int:
@@ -156,7 +156,7 @@ class Schedule:
         raise NotImplementedError
 
     def micro_batches_per_update(self, spec: PipelineSpec) -> int:
-        """After how many backwards a stage steps."""
+        """The number of backwards between two updates of a stage."""
         return spec.accumulation
 
     def gradients_on_wire(self, spec: PipelineSpec, stage: int) -> int:
@@ -177,7 +177,7 @@ class Schedule:
 
 
 def weave(pattern: Iterable[tuple[OpKind, int]], micro_batches: int) -> Iterator[Op]:
-    """Number a pattern of (kind, chunk): its n-th F of a chunk is F(n), and so on; those beyond the batch fall away."""
+    """Number a pattern of (kind, chunk): the n-th F of a chunk is F(n), and so on; the rest is left out."""
     done: Counter[tuple[OpKind, int]] = Counter()
     for kind, chunk in pattern:
         index = done[kind, chunk]

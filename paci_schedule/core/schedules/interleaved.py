@@ -2,13 +2,13 @@
 
 Source: arXiv 2104.04473, section 2.2.  Chunk c of stage s is piece c P + s of the model; micro-batches go through in
 groups of P, each group through chunk 0 of every stage, then chunk 1, and so on.  P = 2, v = 2, M = 4, F and B of a
-chunk of the same length (.1 is chunk 1, `|` the step):
+chunk have the same length (.1 is chunk 1, `|` the step):
 
     stage 0   F0   F1   F0.1 F1.1 F2   B0.1 F3   B1.1 F2.1 B0   F3.1 B1   .    B2.1 .    B3.1 B2   B3  |
     stage 1   .    F0   F1   F0.1 B0.1 F1.1 B1.1 F2   B0   F3   B1   F2.1 B2.1 F3.1 B3.1 B2   B3  |
 
-The bubble is (P-1)(F+B)/v a batch, F and B those of a whole stage; the first stage holds up to P + (P-1)/v
-micro-batches.
+The bubble of a batch is (P-1)(F+B)/v, where F and B are those of a whole stage.  The first stage holds up to
+P + (P-1)/v micro-batches.
 """
 
 from __future__ import annotations

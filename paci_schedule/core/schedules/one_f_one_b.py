@@ -6,8 +6,7 @@ P = 3 stages, M = 4 micro-batches a batch; `.` is the bubble, (P-1)/(M+P-1) of t
     stage 1   .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .   STEP
     stage 2   .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .   STEP
 
-In terms of rounds it is PACI's stream, drained after every batch: the difference between the two schedules is the drain
-and nothing else.
+In terms of rounds 1F1B is PACI's stream, drained after every batch: the two schedules differ in nothing but the drain.
 """
 
 from __future__ import annotations

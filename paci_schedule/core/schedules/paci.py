@@ -37,9 +37,9 @@ class Segment:
 
     Attributes:
         spec: the pipeline.
-        start: the first round, of the last stage under the leading cut.
-        stop: the round after the last one, likewise.
-        admitted: micro-batches that the pipe has taken in by the end; no stage runs a forward beyond.
+        start: the first round; under the leading cut that of the last stage.
+        stop: the round after the last one; likewise.
+        admitted: micro-batches that the pipe has taken in by the end; no stage runs the forward of a later one.
         leading: True where a stage's rounds are shifted by its look-ahead (the leading cut).
     """
 
@@ -94,7 +94,8 @@ def lead_batch(spec: PipelineSpec, finished: int, last: int | None = None) -> Se
     Args:
         spec: the pipeline.
         finished: backwards that every stage has done, a multiple of a.
-        last: micro-batches that will ever be admitted, where known; no forward beyond, so the last calls cool down.
+        last: micro-batches that will ever be admitted, where that is known; no stage runs the forward of a later one,
+            so the last calls cool down.
     """
     stop = finished + spec.accumulation
     admitted = stop + spec.look_ahead(0)
@@ -117,7 +118,7 @@ def stream(spec: PipelineSpec, stage: int, batches: int) -> Iterator[Op]:
 
 
 class Paci(Schedule):
-    """PACI; `leading` says which cut groups the ops into calls."""
+    """PACI, whose ops are grouped into calls by the leading cut or by the lagging one."""
 
     name = "paci"
     flushes = False

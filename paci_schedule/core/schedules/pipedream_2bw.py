@@ -6,9 +6,9 @@ Source: arXiv 2006.09503.  P = 3, a = 2; the number after the colon is the weigh
     stage 1   F0:0 F1:0 B0:0 F2:0 B1:0 S F3:0 B2:0 F4:1 B3:0 S F5:1 B4:1 ...
     stage 2   F0:0 B0:0 F1:0 B1:0 S F2:0 B2:0 F3:0 B3:0 S F4:1 B4:1 ...
 
-Micro-batches of batch k use version max(0, k-1) everywhere: a constant delay of one update, no inconsistency, no
-bubble in the steady state, two versions of the weights.  Two are enough while a stage runs at most a batch ahead: a >=
-P-1.
+Micro-batches of batch k use version max(0, k-1) everywhere: there is a constant delay of one update, no inconsistency
+and no bubble in the steady state, and there are two versions of the weights.  Two are enough while a stage runs at most
+one batch ahead, that is for a >= P-1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PipeDream2BW"]
 
 
 class PipeDream2BW(paci.Paci):
-    """PipeDream-2BW: what differs from PACI is which weights an op reads, and what that costs in memory."""
+    """PipeDream-2BW, which differs from PACI in the weights that an op reads, and in what these cost in memory."""
 
     name = "pipedream-2bw"
     options = frozenset()

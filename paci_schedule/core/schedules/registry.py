@@ -1,4 +1,4 @@
-"""The schedules by name."""
+"""The table of all schedules, by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def schedule(name: str, **options: object) -> Schedule:
 
     Args:
         name: one of `SCHEDULES`.
-        options: what this schedule can be varied in: `chunks` of interleaved-1f1b, `leading` of paci.
+        options: arguments of the schedule: `chunks` of interleaved-1f1b, `leading` of paci.
 
     Raises:
         ConfigError: there is no such schedule, or it has no such option.

@@ -1,4 +1,4 @@
-"""ZB-H1 and ZB-H2: the backward split in input gradient (B) and weight gradient (W), W put off to fill the bubble.
+"""ZB-H1 and ZB-H2: the backward is split into input gradient (B) and weight gradient (W), and W fills the bubble.
 
 Source: arXiv 2401.10241, section 2, the handcrafted schedules for F, B and W of the same length (ZB-1p and ZB-2p are
 their memory limits).  Stage s runs ahead by k (P-1-s) forwards and puts its W off by k s micro-batches; k is 1 for H1

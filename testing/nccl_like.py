@@ -13,7 +13,7 @@ Its habits are those of PyTorch's ProcessGroupNCCL (torch/csrc/distributed/c10d/
 Messages that are grouped (`batch_isend_irecv`), which NCCL starts together, are not played: of what is tested, only
 Megatron's own schedule groups them.
 
-`integration_tests.played_stream` plays the stream, and raises where something touches a buffer too early.
+`testing.played_stream` plays the stream, and raises where something touches a buffer too early.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from integration_tests.played_stream import PATIENCE, Device, Operation, tensors_in
+from testing.played_stream import PATIENCE, Device, Operation, tensors_in
 
 __all__ = ["BACKEND", "install", "synchronize"]
 

@@ -1,5 +1,5 @@
 """Found by Python at the start of processes that a run spawns (checkpoint writers): they need the shim too."""
 
-from integration_tests.megatron_cpu import shim
+from testing.megatron_cpu import shim
 
 shim.install()

@@ -7,15 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from integration_tests import jobs, ranks
-from integration_tests.jobs import Job
-from integration_tests.oracle import Moment
+from testing import jobs, ranks
+from testing.jobs import Job, Shared
+from testing.reference.deepspeed import Moment, Reference
 
-__all__ = ["act", "assert_equal", "build", "config", "follow", "run", "train", "weights"]
+__all__ = [
+    "Runs",
+    "act",
+    "assert_as_reference",
+    "assert_equal",
+    "build",
+    "config",
+    "follow",
+    "run",
+    "run_all",
+    "run_resumed",
+    "tied_spec",
+    "train",
+    "weights",
+]
 
 
 def config(job: Job, schedule: str | None) -> dict[str, Any]:
@@ -34,8 +50,6 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
         settings["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
     if schedule not in (None, "stock"):
         settings["pipeline_schedule"] = schedule
-    if job.extra_in_flight:
-        settings["paci"] = {"extra_in_flight": job.extra_in_flight}
     for key, value in job.config.items():
         both = isinstance(settings.get(key), dict) and isinstance(value, dict)
         settings[key] = {**settings[key], **value} if both else value
@@ -44,8 +58,15 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
     return settings
 
 
-def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any:
-    """The engine of this rank.  Registers the schedules unless `schedule` is "stock"."""
+def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = None, **module_options: Any) -> Any:
+    """The engine of this rank.  Registers the schedules unless `schedule` is "stock".
+
+    Args:
+        job: what to train.
+        schedule: as of `config`.
+        layers: of the model; None for those that the job names.
+        module_options: for the PipelineModule.
+    """
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
@@ -55,23 +76,27 @@ def build(job: Job, schedule: str | None = "paci", **module_options: Any) -> Any
         paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     options = {"num_stages": job.stages, "partition_method": "uniform", "loss_fn": jobs.loss, **module_options}
-    module = PipelineModule(jobs.layers(job.model), **options)
+    module = PipelineModule(jobs.layers(job.model, tied_spec) if layers is None else layers, **options)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=None if "optimizer" in job.config else jobs.optimizer(job),
         model_parameters=jobs.parameter_groups(job, parameters) if parameters else parameters,
         lr_scheduler=jobs.schedule(job),
-        config=_by_stage(config(job, schedule)),
+        config=config(job, schedule),
     )
+    if job.marked:
+        for parameter in engine.module.parameters():
+            parameter.model_parallel = True
+    jobs.poison(job, engine.stage_id, list(engine.module.parameters()))
     return engine
 
 
-def _by_stage(settings: dict[str, Any]) -> dict[str, Any]:
-    """Clipping by stage unless the job says otherwise, as the reference does."""
-    options = settings.get("paci", {})
-    wanted = "pipeline_schedule" in settings and isinstance(options, dict)
-    return {**settings, "paci": {"clip": "stage", **options}} if wanted else settings
+def tied_spec(key: str, *how: bool) -> Any:
+    """A layer with a shared weight, as DeepSpeed wants it declared; the arguments are those of `Shared`."""
+    from deepspeed.pipe import TiedLayerSpec
+
+    return TiedLayerSpec(key, Shared, key, *how)
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -97,7 +122,7 @@ class Feed:
 
 def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None = None) -> float:
     """Do one action of a script; the loss it returns, NaN if none."""
-    name, _, number = action.partition("=")
+    name, _, value = action.partition("=")
     if name == "train":
         loss = engine.train_batch(feed)
         assert isinstance(loss, torch.Tensor)
@@ -109,7 +134,9 @@ def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None =
     if name == "save":
         engine.save_checkpoint(folder, tag="common")
     elif name == "accumulate":
-        engine.set_train_batch_size(int(number) * engine.train_micro_batch_size_per_gpu())
+        engine.set_train_batch_size(int(value) * engine.train_micro_batch_size_per_gpu())
+    elif name == "schedule":
+        engine.set_pipeline_schedule(value)
     else:
         engine.drain()
     return math.nan
@@ -125,21 +152,26 @@ def train(
     """What a rank does: build the engine, load a checkpoint if told to, and `follow` the script.
 
     Returns:
-        As `follow`, and "inspected": what `inspect` says about the engine at the end.
+        As `follow`; "drift_bound" and "steps" of the engine at the end; "inspected": what `inspect` says about it.
     """
     engine = build(job, schedule)
     if load:
         path, _ = engine.load_checkpoint(folder, tag="common")
         assert path is not None
-    return {**follow(engine, job, schedule, folder), "inspected": inspect and inspect(engine)}
+    return {
+        **follow(engine, job, schedule, folder),
+        "drift_bound": engine.pipeline_stats()["drift_bound"] if schedule == "paci" else None,
+        "steps": engine.global_steps,
+        "inspected": inspect and inspect(engine),
+    }
 
 
-def follow(engine: Any, job: Job, schedule: str | None, folder: str | None) -> dict[str, Any]:
+def follow(engine: Any, job: Job, schedule: str | None = "paci", folder: str | None = None) -> dict[str, Any]:
     """Carry out the script of a job.
 
     Returns:
-        "stage"; "moments": this stage's part of every `Moment`; "pulled": after every action, the micro-batches pulled
-        from the iterator so far.
+        "stage"; "moments": this stage's part of every `Moment`, with the engine's own counters in "stats"; "pulled":
+        after every action, the micro-batches pulled from the iterator so far.
     """
     feed = Feed(jobs.data(job.model, job.first_micro_batch))
     moments, pulled = [], []
@@ -150,17 +182,94 @@ def follow(engine: Any, job: Job, schedule: str | None, folder: str | None) -> d
 
 
 def _moment(engine: Any, action: str, loss: float, schedule: str | None) -> dict[str, Any]:
-    stats = engine.pipeline_stats() if schedule == "paci" else {"version": engine.global_steps}
-    return {"action": action, "loss": loss, "weights": weights(engine), "stats": stats, "rate": engine.get_lr()[0]}
+    stats = engine.pipeline_stats() if hasattr(engine, "pipeline_stats") else {"version": engine.global_steps}
+    norm = engine.get_global_grad_norm()
+    return {
+        "action": action,
+        "loss": loss,
+        "weights": weights(engine),
+        "stats": stats,
+        "rate": engine.get_lr()[0],
+        "norm": math.nan if norm is None else float(norm),
+    }
 
 
 def run(job: Job, schedule: str | None = "paci", *, timeout: float = 120.0, **options: Any) -> list[dict[str, Any]]:
     """Carry out a job on as many ranks as it has stages; what `train` returned, by stage."""
-    return ranks.run_ranks(_train, job.stages, (job, schedule, options), timeout=timeout)
+    return run_all((job, schedule, options), timeout=timeout)[0]
 
 
-def _train(job: Job, schedule: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    return train(job, schedule, **options)
+def run_all(*calls: tuple[Job, str | None, dict[str, Any]], timeout: float = 280.0) -> list[list[dict[str, Any]]]:
+    """Carry out several jobs of equally many stages, one after the other, on the same ranks.
+
+    Args:
+        calls: the arguments of `train` for each: the job, the schedule, and a dict of the others by name.
+        timeout: for all of them.
+
+    Returns:
+        For each call, what `train` returned, by stage.
+    """
+    results = ranks.run_ranks(_train_all, calls[0][0].stages, (calls,), timeout=timeout)
+    return [list(by_stage) for by_stage in zip(*results, strict=True)]
+
+
+def run_resumed(job: Job, rest: Job, folder: Path) -> list[list[dict[str, Any]]]:
+    """Carry out a job that saves a checkpoint, and then another one that loads it first; as `run_all`."""
+    return run_all((job, "paci", {"folder": str(folder)}), (rest, "paci", {"folder": str(folder), "load": True}))
+
+
+def _train_all(calls: tuple[tuple[Job, str | None, dict[str, Any]], ...]) -> list[dict[str, Any]]:
+    return [train(job, schedule, **options) for job, schedule, options in calls]
+
+
+class Runs:
+    """Jobs with names; all those of equally many stages are carried out together, when the first of them is asked for.
+
+    Args:
+        jobs_by_name: the job, or the job and its schedule where that is not "paci".
+        folder: for checkpoints, a folder below for each.
+        options: of `train`, for every job.
+    """
+
+    def __init__(self, jobs_by_name: dict[str, Job | tuple[Job, str]], folder: Path, **options: Any) -> None:
+        self._jobs = {name: (job, "paci") if isinstance(job, Job) else job for name, job in jobs_by_name.items()}
+        self._folder, self._options = folder, options
+        self._results: dict[str, list[dict[str, Any]]] = {}
+
+    def __getitem__(self, name: str) -> list[dict[str, Any]]:
+        """By stage, what `train` returned."""
+        if name not in self._results:
+            stages = self._jobs[name][0].stages
+            together = [other for other, (job, _) in self._jobs.items() if job.stages == stages]
+            calls = [
+                (*self._jobs[other], {"folder": str(self._folder / str(number)), **self._options})
+                for number, other in enumerate(together)
+            ]
+            self._results.update(zip(together, run_all(*calls), strict=True))
+        return self._results[name]
+
+
+def assert_as_reference(job: Job, results: list[dict[str, Any]], *, rounding: float = 0.0, **options: Any) -> Reference:
+    """Every stage at every moment as the reference, gradient norms included where the job clips.
+
+    Args:
+        job: what was carried out.
+        results: by stage, what `train` returned.
+        rounding: as of `assert_equal`.
+        options: of the `Reference`.
+
+    Returns:
+        The reference, after the script.
+    """
+    reference = Reference(job, **options)
+    expected = reference.run()
+    assert_equal(results, expected, rounding=rounding)
+    if job.clip:
+        for stage, result in enumerate(results):
+            truth = [moment.norm[stage] for moment in expected]
+            found = [moment["norm"] for moment in result["moments"]]
+            assert found == pytest.approx(truth, rel=max(2e-7, rounding), nan_ok=True), f"norms of stage {stage}"
+    return reference
 
 
 def assert_equal(
@@ -170,7 +279,7 @@ def assert_equal(
 
     Args:
         results: by stage, what `train` returned.
-        expected: what `oracle.run` returned for the same script.
+        expected: the moments of the reference for the same script.
         counters: whether versions, drift and micro-batches in flight are compared too (what only PACI counts).
         rounding: how far weights may differ, and losses in proportion, where sums are taken in another order.
     """

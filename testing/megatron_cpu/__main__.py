@@ -1,4 +1,4 @@
-"""``python -m integration_tests.megatron_cpu MODULE ARGUMENTS...``: as ``python -m MODULE``, the CPU playing CUDA.
+"""``python -m testing.megatron_cpu MODULE ARGUMENTS...``: as ``python -m MODULE``, the CPU playing CUDA.
 
 MEGATRON_CPU_TRACE=PATH records the collectives of every rank.
 """
@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from integration_tests.collectives import recorded
-from integration_tests.megatron_cpu import shim
+from testing.collectives import recorded
+from testing.megatron_cpu import shim
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 

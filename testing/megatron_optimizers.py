@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from integration_tests.megatron_job import GptJob
+    from testing.megatron_model import GptJob
 
 __all__ = ["OF_ALL", "OF_MAIN", "build_optimizer", "is_main", "missing", "wrapped"]
 

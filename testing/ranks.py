@@ -2,7 +2,7 @@
 
 Ranks fork from a server process that has imported torch and DeepSpeed once, so they start in milliseconds and in a
 clean state, and compute on the CPU.  The environment's PACI_TEST_BACKEND says what they speak: gloo, by default;
-nccl_like, which is gloo with NCCL's habits (`integration_tests.nccl_like`); nccl, with a GPU for every rank, each of
+nccl_like, which is gloo with NCCL's habits (`testing.nccl_like`); nccl, with a GPU for every rank, each of
 which is spawned instead and has to set its device itself, as a training script does; or nccl_shared, the same with
 fewer GPUs than ranks.  NCCL refuses two ranks on one GPU of one host, so there every rank claims a host of its own, and
 they speak through the loopback network: it works, and is not supported.
@@ -21,6 +21,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,13 +34,12 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from integration_tests import nccl_like
-from launch.kernels import build_kernels
+from testing import nccl_like
 
 __all__ = ["Outcome", "RankError", "backend", "gather_outcomes", "on_gpus", "run_ranks"]
 
 _ROOT = Path(__file__).parents[1]
-_PRELOAD = "integration_tests.preload"
+_PRELOAD = "testing.preload"
 _SWITCH = "PACI_TEST_BACKEND"
 _GRACE = 2.0  # seconds that the others get to end by themselves after a rank has failed that should not have
 
@@ -162,10 +162,23 @@ def gather_outcomes(
 def _fork_context() -> multiprocessing.context.BaseContext:
     os.environ.update(_BASE_ENVIRONMENT)  # the server reads it when it imports torch and DeepSpeed
     if importlib.util.find_spec("deepspeed") is not None:
-        build_kernels(timeout=600)
+        _build_kernel()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOAD])
     return context
+
+
+def _build_kernel(timeout: float = 600.0) -> None:
+    """Let a process that may be given up build DeepSpeed's kernel: one that is killed while it builds leaves a lock."""
+    command = [sys.executable, "-c", "from deepspeed.comm.torch import build_shm_op; build_shm_op()"]
+    try:
+        subprocess.run(command, capture_output=True, check=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+        raise RankError(
+            f"DeepSpeed's kernel for the CPU was not built within {timeout:g} s: if an earlier build was cut off, "
+            f"remove deepspeed_shm_comm/lock somewhere below {folder}"
+        ) from None
 
 
 _BASE_ENVIRONMENT = {

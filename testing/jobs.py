@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +12,41 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["EVALUATION_DATA", "LAYERS", "Job", "data", "layers", "loss", "optimizer", "parameter_groups", "schedule"]
+__all__ = [
+    "EVALUATION_DATA",
+    "LAYERS",
+    "TIED",
+    "TIES",
+    "Job",
+    "Shared",
+    "data",
+    "layers",
+    "loss",
+    "micro_batch",
+    "optimizer",
+    "parameter_groups",
+    "poison",
+    "schedule",
+]
 
-LAYERS = 12  # of every model: a cut into 1, 2, 3, 4 or 6 stages of equally many layers, all of unequal size
+LAYERS = 12  # of every model: it can be split into 1, 2, 3, 4 or 6 stages of equally many layers, all of unequal size
 EVALUATION_DATA = 10_000  # index of the first micro-batch used for evaluations
 _WORDS, _LENGTH, _SAMPLES = 13, 5, 3  # vocabulary, sequence length, samples in a micro-batch
 _WIDTHS = (7, 8, 11, 6, 9, 10, 5, 12, 8, 7, 9, 6, 8)
+
+
+APART = 1_000  # micro-batches between the data of one replica and the next
+
+TIED = {"words": (0, LAYERS - 1), "square": (3, 8)}
+"""Key -> the layers that share a weight, in the model "tied"."""
+
+_THRICE = {"square": (1, 6, LAYERS - 2)}
+
+TIES = {"tied": TIED, "copies": TIED, "thrice": _THRICE, "still": TIED, "deaf": _THRICE}
+"""The same for every model that has such layers."""
+
+_FROZEN, _DETACHED = {"still": "words"}, {"deaf": 6}  # model -> the key of a frozen weight, a layer without gradient
+_TIED_WIDTH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +57,26 @@ class Job:
         stages: P.
         accumulation: a, at the start.
         script: what the training loop calls, in order: "train", "drain", "eval", "save", "accumulate=N" (N micro-
-            batches an update from here on, by set_train_batch_size); "train x3" is three of them.
+            batches an update from here on, by set_train_batch_size), "schedule=NAME"; "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
             between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
-            parameters), "frozen" (like "words", only the last third trained) or "matrices" (like "words", only matrices
-            trained).
+            parameters), "frozen" (like "words", only the last third trained), "matrices" (like "words", only matrices
+            trained), "sparse" (like "words", the embedding's gradient is a sparse tensor); with shared weights: "tied"
+            (the embedding is the output layer as well, and layer 3 shares its matrix with layer 8), "copies" (like
+            "tied", but the last third has no weights of its own), "thrice" (three layers share a matrix), "still"
+            (like "tied" with a frozen embedding) and "deaf" (like "thrice", but the second of the three layers gets no
+            gradient).
         precision: "fp32", "bf16" (fp32 gradient accumulation, ZeRO stage 1) or "bf16-bf16" (bf16 accumulation,
             stage 0).
-        optimizer: "adamw", "adam", "nadam", "sgd", "muon", or "groups" (AdamW with a group that decays and one that
-            does not).
-        clip: largest gradient norm of a stage; 0 clips nothing.
+        optimizer: "adamw", "adam", "nadam", "sgd", "muon", "fused" (AdamW in one kernel), "groups" (AdamW with a group
+            that decays and one that does not), or what builds one from parameter groups.
+        clip: largest gradient norm; 0 clips nothing.
         warmup: whether the learning rate changes from update to update.
         config: more keys for the DeepSpeed config.
         first_micro_batch: index of the first micro-batch to train on.
-        extra_in_flight: k.
+        poison: (stage, micro-batch, parameter): the gradient of that micro-batch, counted from 0 where training starts,
+            has an infinite element, in that parameter of that stage, by number; None for no such gradient.
+        marked: every parameter is marked `model_parallel`, as if it were a slice.
     """
 
     stages: int
@@ -47,12 +84,18 @@ class Job:
     script: tuple[str, ...]
     model: str = "words"
     precision: str = "fp32"
-    optimizer: str = "adamw"
+    optimizer: str | Callable[[Any], torch.optim.Optimizer] = "adamw"
     clip: float = 0.0
     warmup: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     first_micro_batch: int = 0
-    extra_in_flight: int = 0
+    poison: tuple[int, int, int] | None = None
+    marked: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The block "paci" of the DeepSpeed config."""
+        return self.config.get("paci", {})
 
     def actions(self) -> Iterator[str]:
         """The script, "train xN" written out."""
@@ -64,6 +107,14 @@ class Job:
         """The layers of a stage."""
         each = LAYERS // self.stages
         return range(stage * each, (stage + 1) * each)
+
+    def holders(self, key: str) -> tuple[int, ...]:
+        """For each layer that shares a weight, its stage."""
+        return tuple(layer // (LAYERS // self.stages) for layer in TIES[self.model][key])
+
+    def of_replica(self, replica: int) -> Job:
+        """The job as one data-parallel replica does it: with data of its own."""
+        return dataclasses.replace(self, first_micro_batch=self.first_micro_batch + replica * APART)
 
 
 # ---- models: every layer is seeded by its number, so that any process builds the same --------------------------------
@@ -107,6 +158,10 @@ class _Squeeze(nn.Module):
         return torch.nn.functional.silu(x) * 0.9
 
 
+def _Head(width: int) -> nn.Linear:
+    return nn.Linear(width, _WORDS)
+
+
 class _PairEmbed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -145,21 +200,58 @@ class _PairHead(nn.Module):
         return self.out(left * right) + 0.1 * torch.nn.functional.one_hot(ids, _WORDS).to(left.dtype)
 
 
-def layers(model: str) -> list[nn.Module]:
-    """The layers of a model, freshly built; the same numbers in every process."""
+class Shared(nn.Module):
+    """A layer with a shared weight: the embedding and the head, or square layers in the middle.
+
+    Args:
+        key: "words" or "square".
+        frozen: the weight is not trained.
+        detached: the weight gets no gradient here, and changes as the others do.
+    """
+
+    def __init__(self, key: str, frozen: bool = False, detached: bool = False) -> None:
+        super().__init__()
+        self.key, self._detached = key, detached
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(500 + len(key))
+            weight = 0.4 * torch.randn(_WORDS if key == "words" else _TIED_WIDTH, _TIED_WIDTH)
+        self.weight = nn.Parameter(weight, requires_grad=not frozen)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.detach() if self._detached else self.weight
+        if self.key == "square":
+            return x + torch.tanh(torch.nn.functional.linear(x, weight))
+        look_up = not x.is_floating_point()
+        return torch.nn.functional.embedding(x, weight) if look_up else torch.nn.functional.linear(x, weight)
+
+
+def layers(model: str, shared: Callable[[str, bool, bool], Any] = Shared) -> list[Any]:
+    """The layers of a model, freshly built; the same numbers in every process.
+
+    Args:
+        model: as `Job.model`.
+        shared: what makes a layer with a shared weight from the arguments of `Shared`.
+    """
     middle = range(LAYERS // 3, 2 * LAYERS // 3)
-    widths = list(_WIDTHS)
+    widths = list(_WIDTHS) if model not in TIES else [_TIED_WIDTH] * len(_WIDTHS)
     if model == "hollow":
         widths[middle.start : middle.stop + 1] = [_WIDTHS[middle.start]] * (len(middle) + 1)
-    embed, mix, head = (_PairEmbed, _PairMix, _PairHead) if model == "pairs" else (_Embed, _Mix, nn.Linear)
-    built = []
+    keys = {number: key for key, numbers in TIES.get(model, {}).items() for number in numbers}
+    embed, mix, head = (_PairEmbed, _PairMix, _PairHead) if model == "pairs" else (_Embed, _Mix, _Head)
+    built: list[Any] = []
     with torch.random.fork_rng(devices=[]):
         for number in range(LAYERS):
             torch.manual_seed(400 + number)
+            if number in keys:
+                key = keys[number]
+                built.append(shared(key, _FROZEN.get(model) == key, _DETACHED.get(model) == number))
+                continue
             if number == 0:
                 built.append(embed(widths[1]))
+            elif model == "copies" and number >= middle.stop:
+                built.append(_Squeeze())
             elif number == LAYERS - 1:
-                built.append(head(widths[number]) if model == "pairs" else head(widths[number], _WORDS))
+                built.append(head(widths[number]))
             elif model == "hollow" and number in middle:
                 built.append(_Squeeze())
             else:
@@ -168,6 +260,8 @@ def layers(model: str) -> list[nn.Module]:
             if model == "matrices":
                 for parameter in built[-1].parameters():
                     parameter.requires_grad_(parameter.ndim == 2)
+    if model == "sparse":
+        built[0].words.sparse = True
     return built
 
 
@@ -215,11 +309,14 @@ def parameter_groups(job: Job, parameters: list[nn.Parameter]) -> list[dict[str,
 
 def optimizer(job: Job) -> Callable[[Any], torch.optim.Optimizer]:
     """What builds a stage's optimizer from parameters or parameter groups."""
+    if callable(job.optimizer):
+        return job.optimizer
     kinds = {
         "adamw": functools.partial(torch.optim.AdamW, lr=0.02, betas=(0.8, 0.95), weight_decay=0.03),
         "groups": functools.partial(torch.optim.AdamW, lr=0.02),
         "adam": functools.partial(torch.optim.Adam, lr=0.02),
         "nadam": functools.partial(torch.optim.NAdam, lr=0.02, weight_decay=0.03, decoupled_weight_decay=True),
+        "fused": functools.partial(torch.optim.AdamW, lr=0.02, fused=True),
         "sgd": functools.partial(torch.optim.SGD, lr=0.3, momentum=0.6),
     }
     if hasattr(torch.optim, "Muon"):  # since torch 2.9
@@ -234,3 +331,19 @@ def _rate(update: int) -> float:
 def schedule(job: Job) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None:
     """What builds a stage's learning-rate schedule, if it has one: up for four updates, then down."""
     return functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=_rate) if job.warmup else None
+
+
+def poison(job: Job, stage: int, parameters: list[nn.Parameter]) -> None:
+    """Spoil the gradient that `Job.poison` names, where it is of this stage; `parameters` are all of the stage."""
+    if job.poison is None or job.poison[0] != stage:
+        return
+    _, micro_batch, number = job.poison
+    seen = itertools.count()
+
+    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
+        if next(seen) == micro_batch:
+            gradient = gradient.clone()
+            gradient.view(-1)[1] = torch.inf
+        return gradient
+
+    parameters[number].register_hook(spoiled)

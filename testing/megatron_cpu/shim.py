@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from integration_tests.megatron_cpu import triton_stub
+from testing.megatron_cpu import triton_stub
 
 __all__ = ["install"]
 

@@ -1,0 +1,143 @@
+"""Calls of the schedule on the real megatron-core: what they report, what they refuse, and whose loops may call."""
+
+import dataclasses
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from integration_tests.megatron_checks import STOCK, assert_equal
+from paci_schedule import PipelineSpec, trace
+from paci_schedule.adapters.frameworks import exists
+from paci_schedule.core.schedules import paci
+from testing.megatron_cpu import shim
+from testing.megatron_job import refusals, train_all
+from testing.megatron_model import GptJob
+from testing.ranks import run_ranks
+
+if not exists("megatron.core"):  # without an import, for which the CPU may have to play CUDA
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+
+
+def test_every_stage_knows_the_loss_of_the_last_call():
+    job = GptJob(stages=3, accumulation=4, calls=2)
+    ranks = [trained for [trained] in run_ranks(train_all, 3, ([job],))]
+    expected = sum(ranks[-1].losses[-1]) / 4
+    assert [trained.stats["loss"] for trained in ranks] == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
+    job = GptJob(stages=3, accumulation=2, calls=4, paci={"train_iters": 4, "record": str(tmp_path)})
+    run_ranks(train_all, 3, ([job],))
+    recordings = trace.merge([trace.read(path) for path in sorted(tmp_path.iterdir())])
+    spec = PipelineSpec(stages=3, accumulation=2)
+    for stage, recording in enumerate(recordings):
+        assert recording.stage == stage
+        done = [str(span.op) for span in trace.timeline(recordings).rows[stage]]
+        assert done == [str(op) for op in paci.stream(spec, stage, 4)]
+
+
+REFUSED = {
+    "--calculate-per-token-loss": {"changes": {"calculate_per_token_loss": True}},
+    "--variable-seq-lengths": {"changes": {"variable_seq_lengths": True}},
+    "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
+    "--num-experts": {"changes": {"num_moe_experts": 4}},
+    "--context-parallel-size": {"changes": {"context_parallel_size": 2}},
+    "--num-layers-per-virtual-pipeline-stage": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
+    "--fp8-format": {"changes": {"fp8": "e4m3"}},
+    "--fp16": {"changes": {"fp16": True}},
+    "--overlap-param-gather": {"changes": {"overlap_param_gather": True}},
+    "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
+    "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
+    "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
+    "must be one of 'global', 'stage'": {"paci": {"clip": "none"}},
+    "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
+    "'prediction_reach': 1.5}: has no effect without a prediction": {"paci": {"prediction_reach": 1.5}},
+    "must be true or false": {"paci": {"early_receives": 1}},
+    "must be a whole number of updates of at least 0": {"paci": {"flush_warmup_steps": -1}},
+    "'flush_warmup_steps': True": {"paci": {"flush_warmup_steps": True}},
+    "no end is known": {"paci": {"record": "runs"}},
+    "did you mean 'paci'?": {"schedule": "paki"},
+    "did you mean 'timeout'?": {"paci": {"timeot": 3}},
+    "'timeout': inf": {"paci": {"timeout": math.inf}},
+    "'timeout': 1e+20": {"paci": {"timeout": 1e20}},
+    "'timeout': True": {"paci": {"timeout": True}},
+    "'drain_interval': 1.5": {"paci": {"drain_interval": 1.5}},
+    "config.paci = {'train_iters': n}": {"calls": 4, "missing": 5, "paci": {"timeout": 8}},
+}
+
+
+@STOCK
+def test_what_cannot_run_is_refused_on_every_rank_with_the_name_of_the_flag():
+    """Before the first micro-batch; and data that ends while the first stage reads ahead is said so."""
+    first, last = run_ranks(refusals, 2, ([GptJob(**{"calls": 1, **change}) for change in REFUSED.values()],))
+    for flag, said, echoed in zip(REFUSED, first, last, strict=True):
+        assert flag in said
+        if "train_iters" in flag:
+            assert said.startswith("DataEndedError")
+            assert echoed.startswith("LinkError")
+        else:
+            assert said == echoed
+            assert said.startswith(("UnsupportedError", "ConfigError"))
+
+
+def test_a_pipeline_of_one_stage_is_the_stock_schedule():
+    job = GptJob(stages=1, accumulation=3, calls=3)
+    [[paci, stock]] = run_ranks(train_all, 1, ([job, dataclasses.replace(job, schedule="1f1b")],))
+    assert_equal(paci.weights, stock.weights, "weight")
+    assert paci.losses == stock.losses
+
+
+def register_late(alias):
+    """What registration says when a training loop has imported the selector by name."""
+    shim.install()
+    import megatron.core.pipeline_parallel
+
+    import paci_schedule
+
+    loop = types.ModuleType("a_training_loop")
+    setattr(loop, alias, megatron.core.pipeline_parallel.get_forward_backward_func)
+    sys.modules[loop.__name__] = loop
+    try:
+        paci_schedule.register()
+    except paci_schedule.UnsupportedError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("alias", ["get_forward_backward_func", "gfb"])
+def test_a_schedule_selector_imported_before_registration_is_reported(alias):
+    [said] = run_ranks(register_late, 1, (alias,))
+    assert f"a_training_loop (as {alias}) imported get_forward_backward_func before paci_schedule was reg" in said
+
+
+def train_initialized(jobs):
+    """As `train_all`, where Megatron-LM's initialize_megatron has run, but not its training loop."""
+    args = types.SimpleNamespace(train_iters=2, save="somewhere", save_interval=1, exit_interval=None)
+    sys.modules["megatron.training.global_vars"] = types.SimpleNamespace(_GLOBAL_ARGS=args)
+    return train_all(jobs)
+
+
+def test_a_training_loop_of_ones_own_counts_its_own_calls():
+    job = GptJob(calls=4, paci={"drain_interval": 3})
+    for [plain], [initialized] in zip(
+        *(run_ranks(each, 2, ([job],)) for each in (train_all, train_initialized)), strict=True
+    ):
+        assert_equal(initialized.weights, plain.weights, "weight")
+        assert initialized.parked == plain.parked
+
+
+def call_stock(schedule):
+    """What a call of the selector's function gives where Megatron-core has no process groups yet."""
+    shim.install()
+    from paci_schedule.adapters.megatron.dispatch import Selector
+
+    model = torch.nn.Module()
+    model.config = types.SimpleNamespace(pipeline_schedule=schedule)
+    return Selector(lambda: lambda **call: sorted(call))()(model=model, num_microbatches=2)
+
+
+def test_a_stock_call_is_passed_on_unchanged():
+    for schedule in (None, "1f1b"):
+        assert run_ranks(call_stock, 1, (schedule,)) == [["forward_only", "model", "num_microbatches"]]

@@ -1,0 +1,140 @@
+"""The backward of a micro-batch in two: the gradients of a stage's inputs (B), and later those of its weights (W).
+
+The two functions that do it are those of torch.distributed.pipelining.  DeepSpeed's own backward does
+both at once.  For the optimizers that `why_not_split` lets pass, it does only two things besides: it divides the loss
+by the micro-batches of an update, and it adds the bfloat16 gradients of a micro-batch to their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
+from paci_schedule.adapters.probing import look_up
+from paci_schedule.errors import UnsupportedError
+
+__all__ = ["SplitBackward", "why_not_split"]
+
+_TORCH = "torch.distributed.pipelining._backward"
+_HOOKS = {
+    f"{_TORCH}:stage_backward_input": ("stage_outputs_or_loss", "output_grads", "input_values", "weights"),
+    f"{_TORCH}:stage_backward_weight": ("weights", "param_groups"),
+    "deepspeed.runtime.utils:OutputBackwardHookManager.remove_hooks": (),
+}
+
+
+def why_not_split(engine: StageLocalEngine) -> Iterator[str]:
+    """Why the backward of this stage cannot be split: the value, the rule and the remedy."""
+    for name, there, detail in (look_up(*hook) for hook in _HOOKS.items()):
+        if not there:
+            yield f"{name}: {detail}; install a tested version of its package"
+    interval = engine.module.activation_checkpoint_interval
+    if interval:
+        yield (
+            f"PipelineModule(activation_checkpoint_interval={interval}): B would recompute activations that W needs "
+            "once more; set it to 0"
+        )
+    optimizer = engine.optimizer
+    if isinstance(optimizer, BF16_Optimizer):
+        if optimizer.immediate_grad_update:
+            yield '"bf16": {"immediate_grad_update": true}: its hooks do not see gradients of weights; leave it out'
+    elif optimizer is not engine.basic_optimizer:
+        yield (
+            f"{type(optimizer).__name__}: it takes gradients from hooks that do not see those of a split backward; use "
+            'fp32 with "zero_optimization": {"stage": 0}, or "bf16" with fp32 sums ("data_types": {"grad_accum_dtype": '
+            '"fp32"})'
+        )
+
+
+class SplitBackward:
+    """The backwards of a stage that is not the first, in two parts.
+
+    Args:
+        engine: holds the stage's weights.
+    """
+
+    def __init__(self, engine: StageLocalEngine) -> None:
+        self._engine = engine
+        self._weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+        self._pending: dict[int, list[dict[str, Any]]] = {}
+        self._is_checked = False
+
+    def inputs(
+        self,
+        micro_batch: int,
+        outputs: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor] | None,
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Give the `inputs` of a micro-batch their gradients.
+
+        Args:
+            micro_batch: its index.
+            outputs: what the stage made of the inputs; at the last stage the loss.
+            gradients: of the outputs; None for a loss.
+            inputs: of which the gradients are wanted.
+
+        Raises:
+            UnsupportedError: a weight acts on the outputs where no input does, or a layer checkpoints activations in a
+                way that cannot be split.
+        """
+        from torch.distributed.pipelining._backward import stage_backward_input
+
+        reached = None if self._is_checked else _leaves(outputs)
+        # torch cuts the graph at its outputs in place, which a view does not allow.
+        outputs = [output.clone() if output._is_view() else output for output in outputs]
+        try:
+            _, groups = stage_backward_input(outputs, gradients, list(inputs), iter(self._weights))
+        except RuntimeError as error:
+            if "Checkpointing is not compatible" not in f"{error.__cause__}":
+                raise
+            raise UnsupportedError(
+                "a layer checkpoints its activations by reentrant autograd, which knows no backward of inputs only; "
+                'use checkpoint(..., use_reentrant=False), or "pipeline_schedule": "1f1b"'
+            ) from error
+        if reached is not None:
+            self._check(reached, groups)
+        self._pending[micro_batch] = groups
+
+    def weights(self, micro_batch: int) -> None:
+        """Add the gradients of the weights of a micro-batch whose inputs have theirs."""
+        from torch.distributed.pipelining._backward import stage_backward_weight
+
+        engine, groups = self._engine, self._pending.pop(micro_batch)
+        if engine.using_bf16_optimizer:
+            engine.optimizer.clear_lp_grads()
+        stage_backward_weight(iter(self._weights), groups)
+        if engine.using_bf16_optimizer:
+            engine.optimizer.update_hp_grads(clear_lp_grads=False)
+
+    def _check(self, reached: set[int], groups: list[dict[str, Any]]) -> None:
+        covered = {id(node.variable) for group in groups for node in group["params"]}
+        lost = [
+            name
+            for name, weight in self._engine.module.named_parameters()
+            if id(weight) in reached and id(weight) not in covered
+        ]
+        if lost:
+            raise UnsupportedError(
+                f"{', '.join(lost)}: the loss depends on these weights where it does not depend on the stage's inputs, "
+                'and the split backward would lose their gradients; use "pipeline_schedule": "1f1b"'
+            )
+        self._is_checked = True
+
+
+def _leaves(outputs: Sequence[torch.Tensor]) -> set[int]:
+    """The ids of the leaves that the outputs depend on."""
+    todo = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen, leaves = set(todo), set()
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        fresh = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= fresh
+        todo += fresh
+    return leaves
