@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from paci_schedule.runtime.shared_gpu import StagedGroup
+from paci_schedule.runtime.shared_gpu import SharedGpuGroup
 
 __all__ = ["use_delayed_links"]
 
@@ -40,7 +40,7 @@ def use_delayed_links(latency: float, rendezvous: bool = False) -> None:
         rendezvous: they count from where the message is sent and its receive posted, as on NCCL, not from the send.
     """
 
-    class DelayedGroup(StagedGroup):
+    class DelayedGroup(SharedGpuGroup):
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
             super().__init__(store, rank, size, timeout)
             self._wires: dict[int, ThreadPoolExecutor] = {}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead
 
-At one stage it is the engine alone, at two the links as well.  Both engines run in the same processes, in turns; the
-median counts.
+With one stage only the engine is measured, with two the links as well.  Both engines run in the same processes, in
+turns; the median counts.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _WIDTH, _TOKENS, _SAMPLES = 256, 128, 4
 
 
 def _worker(accumulation: int, blocks: int, turns: int, batches: int) -> Race:
-    # Blocks alone: an embedding or a head would make one stage heavier, and show the cut, not the schedule.
+    # Only blocks: an embedding or a head would make one stage heavier, and show the cut, not the schedule.
     engines: dict[str, Any] = {
         schedule: engine_for(
             [LayerSpec(torch.nn.TransformerEncoderLayer, _WIDTH, 4, 4 * _WIDTH, 0.0, batch_first=True)] * blocks,

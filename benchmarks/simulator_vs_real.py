@@ -3,7 +3,7 @@
     python -m benchmarks.simulator_vs_real              # the table; exit code 1 where a row is more than 5% off
 
 DeepSpeed's 1F1B and PACI run in their engines; torch.distributed.pipelining's 1F1B, InterleavedZeroBubble (one stage a
-rank: ZB-H1) and ZBVZeroBubble in theirs.  The simulator gets the paced times alone, so what the runners take for
+rank: ZB-H1) and ZBVZeroBubble in theirs.  The simulator gets only the paced times, so what the runners take for
 themselves counts as its error; longer ops (`--scale`) make that smaller.
 """
 

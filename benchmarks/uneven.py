@@ -30,7 +30,7 @@ from benchmarks.pacing import PacedLayer
 from paci_schedule import PipelineSpec
 from paci_schedule.adapters.deepspeed import layer_costs
 from paci_schedule.plan.layers import Layer
-from paci_schedule.plan.partition import Partition, balance, evaluate, rooms_of
+from paci_schedule.plan.partition import Partition, balance, evaluate, memory_of_stages
 from testing.ranks import run_ranks
 
 _HEADS = 4
@@ -72,13 +72,13 @@ def profile(model: Model, repeats: int) -> list[Layer]:
 
 def cuts_of(costs: Sequence[Layer], stages: int) -> dict[str, Partition]:
     """By name of the method; DeepSpeed's own as its PipelineModule would cut."""
-    rooms = rooms_of(PipelineSpec(stages=stages, accumulation=1))
+    memories = memory_of_stages(PipelineSpec(stages=stages, accumulation=1))
     bounds = {
         "uniform": partition_uniform(len(costs), stages),
         "parameters": [int(bound) for bound in partition_balanced([int(cost.parameters) for cost in costs], stages)],
     }
-    cuts = {name: evaluate(costs, rooms, bound) for name, bound in bounds.items()}
-    return {**cuts, "profile": balance(costs, rooms)}
+    cuts = {name: evaluate(costs, memories, bound) for name, bound in bounds.items()}
+    return {**cuts, "profile": balance(costs, memories)}
 
 
 def _real(model: Model, cuts: dict[str, Partition], rounds: Rounds) -> Race:

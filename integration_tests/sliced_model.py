@@ -76,7 +76,7 @@ def shard_of(name: str, weight: torch.Tensor, rank: int, world: int) -> torch.Te
 
 
 def layers(rank: int = 0, world: int = 1) -> list[nn.Module]:
-    """As many layers as any model of `jobs`; slice `rank` of `world`."""
+    """Slice `rank` of `world` of a model with as many layers as those of `jobs`."""
     built: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         for number in range(jobs.LAYERS):

@@ -172,7 +172,7 @@ def test_the_engine_predicts_with_deepspeed_cpu_adam(tmp_path):
 
 
 def ask_for_fewer(folder: str) -> tuple[str, str, dict[str, Any]]:
-    """What an engine says that is to accumulate too few; and it goes on when it is told so."""
+    """What an engine says when it is told to accumulate too few micro-batches; it goes on all the same."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     from paci_schedule.errors import UnsupportedError

@@ -137,7 +137,7 @@ def differing_signatures():
 
 
 def test_overridden_methods_take_what_stock_takes():
-    """In the same order, with the same defaults; {} and None are one."""
+    """The arguments stand in the same order and have the same defaults; {} and None count as equal."""
     [(differing, compared)] = ranks.run_ranks(differing_signatures, 1)
     assert not differing
     assert compared >= 12

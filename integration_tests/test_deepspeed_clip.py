@@ -257,7 +257,7 @@ def norms_of(result):
 
 
 def assert_same_norms(norms, others):
-    """To the bit, from the first update of a process on; a checkpoint does not hold the norm of the update before."""
+    """The norms are equal to the bit from the first update of a process on; a checkpoint holds no earlier norm."""
     updated = [not math.isnan(norm) for norm in norms]
     assert updated == sorted(updated)
     assert sum(updated) >= len(norms) - 2

@@ -14,7 +14,7 @@ JOB = Job(stages=2, accumulation=2, script=(), clip=0.5, config={"paci": {"clip"
 
 
 class ReachedError(Exception):
-    """As far as the test looks."""
+    """A stand-in that has only what the test looks at."""
 
 
 def noting(seen):

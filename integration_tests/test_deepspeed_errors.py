@@ -1,5 +1,6 @@
 """Bad input gets one clear error on every rank, before training."""
 
+import dataclasses
 import os
 from unittest import mock
 
@@ -25,36 +26,101 @@ def assert_refused(error, config=None, *, target=deepspeed_job.build, args=(), s
             assert words.lower() in message, f"no {words!r} in: {message}"
 
 
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        ({"pipeline_schedule": "pacci"}, ["pipeline_schedule", "'pacci'", "did you mean 'paci'?"]),
-        ({"pipeline_schedule": "1F1B"}, ["'1F1B'", "'1f1b'"]),
-        ({"pipeline_schedule": 3}, ["pipeline_schedule", "3"]),
-        ({"paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
-        ({"paci": {"timeout": -1}}, ["timeout", "-1"]),
-        ({"paci": {"timeout": "soon"}}, ["timeout", "soon"]),
-        ({"paci": {"timeout": float("inf")}}, ["timeout", "inf", "finite", "600"]),
-        ({"paci": {"timeout": 1e20}}, ["timeout", "1e+20", "2592000"]),
-        ({"paci": {"timeout": True}}, ["timeout", "True"]),
-        ({"paci": {"flush_warmup_steps": True}}, ["flush_warmup_steps", "True"]),
-        ({"paci": {"extra_in_flight": [1, -1]}}, ["extra_in_flight", "[1, -1]"]),
-        ({"paci": {"early_receives": 1}}, ["early_receives", "1"]),
-        ({"paci": {"prediction": "every", "prediction_reach": 9}}, ["prediction_reach", "9", "at most 4"]),
-        ({"paci": {"prediction": 2, "prediction_reach": 1.5}}, ["prediction_reach", "1.5", "prediction='every'"]),
-        ({"paci": {"clip": "globl"}}, ["clip", "'globl'", "did you mean 'global'?"]),
-        ({"paci": 7}, ["paci", "7"]),
-        ({"pipeline_schedule": "PACI"}, ["'PACI'", "did you mean 'paci'?"]),
-        ({"pipeline_schedule": "1f1b", "paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
-    ],
-    ids=str,
-)
-def test_bad_options_are_refused_by_name(config, says):
-    assert_refused("ConfigError", config, says=says)
+BAD_OPTIONS = [
+    ({"pipeline_schedule": "pacci"}, ["pipeline_schedule", "'pacci'", "did you mean 'paci'?"]),
+    ({"pipeline_schedule": "1F1B"}, ["'1F1B'", "'1f1b'"]),
+    ({"pipeline_schedule": 3}, ["pipeline_schedule", "3"]),
+    ({"paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
+    ({"paci": {"timeout": -1}}, ["timeout", "-1"]),
+    ({"paci": {"timeout": "soon"}}, ["timeout", "soon"]),
+    ({"paci": {"timeout": float("inf")}}, ["timeout", "inf", "finite", "600"]),
+    ({"paci": {"timeout": 1e20}}, ["timeout", "1e+20", "2592000"]),
+    ({"paci": {"timeout": True}}, ["timeout", "True"]),
+    ({"paci": {"flush_warmup_steps": True}}, ["flush_warmup_steps", "True"]),
+    ({"paci": {"extra_in_flight": [1, -1]}}, ["extra_in_flight", "[1, -1]"]),
+    ({"paci": {"early_receives": 1}}, ["early_receives", "1"]),
+    ({"paci": {"prediction": "every", "prediction_reach": 9}}, ["prediction_reach", "9", "at most 4"]),
+    ({"paci": {"prediction": 2, "prediction_reach": 1.5}}, ["prediction_reach", "1.5", "prediction='every'"]),
+    ({"paci": {"clip": "globl"}}, ["clip", "'globl'", "did you mean 'global'?"]),
+    ({"paci": 7}, ["paci", "7"]),
+    ({"pipeline_schedule": "PACI"}, ["'PACI'", "did you mean 'paci'?"]),
+    ({"pipeline_schedule": "1f1b", "paci": {"timeot": 5}}, ["timeot", "did you mean 'timeout'?"]),
+]
+
+
+CANNOT_RUN = {
+    "fp16 with dynamic loss scale": ({"fp16": {"enabled": True}}, ["fp16", "loss", "bf16"]),
+    "ZeRO 2": ({"zero_optimization": {"stage": 2}}, ["zero", '"stage": 2']),
+    "ZeRO 3": ({"zero_optimization": {"stage": 3}}, ["zero", '"stage": 3']),
+    "random_ltd": (
+        {
+            "data_efficiency": {
+                "enabled": True,
+                "data_routing": {
+                    "enabled": True,
+                    "random_ltd": {
+                        "enabled": True,
+                        "total_layer_num": 2,
+                        "random_ltd_layer_num": 1,
+                        "random_ltd_layer_id": [0],
+                        "model_mask_name": None,
+                        "model_type": "decoder",
+                        "hidden_state_order": "batch_seq_dim",
+                        "random_ltd_schedule": {
+                            "min_value": 2,
+                            "max_value": 5,
+                            "schedule_type": "fixed_linear",
+                            "schedule_config": {"require_steps": 5, "seq_per_step": 1},
+                        },
+                    },
+                },
+            }
+        },
+        ["random_ltd"],
+    ),
+}
+
+
+def refusals_of(configs):
+    """What this rank says to each of several configs: the class of the error and its words, or "" and "" if none."""
+    said = []
+    for config in configs:
+        try:
+            deepspeed_job.build(dataclasses.replace(JOB, config=config))
+            said.append(("", ""))
+        except Exception as error:
+            said.append((type(error).__name__, str(error)))
+    return said
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """What each rank says to the configs of both lists, by config as text."""
+    configs = [config for config, _ in (*BAD_OPTIONS, *CANNOT_RUN.values())]
+    results = ranks.run_ranks(refusals_of, 2, (configs,))
+    return {str(config): said for config, *said in zip(configs, *results, strict=True)}
+
+
+def assert_said(refusals, error, config, says):
+    """Every rank is refused with `error`, by a message that has all of `says` in it."""
+    for found, message in refusals[str(config)]:
+        assert found == error, message
+        for words in says:
+            assert words.lower() in message.lower(), f"no {words!r} in: {message}"
+
+
+@pytest.mark.parametrize(("config", "says"), BAD_OPTIONS, ids=str)
+def test_bad_options_are_refused_by_name(refusals, config, says):
+    assert_said(refusals, "ConfigError", config, says)
+
+
+@pytest.mark.parametrize(("config", "says"), CANNOT_RUN.values(), ids=CANNOT_RUN)
+def test_what_cannot_run_is_refused(refusals, config, says):
+    assert_said(refusals, "UnsupportedError", config, says)
 
 
 def build_unscheduled(job):
-    """With options, and no word on the schedule."""
+    """Build an engine whose config has options of a schedule that it does not name."""
     config = deepspeed_job.config(job, "paci")
     del config["pipeline_schedule"]
     with mock.patch.object(deepspeed_job, "config", return_value=config):
@@ -64,45 +130,6 @@ def build_unscheduled(job):
 def test_options_without_a_schedule_are_refused():
     says = ['"paci": {...}', 'add "pipeline_schedule": "paci"', '"1f1b"']
     assert_refused("ConfigError", {"paci": {"clip": "stage"}}, target=build_unscheduled, says=says)
-
-
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        ({"fp16": {"enabled": True}}, ["fp16", "loss", "bf16"]),
-        ({"zero_optimization": {"stage": 2}}, ["zero", '"stage": 2']),
-        ({"zero_optimization": {"stage": 3}}, ["zero", '"stage": 3']),
-        (
-            {
-                "data_efficiency": {
-                    "enabled": True,
-                    "data_routing": {
-                        "enabled": True,
-                        "random_ltd": {
-                            "enabled": True,
-                            "total_layer_num": 2,
-                            "random_ltd_layer_num": 1,
-                            "random_ltd_layer_id": [0],
-                            "model_mask_name": None,
-                            "model_type": "decoder",
-                            "hidden_state_order": "batch_seq_dim",
-                            "random_ltd_schedule": {
-                                "min_value": 2,
-                                "max_value": 5,
-                                "schedule_type": "fixed_linear",
-                                "schedule_config": {"require_steps": 5, "seq_per_step": 1},
-                            },
-                        },
-                    },
-                }
-            },
-            ["random_ltd"],
-        ),
-    ],
-    ids=["fp16 with dynamic loss scale", "ZeRO 2", "ZeRO 3", "random_ltd"],
-)
-def test_what_cannot_run_is_refused(config, says):
-    assert_refused("UnsupportedError", config, says=says)
 
 
 def build_blocking(job):

@@ -79,7 +79,7 @@ def give_loaders(job):
 
 
 def test_a_loader_is_no_iterator_and_is_refused():
-    """Where it is given, before anything runs; a stage that is given nothing does not wait for ever."""
+    """The error comes where the loader is given, before anything runs; a stage that is given none does not hang."""
     job = Job(stages=3, accumulation=2, script=(), config={"paci": {"timeout": 10}})
     outcomes = ranks.gather_outcomes(give_loaders, 3, (job,), timeout=60)
     assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "ConfigError"], outcomes
@@ -171,7 +171,7 @@ def lose_before_an_update(job, how, lost, schedule):
 
 
 def outcomes_of_the_others(world_size, how, lost, schedule="paci", **options):
-    """Of ranks whose errors say which stage waited for what op; they came within the timeout."""
+    """The outcomes of the other ranks, whose errors name the op that a stage waited for, within the timeout."""
     config = {"paci": {"timeout": 3, "clip": "global"}, **options.pop("config", {})}
     job = Job(stages=2, accumulation=1, script=(), config=config, **options)
     args = job, how, lost, schedule

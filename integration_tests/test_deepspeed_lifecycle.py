@@ -122,7 +122,7 @@ def test_a_last_stage_without_data_says_so_and_the_others_end():
 
 
 def train_with_two_losses(schedules):
-    """By schedule and batch, (loss, loss beside it) of `train_batch`; under PACI of a drain too."""
+    """The loss and the additional loss of every `train_batch`, by schedule; under PACI those of a drain too."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
 

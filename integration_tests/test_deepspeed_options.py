@@ -213,7 +213,7 @@ def follow_slices(world: int, replicas: int = 1, names: tuple[str, ...] = tuple(
 
 @pytest.fixture(scope="module")
 def sliced():
-    """By world: what the ranks returned, without and with tensor parallelism."""
+    """What the ranks returned, by the number of slices: without and with tensor parallelism."""
     return {world: ranks.run_ranks(follow_slices, 2 * world, (world,), timeout=240) for world in (1, SLICES)}
 
 
@@ -360,7 +360,7 @@ def train_with_curriculum(schedule: str, folder: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "paci"])
 def test_the_sampler_of_the_curriculum_fails_in_a_pipeline_under_stock_too(schedule, tmp_path):
-    """It broadcasts from rank 0 in every stage's data-parallel group; rank 0 is in the first stage's alone."""
+    """It broadcasts from rank 0 in every stage's data-parallel group; rank 0 is only in the first stage's."""
     outcomes = ranks.gather_outcomes(train_with_curriculum, 2, (schedule, str(tmp_path)), timeout=90, grace=3)
     assert outcomes[1].raised[0] == "ValueError"
     assert "not part of group" in outcomes[1].error

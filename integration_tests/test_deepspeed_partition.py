@@ -234,7 +234,7 @@ def predict_and_count(bounds, every):
     import paci_schedule
     from paci_schedule.adapters.deepspeed import CutPipelineModule, layer_costs
     from paci_schedule.measure.live_bytes import LiveBytes
-    from paci_schedule.plan.partition import evaluate, rooms_of
+    from paci_schedule.plan.partition import evaluate, memory_of_stages
 
     deepspeed.init_distributed(verbose=False)
     paci_schedule.register("deepspeed")
@@ -244,8 +244,8 @@ def predict_and_count(bounds, every):
     micro_batch = ids, ids.roll(1)
     costs = layer_costs(layers, micro_batch, loss_fn=loss, repeats=1)
     stages = paci_schedule.PipelineSpec(stages=3, accumulation=1)
-    rooms = rooms_of(stages, bytes_per_parameter=4)  # gradients in fp32
-    expected = evaluate(costs, rooms, bounds, recompute_every=every).peak_bytes[dist.get_rank()]
+    memories = memory_of_stages(stages, bytes_per_parameter=4)  # gradients in fp32
+    expected = evaluate(costs, memories, bounds, recompute_every=every).peak_bytes[dist.get_rank()]
     module = CutPipelineModule(layers, num_stages=3, loss_fn=loss, partition_method=bounds)
     engine, *_ = deepspeed.initialize(
         model=module,

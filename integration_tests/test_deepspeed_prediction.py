@@ -90,7 +90,7 @@ def test_the_engine_predicts_as_a_rehearsal(name, runs):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_engine_predicts_as_often_as_the_option_says(name, runs):
-    """Where something is trained: at every stale forward, or at those of them that the option names."""
+    """A stage that trains something predicts at every stale forward, or at those of them that the option names."""
     job = JOBS[name]
     asked = job.options["prediction"]
     spec = PipelineSpec(
@@ -297,7 +297,7 @@ def test_a_resumed_run_predicts_with_the_clip_factor_of_the_last_update(name, on
 
 @pytest.mark.parametrize("name", OVERFLOWING)
 def test_an_overflow_spoils_one_update_and_no_prediction(name, on_two):
-    """Of the stage itself: forwards on a prediction from the infinite part would spoil every update that follows.
+    """The stage skips that update: forwards on a prediction from the infinite part would spoil all that follow.
 
     A stage with a tied weight skips none.
     """

@@ -84,7 +84,7 @@ def follow(job: Job, folder: str, heard: list[tuple[str, list[int]]]) -> dict[st
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """By job, what its ranks returned."""
+    """What the ranks of each job returned."""
     scripts = JOBS | {f"global, {name}": job for name, job in GLOBAL.items()}
     results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(tmp_path_factory.mktemp("jobs"))), timeout=300)
     return {name: [result[name] for result in results] for name in scripts}
@@ -227,7 +227,7 @@ def without_zero(job: Job) -> Job:
 
 
 def largest_difference(some: list, others: list) -> list[float]:
-    """By action, the largest difference between two histories' weights."""
+    """The largest difference between the weights of two histories, after each action."""
     return [
         max(
             (mine[name].float() - theirs[name].float()).abs().max().item()

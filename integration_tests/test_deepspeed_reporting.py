@@ -190,7 +190,7 @@ def print_rates(job, folder):
 
 
 def test_the_printed_rates_are_those_of_the_updates_since_the_last_line(tmp_path):
-    """Where the number of micro-batches changes, and where a run goes on from a checkpoint."""
+    """The rates stay right where the number of micro-batches changes and where a run goes on from a checkpoint."""
     job = Job(stages=2, accumulation=2, script=(), config={"steps_per_print": 1})
     first, _ = ranks.gather_outcomes(print_rates, 2, (job, str(tmp_path)))
     pattern = r"steps: (\d+) .* iter time \(s\): ([\d.]+) samples/sec: ([\d.]+)"

@@ -92,7 +92,7 @@ def test_the_engine_ties_as_the_reference(name, runs):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
-    """In steady state too: the copies of one version, at whatever moments their stages stand at it."""
+    """The copies of one version are compared, at whatever moments their stages stand at it, in steady state too."""
     seen, compared = {}, set()
     for result in runs[name]:
         for moment in result["moments"]:
@@ -156,7 +156,7 @@ def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
 
 
 def go_on(job, folder, *, loads):
-    """Four batches; with `loads`, weights alone from a checkpoint of stock's, then nothing; three more batches."""
+    """Four batches; with `loads`, only the weights from a checkpoint of stock's, then nothing; three more batches."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     engine = deepspeed_job.build(job)
@@ -209,7 +209,7 @@ def load_weights(job, folder):
 
 
 def test_the_weights_alone_load_where_nothing_is_tied_across_stages(tmp_path):
-    """On one rank, from two."""
+    """One rank loads the weights that two have saved."""
     job = dataclasses.replace(JOBS["P=2 a=1"], script=("train x3", "save"))
     saved = [result["moments"][-1]["weights"] for result in deepspeed_job.run(job, folder=str(tmp_path))]
     [(weights, loss)] = ranks.run_ranks(load_weights, 1, (dataclasses.replace(job, stages=1), str(tmp_path)))
@@ -223,7 +223,7 @@ def follow_in_slices(job):
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     engine = deepspeed_job.build(job, topology=PipeModelDataParallelTopology(num_pp=job.stages, num_mp=2, num_dp=1))
-    return deepspeed_job.follow(engine, job, "paci", None)
+    return deepspeed_job.follow(engine, job)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def a_work():
-    """Of a process group of this process only, with nobody to wait for."""
+    """A rank of a process group with only this process in it, which has nobody to wait for."""
     return dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=9)).allreduce([torch.ones(1)])
 
 
@@ -130,7 +130,7 @@ def test_deepspeed_s_host_waits_nowhere_that_stock_s_does_not_and_no_more_for_th
 
 @pytest.mark.parametrize("name", ["fp32, clipping", "bf16, clipping", "ZeRO-1, clipping"])
 def test_a_prediction_makes_the_host_wait_nowhere(name):
-    """What reads is AdamW, whose count of steps is on the host, as in the update."""
+    """Only AdamW reads: its count of steps is on the host, as in the update."""
     config = {**JOBS[name].config, "paci": {"clip": "global"}}
     plain = dataclasses.replace(JOBS[name], config=config)
     predicting = dataclasses.replace(plain, config={**config, "paci": {"clip": "global", "prediction": "every"}})
@@ -181,7 +181,7 @@ def waits_of_each(jobs):
 
 
 def test_a_prediction_on_megatron_makes_the_host_wait_nowhere():
-    """As on DeepSpeed: what reads is AdamW, whose count of steps is on the host."""
+    """Only AdamW reads, as on DeepSpeed: its count of steps is on the host."""
     plain = GptJob(stages=2, accumulation=2, calls=6, clip_grad=0.2, tied=True)
     jobs = [plain, dataclasses.replace(plain, bf16=True, distributed_optimizer=True)]
     predicting = [dataclasses.replace(job, paci={"prediction": "every"}) for job in jobs]

@@ -87,7 +87,7 @@ def lookout(monkeypatch):
 
 
 def look(lookout, seconds):
-    """As the thread does, once a second for so long."""
+    """Do what the thread does, once a second for so long."""
     for _ in range(seconds):
         lookout.clock += 1.0
         lookout._glance()

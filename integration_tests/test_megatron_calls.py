@@ -113,7 +113,7 @@ def test_a_schedule_selector_imported_before_registration_is_reported(alias):
 
 
 def train_initialized(jobs):
-    """As `train_all`, where Megatron-LM's initialize_megatron has run, but not its training loop."""
+    """Train where Megatron-LM's initialize_megatron has run, but not its training loop; else as `train_all`."""
     args = types.SimpleNamespace(train_iters=2, save="somewhere", save_interval=1, exit_interval=None)
     sys.modules["megatron.training.global_vars"] = types.SimpleNamespace(_GLOBAL_ARGS=args)
     return train_all(jobs)

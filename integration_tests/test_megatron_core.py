@@ -51,7 +51,7 @@ def test_every_way_to_compute_a_stage_trains_as_the_reference():
 @EXACT
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_tied_embeddings_and_global_clipping_train_as_the_reference(stages):
-    """And the two copies are one weight, to the bit, though no stage waits for the other's gradient."""
+    """The two copies are one weight, to the bit, though no stage waits for the other's gradient."""
     plain = GptJob(stages=stages, calls=6, tied=True, clip_grad=0.2)
     jobs = [
         *(dataclasses.replace(plain, accumulation=accumulation) for accumulation in (1, 2, 3, 4)),
@@ -143,7 +143,7 @@ def test_counting_zero_gradients_counts_the_stages_own_and_leaves_the_norms_alon
     plain = GptJob(clip_grad=0.2, tied=True)
     for silent, counted in run_ranks(train_all, 2, ([plain, dataclasses.replace(plain, count_zeros=True)],)):
         assert silent.zeros == [None] * plain.calls
-        # The embedding of the last stage is shared: its zeros count at the first stage alone.
+        # The embedding of the last stage is shared: its zeros count only at the first stage.
         owned = [
             {name: gradient for name, gradient in call.items() if "output_layer" not in name}
             for call in counted.gradients
@@ -154,7 +154,7 @@ def test_counting_zero_gradients_counts_the_stages_own_and_leaves_the_norms_alon
 
 
 def test_the_number_of_micro_batches_may_change_only_where_the_pipe_is_empty():
-    """And with tied embeddings, sums that a smaller number made wait are applied, by both copies alike."""
+    """With tied embeddings, sums that a smaller number made wait are applied, by both copies alike."""
     tied = GptJob(
         stages=3, tied=True, clip_grad=0.2, calls=6, accumulations=(1, 1, 2, 2, 1, 1), paci={"drain_interval": 2}
     )
@@ -188,7 +188,7 @@ def test_a_call_of_the_stock_schedule_between_drained_paci_calls_is_stock(change
                 if schedule == "1f1b":
                     assert trained.norms[call] == stock.norms[call]
                     assert trained.zeros[call] == stock.zeros[call]
-                if not job.distributed_optimizer:  # whose buffers hold a rank's own part alone
+                if not job.distributed_optimizer:  # whose buffers hold only a rank's own part
                     assert_equal(trained.gradients[call], stock.gradients[call], f"call {call}, gradient of")
     if not job.distributed_optimizer:
         squares = [

@@ -23,7 +23,7 @@ NAMES = [optimizer(name) for name in ("matrices", *OF_ALL, *OF_MAIN)]
 
 
 def layer_wise(optimizer, **job):
-    """A job whose replicas share the weights out; Megatron-LM's main does so for emerging optimizers in bf16 alone."""
+    """A job whose replicas share the weights out; Megatron-LM's main does so only for emerging optimizers in bf16."""
     return GptJob(optimizer=optimizer, layer_wise=True, bf16=optimizer != "matrices" and is_main(), **job)
 
 
@@ -151,7 +151,7 @@ def refusals_of_optimizers():
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
     from paci_schedule.adapters.megatron.options import PaciOptions
-    from paci_schedule.adapters.megatron.refusals import agree
+    from paci_schedule.adapters.megatron.refusals import check_supported
 
     class Wrapper(FP32Optimizer):
         """Another one."""
@@ -169,7 +169,7 @@ def refusals_of_optimizers():
             setattr(optimizer.config, name, 9)
         model.config.grad_scale_func = optimizer.scale_loss
         try:
-            agree([model], model.config, PaciOptions(), None, {}, [0])
+            check_supported([model], model.config, PaciOptions(), None, {}, [0])
             said[name] = ""
         except PaciError as error:
             said[name] = str(error)

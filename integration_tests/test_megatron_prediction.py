@@ -32,7 +32,7 @@ STAGES = [
     predicting("window", THREE, bf16=True, clip_grad=0.2, paci={"clip": "stage"}),
     predicting("every", THREE, recompute="full", bf16=True, paci={"prediction_reach": 1.5}),
     predicting("every", THREE, accumulation=3, clip_grad=0.2, paci={"drain_interval": 2}, evaluate_after=(1, 3)),
-    # Tied copies apply their gradients' sum later than the part that is there: they go by their momentum alone.
+    # Tied copies apply their gradients' sum later than the part that is there: they go only by their momentum.
     predicting("every", THREE, tied=True, clip_grad=0.2),
     predicting("window", THREE, tied=True, accumulation=4, bf16=True, distributed_optimizer=True, clip_grad=0.2),
 ]
@@ -76,7 +76,7 @@ def test_replicas_predict_each_from_its_own_part():
     assert_as_steps_on_copies(REPLICATED)
 
 
-# Megatron's own schedule, and a chain, take norms otherwise than the reference: the weights alone are compared.
+# Megatron's own schedule, and a chain, take norms otherwise than the reference: only the weights are compared.
 OTHERS = {
     "switching": predicting("window", GptJob(calls=6, schedules=SWITCHED), paci={"drain_interval": 2}),
     "chained": predicting("every", GptJob(calls=4, accumulation=1, optimizer="matrices", lr=0.02)),
@@ -147,7 +147,7 @@ def whole(slices):
 
 
 def test_sliced_layers_predict_as_whole_ones():
-    """In fp32, to rounding; without a prediction, or with one from a slice's part alone, they are far from that."""
+    """In fp32, to rounding; without a prediction, or with one from only a slice's part, they are far from that."""
     one_slice = [dataclasses.replace(job, tensor_parallel=1, slices=2, sequence_parallel=False) for job in SLICED]
     expected = run_ranks(train_all, 2, ([*one_slice, dataclasses.replace(one_slice[0], paci={})],))
     ranks = run_ranks(train_all, 4, (SLICED,))

@@ -21,14 +21,14 @@ COUNT = 5
 
 def exchange():
     """Messages both ways over the links of two stages: what this stage got, and how many were shared_gpu."""
-    dist.Backend.register_backend(shared_gpu.BACKEND, shared_gpu.StagedGroup, devices=["cpu", "cuda"])
+    dist.Backend.register_backend(shared_gpu.BACKEND, shared_gpu.SharedGpuGroup, devices=["cpu", "cuda"])
     seen = []
     shared_gpu._is_on_host = lambda tensor: seen.append(tensor.numel())
     stage, store, got = dist.get_rank(), dist.distributed_c10d._get_default_store(), []
     dist.destroy_process_group()
     dist.init_process_group(
         shared_gpu.BACKEND,
-        store=dist.PrefixStore("staged", store),
+        store=dist.PrefixStore("shared_gpu", store),
         rank=stage,
         world_size=2,
         timeout=timedelta(seconds=60),

@@ -159,14 +159,14 @@ def train(
         path, _ = engine.load_checkpoint(folder, tag="common")
         assert path is not None
     return {
-        **follow(engine, job, schedule, folder),
-        "drift_bound": engine.pipeline_stats()["drift_bound"] if schedule == "paci" else None,
+        **follow(engine, job, folder),
+        "drift_bound": engine.pipeline_stats()["drift_bound"] if hasattr(engine, "pipeline_stats") else None,
         "steps": engine.global_steps,
         "inspected": inspect and inspect(engine),
     }
 
 
-def follow(engine: Any, job: Job, schedule: str | None = "paci", folder: str | None = None) -> dict[str, Any]:
+def follow(engine: Any, job: Job, folder: str | None = None) -> dict[str, Any]:
     """Carry out the script of a job.
 
     Returns:
@@ -176,12 +176,12 @@ def follow(engine: Any, job: Job, schedule: str | None = "paci", folder: str | N
     feed = Feed(jobs.data(job.model, job.first_micro_batch))
     moments, pulled = [], []
     for action in job.actions():
-        moments.append(_moment(engine, action, act(engine, job, action, feed, folder), schedule))
+        moments.append(_moment(engine, action, act(engine, job, action, feed, folder)))
         pulled.append(feed.pulled)
     return {"moments": moments, "pulled": pulled, "stage": engine.stage_id}
 
 
-def _moment(engine: Any, action: str, loss: float, schedule: str | None) -> dict[str, Any]:
+def _moment(engine: Any, action: str, loss: float) -> dict[str, Any]:
     stats = engine.pipeline_stats() if hasattr(engine, "pipeline_stats") else {"version": engine.global_steps}
     norm = engine.get_global_grad_norm()
     return {
@@ -237,7 +237,7 @@ class Runs:
         self._results: dict[str, list[dict[str, Any]]] = {}
 
     def __getitem__(self, name: str) -> list[dict[str, Any]]:
-        """By stage, what `train` returned."""
+        """What `train` returned, by stage."""
         if name not in self._results:
             stages = self._jobs[name][0].stages
             together = [other for other, (job, _) in self._jobs.items() if job.stages == stages]

@@ -109,7 +109,7 @@ class Job:
         return range(stage * each, (stage + 1) * each)
 
     def holders(self, key: str) -> tuple[int, ...]:
-        """For each layer that shares a weight, its stage."""
+        """The stage of each layer that shares a weight."""
         return tuple(layer // (LAYERS // self.stages) for layer in TIES[self.model][key])
 
     def of_replica(self, replica: int) -> Job:

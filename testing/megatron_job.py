@@ -66,7 +66,7 @@ def prepare() -> None:
 
 
 def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
-    """As pretrain_gpt.py's: the first and the last stage take a micro-batch, the others none."""
+    """The forward step of pretrain_gpt.py: the first and the last stage take a micro-batch, the others take none."""
     from megatron.core import parallel_state
 
     tokens = labels = positions = None

@@ -54,7 +54,7 @@ class GptJob:
     accumulations: tuple[int, ...] = ()
     """Micro-batches of each call, where they change."""
     schedules: tuple[str, ...] = ()
-    """Of each call, where it changes."""
+    """The schedule of each call, where it changes."""
     of_each_call: int = 0
     """Micro-batches of the iterator that each call gets of its own; 0 for one iterator of all calls."""
     missing: int = 0

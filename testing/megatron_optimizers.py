@@ -22,7 +22,7 @@ OF_ALL = ("muon",)
 """From emerging_optimizers, in both versions."""
 
 OF_MAIN = ("adaptive_muon", "lion", "soap")
-"""From emerging_optimizers, in Megatron-LM's main alone."""
+"""From emerging_optimizers, only in Megatron-LM's main."""
 
 _PACKAGE = "emerging_optimizers"
 
@@ -38,7 +38,7 @@ def missing(name: str, main: bool) -> str | None:
     if name not in (*OF_ALL, *OF_MAIN):
         return None
     if name in OF_MAIN and not main:
-        return "Megatron-LM's main alone has it: put a checkout of it first on PYTHONPATH"
+        return "only Megatron-LM's main has it: put a checkout of it first on PYTHONPATH"
     wanted = "0.3.0" if main else "0.1.0"
     if importlib.util.find_spec(_PACKAGE) is None:
         return f"{_PACKAGE} {wanted} is not on PYTHONPATH (docs/megatron.md says how to get it)"
@@ -56,7 +56,7 @@ def wrapped(job: GptJob, config: Any, model: torch.nn.Module) -> torch.nn.Module
         grad_reduce_in_fp32=True,
     )
     layout = {}
-    if job.layer_wise and job.distributed_optimizer:  # matrices and all else in buffers of their own: main alone
+    if job.layer_wise and job.distributed_optimizer:  # matrices and all else in buffers of their own: only main
         from megatron.core import parallel_state
         from megatron.core.optimizer import layer_wise_optimizer as layer_wise
 

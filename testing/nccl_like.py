@@ -148,7 +148,7 @@ def install(rank: int) -> None:
 
 
 def synchronize(timeout: float = PATIENCE) -> None:
-    """As `torch.cuda.synchronize`, for a rank whose default group is of this backend.
+    """Do what `torch.cuda.synchronize` does, for a rank whose default group is of this backend.
 
     Raises:
         StuckError: something that was posted is not done within `timeout` seconds; on a GPU this would hang.

@@ -65,7 +65,7 @@ class Operation(dist.Work):
         self._error: BaseException | None = None
 
     def run(self, after: Iterable[Operation], move: Callable[[], None]) -> None:
-        """In the communicator's thread: once the stream is there, do it."""
+        """Do it once the stream has come to it; called in the communicator's thread."""
         try:
             for operation in after:
                 operation._done.wait()

@@ -149,7 +149,7 @@ def gather_outcomes(
     env: Mapping[str, str] | None = None,
     grace: float | None = None,
 ) -> list[Outcome]:
-    """As `run_ranks`, but for ranks that may fail: every rank runs to its end or the deadline, and all are reported.
+    """Run ranks that may fail: every rank runs to its end or the deadline, and all are reported.  Else as `run_ranks`.
 
     Args:
         grace: once a rank has failed, seconds after which the others that still run are killed; None waits for the

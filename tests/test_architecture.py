@@ -59,7 +59,7 @@ def layer(module):
 
 
 def imports(module, path, lazy=True):
-    """Absolute dotted names that a file imports; without `lazy` those alone that run when it is imported."""
+    """Absolute dotted names that a file imports; without `lazy` only those that run when it is imported."""
     package = ["paci_schedule", *module.split(".")]
     if path.name != "__init__.py":
         package.pop()

@@ -3,7 +3,7 @@
 import pytest
 
 from paci_schedule import ConfigError, UnsupportedError
-from paci_schedule.adapters.choice import IN_EVERY_LOOP, RUNNABLE, check_schedule
+from paci_schedule.adapters.choice import IN_EVERY_LOOP, RUNNABLE, check_choice
 from paci_schedule.adapters.deepspeed.options import read_schedule
 from paci_schedule.core.schedules.registry import SCHEDULES
 
@@ -16,7 +16,7 @@ def test_what_an_engine_runs_and_what_any_training_loop_runs():
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in RUNNABLE])
 def test_a_schedule_that_no_engine_runs_is_refused_with_the_reason(name):
     with pytest.raises(UnsupportedError, match=f"schedule={name!r}: cannot be run, since the schedule .*; valid are"):
-        check_schedule(name, f"schedule={name!r}")
+        check_choice(name, f"schedule={name!r}")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_training_loop_that_steps_itself_refuses_other_flushes(name):
     with pytest.raises(
         UnsupportedError, match=r"whose training loop steps the optimizer itself.*valid are '1f1b', 'paci'"
     ):
-        check_schedule(name, f"config.pipeline_schedule = {name!r}", IN_EVERY_LOOP)
+        check_choice(name, f"config.pipeline_schedule = {name!r}", IN_EVERY_LOOP)
 
 
 def test_a_misspelt_name_gets_the_nearest():

@@ -1,4 +1,4 @@
-"""The `paci` command: what it prints, its JSON, and one line for bad input."""
+"""The `paci` command: its output, its JSON, and one line for bad input."""
 
 import json
 import subprocess
@@ -322,7 +322,7 @@ def test_bad_input_is_one_line(paci, line, words):
     assert words in err
 
 
-def test_help_and_version(paci):
+def test_every_command_has_help_and_the_version_is_printed(paci):
     code, _, err = paci()
     assert (code, "simulate" in err) == (2, True)
     code, out, _ = paci("--version")
@@ -332,7 +332,7 @@ def test_help_and_version(paci):
         assert (code, "--json" in out) == (0, True)
 
 
-def test_it_runs_as_a_module():
+def test_the_command_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "paci_schedule.cli", "--version"], capture_output=True, text=True, timeout=60, check=True
     )

@@ -34,7 +34,7 @@ def test_output_is_put_where_it_belongs(output):
 
 
 def test_the_grids_in_the_documents_are_up_to_date():
-    """The cheap commands alone; `python docs/rebuild.py --check` runs all."""
+    """Only the cheap commands are run; `python docs/rebuild.py --check` runs all."""
     text = (ROOT / "docs" / "planning.md").read_text()
     cheap = [block for block in re.findall(r"```console\n.*?```\n", text, re.DOTALL) if "plan" not in block]
     cheap = [block for block in cheap if "--output" not in block]
@@ -55,8 +55,17 @@ def test_links_between_documents_lead_somewhere():
     assert [(document.name, link) for document, link in links if not (document.parent / link).exists()] == []
 
 
+def test_files_that_the_documents_name_exist():
+    """A file is named from the top of the repository, or inside the package, the integration tests or the documents."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    names = {name for path in documents for name in re.findall(r"(?<![\w/.*-])(?:\w+/)+\w+\.py\b", path.read_text())}
+    folders = [ROOT / folder for folder in ("", "paci_schedule", "integration_tests", "docs")]
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not any((folder / name).exists() for folder in folders)] == []
+
+
 def test_every_row_of_what_works_names_tests_that_exist():
-    """A name without a file is of the file named before it; "the same" is the row before it."""
+    """A name without a file belongs to the file named before it; "the same" means the row before it."""
     text = (ROOT / "docs" / "what-works.md").read_text()
     rows = [row for row in text.partition("## Not tested")[0].splitlines() if row.startswith("| ")]
     rows = [row for row in rows if not row.startswith("| what |")]

@@ -59,7 +59,7 @@ def cells(folders):
     return dict(compare.comparison([compare.summarise(folder) for folder in folders]))
 
 
-def test_the_tables_figures(folders):
+def test_the_table_has_the_figures_of_the_logs(folders):
     table = cells(folders)
     assert table["an update, median"] == ["700.0 ms", "500.0 ms"], "the first record is start-up and is left out"
     assert table["speed-up"] == ["1", "1.400"]
@@ -85,7 +85,7 @@ def test_the_time_to_the_baselines_loss_lies_between_records(folders):
 
 
 @pytest.mark.parametrize(("stages", "accumulation", "ideal"), [(8, 8, 1.875), (8, 16, 1.4375), (2, 2, 1.5), (1, 5, 1)])
-def test_the_ideal_is_the_papers(stages, accumulation, ideal):
+def test_the_ideal_speed_up_is_the_papers_formula(stages, accumulation, ideal):
     assert compare.ideal_speed_up(stages, accumulation) == ideal
 
 

@@ -118,7 +118,7 @@ def test_every_call_admits_exactly_a_micro_batches(seed):
 
 
 @pytest.mark.parametrize(("stages", "accumulation", "extra"), [(1, 1, 0), (2, 7, 0), (5, 3, 0), (8, 2, 0), (5, 2, 4)])
-def test_peak_in_flight(stages, accumulation, extra):
+def test_at_the_peak_one_more_micro_batch_than_the_look_ahead_is_live(stages, accumulation, extra):
     """Exactly d_s + 1 micro-batches are live at the peak; without extra that is 1F1B's P - s."""
     spec = PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=extra)
     for stage in range(stages):

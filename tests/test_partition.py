@@ -8,13 +8,13 @@ import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
 from paci_schedule.plan.layers import Layer
-from paci_schedule.plan.partition import Partition, balance, check_bounds, evaluate, rooms_of
+from paci_schedule.plan.partition import Partition, balance, check_bounds, evaluate, memory_of_stages
 
 
-def rooms(stages, memory_limit=None, extra_in_flight=0):
+def memories(stages, memory_limit=None, extra_in_flight=0):
     """Stages that hold so many bytes, with a byte for a parameter."""
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
-    return rooms_of(spec, bytes_per_parameter=1, memory_limit=memory_limit)
+    return memory_of_stages(spec, bytes_per_parameter=1, memory_limit=memory_limit)
 
 
 def layer(forward, backward, **memory):
@@ -81,7 +81,7 @@ def some_layers(seed, count):
 @pytest.mark.parametrize("seed", range(6))
 def test_the_partition_is_the_best_of_all(count, stages, seed):
     layers = some_layers(seed, count)
-    partition = balance(layers, rooms(stages))
+    partition = balance(layers, memories(stages))
     check_bounds(partition.bounds, count, stages)
     assert (partition.slowest, sum(took**2 for took in partition.seconds)) == best(layers, stages, [1] * stages)
 
@@ -90,7 +90,7 @@ def test_the_partition_is_the_best_of_all(count, stages, seed):
 @pytest.mark.parametrize("extra", [0, 2, (0, 3, 1)])
 def test_the_partition_is_the_best_of_all_that_fit(every, extra):
     stages, results = 4, set()
-    in_flight = [room.in_flight for room in rooms(stages, extra_in_flight=extra)]
+    in_flight = [memory.in_flight for memory in memories(stages, extra_in_flight=extra)]
     for seed in range(4):
         layers = some_layers(seed, 9)
         peaks = [
@@ -98,9 +98,9 @@ def test_the_partition_is_the_best_of_all_that_fit(every, extra):
             for partition in every_partition(9, stages)
         ]
         with pytest.raises(ConfigError, match="no partition keeps to it"):
-            balance(layers, rooms(stages, min(peaks) - 1, extra), recompute_every=every)
+            balance(layers, memories(stages, min(peaks) - 1, extra), recompute_every=every)
         for limit in sorted(peaks)[::3]:
-            partition = balance(layers, rooms(stages, limit, extra), recompute_every=every)
+            partition = balance(layers, memories(stages, limit, extra), recompute_every=every)
             costs = stage_costs(layers, partition.bounds, in_flight, every)
             assert (partition.seconds, partition.peak_bytes) == tuple(zip(*costs, strict=True))
             assert (partition.slowest, sum(took**2 for took in partition.seconds)) == best(
@@ -111,14 +111,14 @@ def test_the_partition_is_the_best_of_all_that_fit(every, extra):
     assert len(results) > 2 * 4  # the limits mattered
 
 
-def test_an_embedding_and_a_head_that_weigh_more_than_a_block():
+def test_a_head_that_weighs_more_than_a_block_gets_a_stage_of_its_own():
     """Six blocks of 2 + 5, an embedding of 1 + 2, a head of 7 + 13 seconds, in 3 stages: the head gets its own."""
     layers = [layer(1, 2), *[layer(2, 5)] * 6, layer(7, 13)]
-    partition = balance(layers, rooms(3))
+    partition = balance(layers, memories(3))
     assert partition == Partition(bounds=(0, 4, 7, 8), seconds=(24, 21, 20), peak_bytes=(0, 0, 0))
     assert partition.slowest == 24
     assert partition.ideal == pytest.approx(65 / 3)
-    assert evaluate(layers, rooms(3), [0, 3, 6, 8]).seconds == (17, 21, 27)
+    assert evaluate(layers, memories(3), [0, 3, 6, 8]).seconds == (17, 21, 27)
 
 
 def test_ties_go_to_the_partition_whose_other_stages_are_even():
@@ -126,24 +126,24 @@ def test_ties_go_to_the_partition_whose_other_stages_are_even():
     layers could be divided 3 | 10, 5 | 8 or 10 | 3.
     """
     layers = [layer(0, 13), layer(1, 2), layer(1, 1), layer(2, 3), layer(1, 2)]
-    assert balance(layers, rooms(3)).seconds == (13, 5, 8)
+    assert balance(layers, memories(3)).seconds == (13, 5, 8)
 
 
 def test_early_stages_hold_more_micro_batches():
     """Alike layers, 11 bytes saved by each: with memory for 6 layer-micro-batches the first of 3 stages gets fewer."""
     layers = [layer(2, 3, saved_bytes=11)] * 8
-    assert balance(layers, rooms(3)).bounds == (0, 2, 5, 8)
-    partition = balance(layers, rooms(3, 66))
+    assert balance(layers, memories(3)).bounds == (0, 2, 5, 8)
+    partition = balance(layers, memories(3, 66))
     assert partition == Partition(bounds=(0, 2, 5, 8), seconds=(10, 15, 15), peak_bytes=(66, 66, 33))
-    assert balance(layers, rooms(3, [33, 66, 66])).bounds == (0, 1, 4, 8)
+    assert balance(layers, memories(3, [33, 66, 66])).bounds == (0, 1, 4, 8)
     with pytest.raises(ConfigError, match="no partition keeps to it"):
-        balance(layers, rooms(3, 54, extra_in_flight=2))
+        balance(layers, memories(3, 54, extra_in_flight=2))
 
 
 def test_a_tied_layer_counts_once_in_a_stage_and_in_each_of_two():
     tied, other = layer(1, 2, parameters=100, tied="words"), layer(3, 5, parameters=7)
-    assert evaluate([tied, other, tied], rooms(1), [0, 3]).peak_bytes == (107,)
-    assert evaluate([tied, other, tied], rooms(2), [0, 2, 3]).peak_bytes == (107, 100)
+    assert evaluate([tied, other, tied], memories(1), [0, 3]).peak_bytes == (107,)
+    assert evaluate([tied, other, tied], memories(2), [0, 2, 3]).peak_bytes == (107, 100)
 
 
 def test_recomputation_costs_a_forward_and_keeps_the_first_input_of_a_chunk():
@@ -151,7 +151,7 @@ def test_recomputation_costs_a_forward_and_keeps_the_first_input_of_a_chunk():
     small = layer(2, 3, input_bytes=1, saved_bytes=10, workspace_bytes=40, output_bytes=5, parameters=1000)
     large = layer(5, 7, input_bytes=2, saved_bytes=20, workspace_bytes=50, output_bytes=4, parameters=100)
     bare = layer(11, 13, input_bytes=3, saved_bytes=30, workspace_bytes=60, output_bytes=6)
-    partition = evaluate([small, large, bare, bare, small], rooms(2), [0, 4, 5], recompute_every=2)
+    partition = evaluate([small, large, bare, bare, small], memories(2), [0, 4, 5], recompute_every=2)
     assert partition.seconds == (5 + 12 + 2 * 24 + 7, 5 + 2)
     kept = 1 + (33 + 33) + 1 + 6  # a first input, the bare chunk, what came and what went
     assert partition.peak_bytes == (1100 + 2 * kept + (10 + 22 + 50), 1000 + (1 + 1 + 5) + (10 + 40))
@@ -160,7 +160,7 @@ def test_recomputation_costs_a_forward_and_keeps_the_first_input_of_a_chunk():
 def test_what_does_not_fit_is_said_with_the_stage_and_its_need():
     heavy = layer(2, 3, input_bytes=2**20, saved_bytes=3 * 2**20, output_bytes=2**20, parameters=8 * 2**20)
     with pytest.raises(ConfigError) as caught:
-        balance([heavy] * 5, rooms(2, 34 * 2**20))
+        balance([heavy] * 5, memories(2, 34 * 2**20))
     assert str(caught.value) == (
         "memory_limit: no partition keeps to it; in the nearest, [0, 2, 5], stage 0 needs 36.0 MiB of 34.0 MiB, "
         "stage 1 needs 38.0 MiB of 34.0 MiB; "
@@ -171,12 +171,12 @@ def test_what_does_not_fit_is_said_with_the_stage_and_its_need():
 @pytest.mark.parametrize("limit", [0, -5, [10, 10, 10], [10], [10, 0], math.nan])
 def test_a_malformed_limit_is_refused(limit):
     with pytest.raises(ConfigError, match="must be bytes above 0, or 2 of them, one for each stage"):
-        balance([layer(1, 2)] * 3, rooms(2, limit))
+        balance([layer(1, 2)] * 3, memories(2, limit))
 
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ConfigError, match="2 layers for 3 stages: every stage needs at least one; use fewer stages"):
-        balance([layer(1, 2)] * 2, rooms(3))
+        balance([layer(1, 2)] * 2, memories(3))
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ def test_a_cost_must_be_finite_and_not_negative(name, value):
 @pytest.mark.parametrize("every", [-1, 1.5, "2"])
 def test_a_malformed_recomputation_is_refused(every):
     with pytest.raises(ConfigError, match=r"recompute_every=.*must be a whole number of layers, 0 for none"):
-        balance([layer(1, 2)] * 2, rooms(2), recompute_every=every)
+        balance([layer(1, 2)] * 2, memories(2), recompute_every=every)
 
 
 def test_a_partition_prints_what_a_person_wants_to_know():
     layers = [layer(0.002, 0.003, parameters=2**20), layer(0.007, 0.011), layer(0.001, 0.002, saved_bytes=2**19)]
-    assert str(evaluate(layers, rooms(2), [0, 1, 3])) == (
+    assert str(evaluate(layers, memories(2), [0, 1, 3])) == (
         "partition [0, 1, 3], the slowest stage at 0.619 of the ideal speed\n"
         "  stage 0: layers 0 to 0, 5 ms a micro-batch, 1.0 MiB\n"
         "  stage 1: layers 1 to 2, 21 ms a micro-batch, 0.5 MiB"

@@ -50,7 +50,7 @@ def test_ideal_ratios_of_eight_stages(accumulation, ratio):
     assert best(rows, "1f1b").speedup == 1
 
 
-def test_the_projected_table():
+def test_the_plan_projects_the_measured_throughputs_of_a_cluster():
     """14.6 B, 16 stages, 64 micro-batches: from 1F1B's 1.49 samples/s per GPU to about 1.84; ZB-2p measured 1.83."""
     shape = {"devices": 16, "global_batch": 64, "stages": (16,), "micro_batch_sizes": (1,)}
     even = search(calibrated(job(model=uniform(16), **shape), 1.49))

@@ -10,7 +10,7 @@ from paci_schedule.predict import advance, check, expected_gradient, piece_of, p
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """With the attributes, groups and states of Apex's and Transformer Engine's, which run on GPUs alone."""
+    """A FusedAdam with the attributes, groups and states of Apex's and Transformer Engine's, which run only on GPUs."""
 
     def __init__(
         self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True, **more
@@ -125,7 +125,7 @@ def test_the_prediction_from_the_whole_gradient_is_the_step(name, dtype, foreach
 
 
 def assert_same(state, kept):
-    """Two state dicts, all tensors equal."""
+    """True if all tensors of two state dicts are equal."""
     assert state["param_groups"] == kept["param_groups"]
     assert state["state"].keys() == kept["state"].keys()
     for key, values in state["state"].items():
@@ -177,7 +177,7 @@ def test_a_reach_needs_a_learning_rate_that_a_step_follows():
 
 
 def test_a_step_finds_what_is_written_on_its_parameters():
-    """As Megatron's Muon does, which asks a weight along which of its sides tensor-parallel ranks share it."""
+    """Like Megatron's Muon, it asks a weight along which of its sides tensor-parallel ranks share it."""
 
     class Paced(torch.optim.SGD):
         def step(self, closure=None):
@@ -344,7 +344,7 @@ def test_a_fused_adam_with_masters_or_states_of_another_kind_is_refused_by_name(
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD, Nesterov", "FusedAdam, fused"])
 def test_all_pieces_together_are_predicted_as_the_whole(name, monkeypatch):
-    """Of flat parameters; of others, one at a time is the least."""
+    """Only flat parameters are divided; of the others, at least one is predicted at a time."""
     cls, settings = SETTINGS[name]
     parameters, optimizer = build(cls, settings)
     flat = [torch.nn.Parameter(torch.randn(size)) for size in (17, 40)]

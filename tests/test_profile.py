@@ -1,4 +1,4 @@
-"""What a layer costs: seconds by a clock that the layers move themselves, bytes that can be counted by hand."""
+"""The costs of layers: seconds on a clock that the layers move themselves, and bytes that can be counted by hand."""
 
 import weakref
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that `Taking` alone moves."""
+    """A clock that only `Taking` moves."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(profile, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
@@ -37,7 +37,7 @@ class _Take(torch.autograd.Function):
 
 
 class Taking(nn.Module):
-    """A layer that takes so many seconds; a list of backwards gives one after the other."""
+    """A layer that takes the given seconds; a list of backwards gives one time after the other."""
 
     def __init__(self, clock, forward, backward):
         super().__init__()
@@ -147,7 +147,7 @@ def test_the_inputs_of_the_first_layer_get_no_gradient_the_others_do():
     assert wanted == [False] * 4 + [True] * 4
 
 
-def test_dtype():
+def test_layers_are_measured_in_the_dtype_that_is_asked_for():
     layers = [nn.Embedding(9, 4), nn.Linear(4, 4)]
     costs = profile_layers(layers, torch.tensor([1, 2, 3]), CPU, dtype=torch.bfloat16)
     assert [cost.output_bytes for cost in costs] == [24, 24]

@@ -1,4 +1,4 @@
-"""Rehearsals against arithmetic done by hand and plain training; predictions; what is refused."""
+"""Rehearsals compared with arithmetic by hand, and with plain training."""
 
 import copy
 import weakref

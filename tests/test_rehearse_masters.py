@@ -31,7 +31,7 @@ def give_gradients(params, step, of=slice(None)):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_steps_masters_as_the_class_steps_weights(name, dtype):
+def test_masters_are_stepped_as_the_class_steps_weights(name, dtype):
     base, settings = OPTIMIZERS[name]
     low = parameters(dtype)
     high = [torch.nn.Parameter(parameter.detach().float()) for parameter in low]

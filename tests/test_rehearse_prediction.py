@@ -86,6 +86,12 @@ class Affine(nn.Module):
         return x + (self.weight * torch.tensor([1.0, 3.0], dtype=torch.float64)).sum()
 
 
+def trained_alike(modules, optimizers, a, count, **options):
+    """Rehearse with the same input in every micro-batch."""
+    one = torch.ones((), dtype=torch.float64)
+    list(rehearse(modules, optimizers, lambda y, _: y, [[(one, None)] * a] * count, accumulation=a, **options))
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("clip", [0.0, 0.7])
 @pytest.mark.parametrize("stages", [2, 4])
@@ -97,18 +103,7 @@ def test_with_equal_gradients_a_prediction_is_the_true_next_weights(prediction, 
     for module, own in zip(modules, versions, strict=True):
         optimizers.append(torch.optim.AdamW(module.parameters(), lr=0.1))
         optimizers[-1].register_step_post_hook(lambda *_, module=module, own=own: own.extend(values([module])))
-    one = torch.ones((), dtype=torch.float64)
-    list(
-        rehearse(
-            modules,
-            optimizers,
-            lambda y, _: y,
-            [[(one, None)] * a] * count,
-            accumulation=a,
-            prediction=prediction,
-            clip=clip,
-        )
-    )
+    trained_alike(modules, optimizers, a, count, prediction=prediction, clip=clip)
     first = 3 * a if clip else 0  # the factors are alike when the first norms of all stages have come to all
     for module, own in zip(modules, versions, strict=True):
         assert len(own) == count + 1
@@ -157,32 +152,12 @@ def test_backwards_run_on_a_prediction_only_where_it_is_left_in_place(prediction
 @pytest.mark.parametrize(("a", "stages", "extra"), [(1, 3, 0), (1, 4, 0), (2, 4, 0), (2, 3, 5)])
 def test_a_prediction_goes_as_many_windows_ahead_as_the_micro_batch_is(a, stages, extra):
     """With equal gradients, micro-batch m runs on the weights of version m // a, from the second update on."""
-    one = torch.ones((), dtype=torch.float64)
-    modules = [Affine() for _ in range(stages)]
+    modules, count = [Affine() for _ in range(stages)], 12
     optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1, betas=(0.5, 0.75)) for module in modules]
-    count = 12
-    list(
-        rehearse(
-            modules,
-            optimizers,
-            lambda y, _: y,
-            [[(one, None)] * a] * count,
-            accumulation=a,
-            extra_in_flight=extra,
-            prediction="every",
-        )
-    )
+    trained_alike(modules, optimizers, a, count, extra_in_flight=extra, prediction="every")
     spec = PipelineSpec(stages=stages, accumulation=a, extra_in_flight=extra)
     flushed = [Affine()]
-    list(
-        rehearse(
-            flushed,
-            [torch.optim.AdamW(flushed[0].parameters(), lr=0.1, betas=(0.5, 0.75))],
-            lambda y, _: y,
-            [[(one, None)] * a] * count,
-            accumulation=a,
-        )
-    )
+    trained_alike(flushed, [torch.optim.AdamW(flushed[0].parameters(), lr=0.1, betas=(0.5, 0.75))], a, count)
     for stage, module in enumerate(modules):
         started = spec.look_ahead(stage) + a  # before the first update there is no momentum to go by
         for number in range(started, a * count):

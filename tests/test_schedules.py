@@ -280,7 +280,7 @@ def test_what_does_not_exist_is_refused(ask, message):
         ask()
 
 
-def test_weave_numbers_and_drops():
+def test_weaving_numbers_micro_batches_and_drops_those_beyond_the_batch():
     f, b = (kind for kind in grid.read("F0 B0")[0])
     pattern = [(f.kind, 0), (f.kind, 1), (f.kind, 0), (b.kind, 0), (f.kind, 0)]
     assert [str(op) for op in weave(pattern, 2)] == ["F0", "F0.1", "F1", "B0"]

@@ -11,7 +11,7 @@ from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules.registry import SCHEDULES, schedule
 from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.execute import simulate
-from paci_schedule.simulate.figures import report, time_per_micro_batch
+from paci_schedule.simulate.figures import figures_of, time_per_micro_batch
 from paci_schedule.simulate.steady import run, steady_state
 from paci_schedule.simulate.timeline import busy, peak_in_flight
 from paci_schedule.simulate.wavefront import sweep
@@ -22,7 +22,7 @@ SHAPES = [(2, 3), (3, 5), (4, 8), (5, 9), (8, 15), (8, 24)]
 
 def figures(name, stages, micro_batches, batches=None, extra=0, options=None, **costs):
     spec = PipelineSpec(stages=stages, accumulation=micro_batches, extra_in_flight=extra)
-    return report(schedule(name, **options or {}), spec, Costs(**costs), batches)
+    return figures_of(schedule(name, **options or {}), spec, Costs(**costs), batches)
 
 
 # ---- closed forms ---------------------------------------------------------------------------------------------------
@@ -201,9 +201,9 @@ def test_jitter_is_seeded_keeps_the_mean_and_differs_between_ops():
     assert lengths.std() == pytest.approx(0.3, rel=0.15)
 
 
-def test_memory():
+def test_the_report_counts_activations_versions_and_stashes():
     spec = PipelineSpec(stages=3, accumulation=4)
-    found = report(
+    found = figures_of(
         schedule("pipedream"), spec, Costs(forward=1.0, backward=2.0), activation_bytes=10.0, weight_bytes=7.0
     )
     assert found.activation_bytes == [30, 20, 10]
@@ -329,6 +329,6 @@ def test_sizes_beyond_memory_are_refused():
         simulate(schedule("1f1b"), PipelineSpec(stages=1024, accumulation=100_000), costs)
     for spec in (endless, PipelineSpec(stages=10_001, accumulation=2)):
         with pytest.raises(ConfigError, match="at most 10000 stages and 1000000 micro-batches"):
-            report(schedule("paci"), spec, costs)
+            figures_of(schedule("paci"), spec, costs)
     with pytest.raises(ConfigError, match="weight_bytes=nan"):
-        report(schedule("1f1b"), PipelineSpec(stages=2, accumulation=2), costs, weight_bytes=float("nan"))
+        figures_of(schedule("1f1b"), PipelineSpec(stages=2, accumulation=2), costs, weight_bytes=float("nan"))

@@ -64,7 +64,7 @@ def test_a_spec_takes_keywords_only_and_does_not_change():
         (4, (2, 0, 1), [6, 3, 2, 0], [0, 3, 1, 2]),
     ],
 )
-def test_look_ahead(stages, extra, look_ahead, gradients_on_wire):
+def test_slack_adds_to_look_ahead_and_gradients_on_the_wire(stages, extra, look_ahead, gradients_on_wire):
     spec = PipelineSpec(stages=stages, accumulation=5, extra_in_flight=extra)
     assert [spec.look_ahead(stage) for stage in range(stages)] == look_ahead
     assert [spec.in_flight(stage) for stage in range(stages)] == [ahead + 1 for ahead in look_ahead]

@@ -57,7 +57,7 @@ def test_the_simulated_run_has_the_medians_of_the_recorded(tmp_path):
     assert expected.makespan == pytest.approx(timeline.makespan, abs=1e-6)
 
 
-def test_where_the_time_went(tmp_path):
+def test_seconds_of_a_recording_add_up_to_its_length(tmp_path):
     paths, timeline = recorded(tmp_path)
     for stage, path in enumerate(paths):
         spent = trace.spent(trace.read(path))

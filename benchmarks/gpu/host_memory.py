@@ -1,4 +1,4 @@
-"""Ranks that share the GPU through host memory (`runtime.staged`), as `paci_schedule.launch` sets them up."""
+"""Ranks that share the GPU through host memory (`runtime.shared_gpu`), as `paci_schedule.launch` sets them up."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from paci_schedule.core.schedules.registry import SCHEDULES, schedule
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 
-__all__ = ["IN_EVERY_LOOP", "RUNNABLE", "check_schedule"]
+__all__ = ["IN_EVERY_LOOP", "RUNNABLE", "check_choice"]
 
 RUNNABLE = tuple(name for name in SCHEDULES if not schedule(name).cannot_run)
 """What an engine that owns the optimizer step can run."""
@@ -17,12 +17,12 @@ IN_EVERY_LOOP = tuple(name for name in RUNNABLE if name == "1f1b" or "leading" i
 end for every stage after the same backward."""
 
 
-def check_schedule(name: object, said: str, valid: Sequence[str] = RUNNABLE) -> str:
+def check_choice(name: object, written: str, valid: Sequence[str] = RUNNABLE) -> str:
     """`name`, if it is a schedule's that can be run.
 
     Args:
         name: what the config holds.
-        said: how the config says it, for the error.
+        written: how the user wrote it, for the error.
         valid: the names that can be run there.
 
     Raises:
@@ -33,9 +33,9 @@ def check_schedule(name: object, said: str, valid: Sequence[str] = RUNNABLE) -> 
         return name
     listed = nearest(str(name), valid)
     if name not in SCHEDULES:
-        raise ConfigError(f"{said}: unknown; valid are {listed}")
+        raise ConfigError(f"{written}: unknown; valid are {listed}")
     reason = schedule(name).cannot_run or (
         "is not among the schedules of this framework, whose training loop steps the optimizer itself, and it has no "
         "calls that lead"
     )
-    raise UnsupportedError(f"{said}: cannot be run, since the schedule {reason}; valid are {listed}")
+    raise UnsupportedError(f"{written}: cannot be run, since the schedule {reason}; valid are {listed}")

@@ -1,4 +1,4 @@
-"""Which frameworks are installed, and telling each of them about the schedule."""
+"""Which frameworks are installed, and the registration of the schedules with each of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def register_with(frameworks: Collection[str]) -> None:
     """Register with these frameworks; with all that are installed and supported, if none is named.
 
     Raises:
-        ConfigError: a framework that we do not know.
+        ConfigError: the name of a framework is unknown.
         UnsupportedError: none is installed, or one that is named, or all, in a version that is not supported.
     """
     for name in frameworks:
@@ -54,7 +54,7 @@ def register_with(frameworks: Collection[str]) -> None:
 
 
 def _unsupported(adapter: str) -> UnsupportedError | None:
-    """What is wrong with the adapter's framework, said before the adapter imports what it may lack."""
+    """What is wrong with the adapter's framework; asked before the adapter imports what the framework may lack."""
     try:
         import_module(f"paci_schedule.adapters.{adapter}.hooks").check_installed()
     except UnsupportedError as error:

@@ -28,9 +28,9 @@ def option(
     """One option: a field of a dataclass.
 
     Args:
-        default: its value where nothing is said.
-        rule: what its value must be, or a check that says so itself.
-        holds: whether a value is so.
+        default: its value where a config does not name it.
+        rule: what its value must be, in words; or a check that raises the error itself.
+        holds: whether a value keeps the rule that stands in words.
         flag: makes a value of the text behind a flag of a command line, and raises ValueError where it cannot; None for
             an option without a flag.
     """
@@ -93,13 +93,13 @@ class Options:
     """Folder to record runs in: where the pipe is empty, each rank's newest ops with their times, for `paci trace`."""
 
 
-def read(model: type[_OptionsT], block: object, said: str, write: Callable[[str, str], str]) -> _OptionsT:
+def read(model: type[_OptionsT], block: object, written: str, write: Callable[[str, str], str]) -> _OptionsT:
     """The options that a config holds.
 
     Args:
         model: which options there are.
         block: what the config holds.
-        said: how a user writes the block, for errors.
+        written: how a user writes the block, for errors.
         write: how a user writes an option with this name and value, for errors.
 
     Raises:
@@ -107,7 +107,7 @@ def read(model: type[_OptionsT], block: object, said: str, write: Callable[[str,
             its range.
     """
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{said}: must be a block of options, such as {write('timeout', '600')}")
+        raise ConfigError(f"{written}: must be a block of options, such as {write('timeout', '600')}")
     known = {each.name: each for each in fields(model)}
     for name, value in block.items():
         if name not in known:

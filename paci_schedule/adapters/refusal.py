@@ -25,13 +25,13 @@ class Refusal:
 
     Attributes:
         read: takes the setting's value out of the settings.
-        said: how a user sets it, with ``{value!r}`` where the value stands.
+        setting: how a user writes it, with ``{value!r}`` where the value stands.
         why: the reason, and what to do instead.
         allowed: whether a value is fine; without it only those that mean "off" are.
     """
 
     read: Callable[[Any], Any]
-    said: str
+    setting: str
     why: str
     allowed: Callable[[Any], bool] = _is_off
 
@@ -41,30 +41,30 @@ def reasons(table: Iterable[Refusal], settings: Any) -> Iterator[str]:
     for refusal in table:
         value = refusal.read(settings)
         if not refusal.allowed(value):
-            yield f"{refusal.said.replace('{value!r}', repr(value))}: {refusal.why}"
+            yield f"{refusal.setting.replace('{value!r}', repr(value))}: {refusal.why}"
 
 
-def refuse_together(found: Iterable[str], said: str) -> None:
+def refuse_together(found: Iterable[str], heading: str) -> None:
     """Raises UnsupportedError on every rank with every reason of any of them, so that none is left waiting.
 
     It is a collective of the job.
 
     Args:
         found: why this rank's part of the job cannot run.
-        said: what comes before the list of reasons.
+        heading: what comes before the list of reasons.
     """
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, list(found))
     listed = "\n".join(f"  * {reason}" for reason in dict.fromkeys(chain.from_iterable(gathered)))
     if listed:
-        raise UnsupportedError(f"{said}:\n{listed}")
+        raise UnsupportedError(f"{heading}:\n{listed}")
 
 
-def launch_blocking(said: str) -> Iterator[str]:
-    """Why receives cannot be posted early, as the option that `said` names asks for, where every launch blocks."""
+def launch_blocking(option: str) -> Iterator[str]:
+    """Why receives cannot be posted early, as `option` asks for, where every launch blocks."""
     value = os.environ.get("CUDA_LAUNCH_BLOCKING", "0")
     if value not in ("", "0"):
         yield (
-            f"{said} with CUDA_LAUNCH_BLOCKING={value}: every op would wait for receives posted before it, and stages "
-            "for each other in a circle; unset the variable, or leave the option out"
+            f"{option} with CUDA_LAUNCH_BLOCKING={value}: every op would wait for receives posted before it, and "
+            "stages for each other in a circle; unset the variable, or leave the option out"
         )

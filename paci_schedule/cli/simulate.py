@@ -12,7 +12,7 @@ from rich.table import Table
 
 from paci_schedule.cli.options import costs_options, jobs, json_option, pipeline_options
 from paci_schedule.cli.printing import print_json, screen
-from paci_schedule.simulate.figures import report
+from paci_schedule.simulate.figures import figures_of
 
 __all__ = ["simulate_"]
 
@@ -35,7 +35,7 @@ def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float,
     """Simulate a schedule and print its figures.  Times are in the unit of --forward and --backward."""
     found = []
     for chosen, spec, costs in jobs(options):
-        figures = report(chosen, spec, costs, batches, activation_bytes=activation_bytes, weight_bytes=weight_bytes)
+        figures = figures_of(chosen, spec, costs, batches, activation_bytes=activation_bytes, weight_bytes=weight_bytes)
         shape = {"schedule": chosen.name, "stages": spec.stages, "micro_batches": spec.accumulation, "batches": batches}
         found.append(shape | asdict(figures))
     if as_json:

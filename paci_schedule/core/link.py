@@ -23,7 +23,7 @@ class Gradient(NamedTuple):
             micro-batch, which is the one that empties a buffer; None if that B was in an earlier call.
     """
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]: it hides tuple.index, which nobody calls
     after: int
     is_late: bool
     before: int | None

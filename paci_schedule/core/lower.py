@@ -34,11 +34,12 @@ waits for SA(i), if ops wait for the device: a deadlock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from paci_schedule.core.link import EMPTY, Exchange, Link
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.places import Place, Program
-from paci_schedule.core.schedules.base import Call, Schedule
+from paci_schedule.core.schedules.base import Call, Rounds, Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.core.sums import place_sums
 
@@ -86,7 +87,7 @@ class Lowering:
         _post_activations(program, above)
         _post_gradients(program, below)
         if self._ties:
-            place_sums(program, call, self._stage, self._ties)
+            place_sums(program, cast(Rounds, call), self._stage, self._ties)  # no flushes: it runs in rounds
         if call.finished == call.taken:
             for link in (self._above, self._below):
                 if link is not None:
@@ -107,9 +108,9 @@ def _pair(program: Program, above: Exchange, below: Exchange) -> None:
         at = program.position(OpKind.BACKWARD, gradient.index)
         program.add(Op(OpKind.SEND_GRADIENT, gradient.index), program.begin if at is None else at + 1, Place.SEND)
     for index in below.activations:
-        program.add(Op(OpKind.SEND_ACTIVATION, index), program.position(OpKind.FORWARD, index) + 1, Place.SEND)
+        program.add(Op(OpKind.SEND_ACTIVATION, index), program.at(OpKind.FORWARD, index) + 1, Place.SEND)
     for index in below.needed:
-        program.add(Op(OpKind.RECV_GRADIENT, index), program.position(OpKind.BACKWARD, index), Place.RECEIVE)
+        program.add(Op(OpKind.RECV_GRADIENT, index), program.at(OpKind.BACKWARD, index), Place.RECEIVE)
 
 
 def _post_activations(program: Program, above: Exchange) -> None:

@@ -53,7 +53,7 @@ class Op(NamedTuple):
     """
 
     kind: OpKind
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]: it hides tuple.index, which nobody calls
     chunk: int = 0
 
     def __str__(self) -> str:
@@ -64,9 +64,9 @@ class Op(NamedTuple):
         """The op that is printed as `text`.  Raises ScheduleError if there is none."""
         match = _PATTERN.fullmatch(text)
         try:
-            kind, index, chunk = match.groups(default="0")
+            kind, index, chunk = match.groups(default="0") if match else ("", "", "")
             return cls(OpKind(kind), int(index), int(chunk))
-        except (AttributeError, ValueError):
+        except ValueError:
             kinds = ", ".join(kind.value for kind in OpKind)
             raise ScheduleError(
                 f"{text!r} is not an op: write a kind ({kinds}), an index and, for a model chunk, '.' and its number, "

@@ -52,6 +52,10 @@ class Program:
         """Where the compute op stands, which is also the number of the gap before it; None for none in this call."""
         return self._position.get((kind, index))
 
+    def at(self, kind: OpKind, index: int) -> int:
+        """The position of a compute op that is in this call for certain."""
+        return self._position[kind, index]
+
     def before(self, at: int) -> int:
         """The gap before the F or B that precedes position `at`; the begin where there is none."""
         while at > 0:

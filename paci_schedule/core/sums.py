@@ -117,7 +117,7 @@ class _Rounds:
 
     def _after_step(self, op: Op, index: int) -> None:
         update = (index - self._ahead) // self._call.spec.accumulation
-        self._program.add(op, self._program.position(OpKind.STEP, update) + 1, Place.SUM_AFTER_STEP)
+        self._program.add(op, self._program.at(OpKind.STEP, update) + 1, Place.SUM_AFTER_STEP)
 
     def _find(self, index: int) -> tuple[int | None, int | None]:
         """Where the F and the B of a round stand."""

@@ -1,4 +1,4 @@
-"""The division of a row of layers into stages: the slowest stage as fast as it can be, within the memory of each stage.
+"""The partition of a row of layers into stages: the slowest stage is as fast as the memory of the stages allows.
 
 Without a bubble a pipeline is as fast as its slowest stage, that is, as the seconds that the stage's layers take for
 the forward and the backward of one micro-batch.  A stage holds the state of its layers once, and what they keep between
@@ -24,12 +24,12 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.layers import Layer
 
-__all__ = ["NothingFitsError", "Partition", "Room", "balance", "check_bounds", "evaluate", "rooms_of"]
+__all__ = ["NothingFitsError", "Partition", "StageMemory", "balance", "check_bounds", "evaluate", "memory_of_stages"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
-    """The memory of one stage."""
+class StageMemory:
+    """What one stage holds in memory, and how much it may hold."""
 
     in_flight: float
     """The micro-batches that the stage holds at once."""
@@ -84,11 +84,11 @@ class NothingFitsError(ConfigError):
         nearest: the partition that comes nearest to them.
     """
 
-    def __init__(self, nearest: Partition, rooms: Sequence[Room]) -> None:
+    def __init__(self, nearest: Partition, memories: Sequence[StageMemory]) -> None:
         short = [
-            f"stage {stage} needs {_size(peak)} of {_size(room.limit)}"
-            for stage, (peak, room) in enumerate(zip(nearest.peak_bytes, rooms, strict=True))
-            if peak > room.limit
+            f"stage {stage} needs {_size(peak)} of {_size(memory.limit)}"
+            for stage, (peak, memory) in enumerate(zip(nearest.peak_bytes, memories, strict=True))
+            if peak > memory.limit
         ]
         super().__init__(
             f"memory_limit: no partition keeps to it; in the nearest, {list(nearest.bounds)}, {', '.join(short)}; "
@@ -97,14 +97,14 @@ class NothingFitsError(ConfigError):
         self.nearest = nearest
 
 
-def rooms_of(
+def memory_of_stages(
     spec: PipelineSpec, *, bytes_per_parameter: float = 16.0, memory_limit: float | Sequence[float] | None = None
-) -> list[Room]:
+) -> list[StageMemory]:
     """The memory of each stage under PACI or 1F1B.
 
     Args:
         spec: the pipeline; its stages and its micro-batches in flight count.
-        bytes_per_parameter: as in `Room`.
+        bytes_per_parameter: as in `StageMemory`.
         memory_limit: bytes, one number for every stage or one for each of them; None for no limit.
 
     Raises:
@@ -117,7 +117,7 @@ def rooms_of(
             f"memory_limit={memory_limit!r}: must be bytes above 0, or {spec.stages} of them, one for each stage"
         )
     return [
-        Room(
+        StageMemory(
             in_flight=spec.in_flight(stage),
             bytes_per_parameter=bytes_per_parameter,
             limit=limit,
@@ -126,41 +126,41 @@ def rooms_of(
     ]
 
 
-def balance(layers: Sequence[Layer], rooms: Sequence[Room], *, recompute_every: int = 0) -> Partition:
+def balance(layers: Sequence[Layer], memories: Sequence[StageMemory], *, recompute_every: int = 0) -> Partition:
     """The partition with the fastest slowest stage, in which every stage has at least one layer.
 
     Args:
         layers: those of the whole model, in order.
-        rooms: the memory of each stage; there are as many stages as rooms.
+        memories: the memory of each stage; there are as many stages as memories.
         recompute_every: as in `evaluate`.
 
     Raises:
         ConfigError: there are fewer layers than stages, or `recompute_every` is malformed.
-        NothingFitsError: no partition keeps to the limits of the rooms.
+        NothingFitsError: no partition keeps to the limits.
     """
-    count, stages = len(layers), len(rooms)
+    count, stages = len(layers), len(memories)
     if count < stages:
         raise ConfigError(f"{count} layers for {stages} stages: every stage needs at least one; use fewer stages")
     table = _table(layers, recompute_every)
 
     def seconds_up_to(most: float) -> Iterator[np.ndarray]:
-        for room in rooms:
-            fits = (table.peak_bytes(room) <= room.limit) & (table.seconds <= most)
+        for memory in memories:
+            fits = (table.peak_bytes(memory) <= memory.limit) & (table.seconds <= most)
             yield np.where(fits, table.seconds, np.inf)
 
     slowest, _ = _least(seconds_up_to(math.inf), np.maximum)
     if math.isinf(slowest):
         exists = np.isfinite(table.seconds)
         _, bounds = _least(
-            (np.where(exists, table.peak_bytes(room) - room.limit, np.inf) for room in rooms), np.maximum
+            (np.where(exists, table.peak_bytes(memory) - memory.limit, np.inf) for memory in memories), np.maximum
         )
-        raise NothingFitsError(evaluate(layers, rooms, bounds, recompute_every=recompute_every), rooms)
+        raise NothingFitsError(evaluate(layers, memories, bounds, recompute_every=recompute_every), memories)
     _, bounds = _least((seconds**2 for seconds in seconds_up_to(slowest)), np.add)
-    return evaluate(layers, rooms, bounds, recompute_every=recompute_every)
+    return evaluate(layers, memories, bounds, recompute_every=recompute_every)
 
 
 def evaluate(
-    layers: Sequence[Layer], rooms: Sequence[Room], bounds: Sequence[int], *, recompute_every: int = 0
+    layers: Sequence[Layer], memories: Sequence[StageMemory], bounds: Sequence[int], *, recompute_every: int = 0
 ) -> Partition:
     """A given partition, with its costs.
 
@@ -171,7 +171,7 @@ def evaluate(
 
     Args:
         layers: those of the whole model, in order.
-        rooms: the memory of each stage.
+        memories: the memory of each stage.
         bounds: where the stages begin and end, as in `Partition`.
         recompute_every: how many layers of a stage are recomputed together in the backward, so that only the input of
             the first of them is kept (DeepSpeed: activation_checkpoint_interval; a chunk without parameters is not
@@ -180,12 +180,12 @@ def evaluate(
     Raises:
         ConfigError: `bounds` do not divide these layers into these stages, or `recompute_every` is malformed.
     """
-    check_bounds(bounds, len(layers), len(rooms))
+    check_bounds(bounds, len(layers), len(memories))
     spans = [list(_spans_from(layers[start:stop], recompute_every))[-1] for start, stop in pairwise(bounds)]
     return Partition(
         bounds=tuple(bounds),
         seconds=tuple(span.seconds for span in spans),
-        peak_bytes=tuple(span.peak_bytes(room) for span, room in zip(spans, rooms, strict=True)),
+        peak_bytes=tuple(span.peak_bytes(memory) for span, memory in zip(spans, memories, strict=True)),
     )
 
 
@@ -208,9 +208,9 @@ class _Span(NamedTuple):
     live: Any  # bytes for each micro-batch in flight
     running: Any  # bytes once, while a layer or a recomputed chunk runs
 
-    def peak_bytes(self, room: Room) -> Any:
-        state = room.bytes_per_parameter * self.parameters + self.frozen
-        return state + room.in_flight * self.live + self.running
+    def peak_bytes(self, memory: StageMemory) -> Any:
+        state = memory.bytes_per_parameter * self.parameters + self.frozen
+        return state + memory.in_flight * self.live + self.running
 
 
 def _table(layers: Sequence[Layer], recompute_every: int) -> _Span:

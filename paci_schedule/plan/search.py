@@ -20,7 +20,7 @@ from paci_schedule.core.schedules.registry import SCHEDULES, schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.core.staleness import interval_of, predictions_of_an_update
 from paci_schedule.errors import ConfigError
-from paci_schedule.plan.partition import NothingFitsError, Partition, Room, balance
+from paci_schedule.plan.partition import NothingFitsError, Partition, StageMemory, balance
 from paci_schedule.plan.transformer import Model
 from paci_schedule.simulate.costs import Costs, check_amount
 from paci_schedule.simulate.figures import time_per_micro_batch
@@ -238,7 +238,7 @@ class _Table:
         reason = _impossible(job, chosen, spec, row)
         if reason:
             return replace(row, refused=reason)
-        partition = self._partition(row, [_room(job, chosen, spec, row, stage) for stage in range(stages)])
+        partition = self._partition(row, [_memory(job, chosen, spec, row, stage) for stage in range(stages)])
         if isinstance(partition, NothingFitsError):
             memory = max(partition.nearest.peak_bytes)
             return replace(row, memory=memory, refused=f"needs {memory / _GIB:.1f} GiB of {job.memory / _GIB:.1f}")
@@ -255,13 +255,13 @@ class _Table:
             samples_per_second_per_device=samples / job.devices,
         )
 
-    def _partition(self, row: Row, rooms: Sequence[Room]) -> Partition | NothingFitsError:
+    def _partition(self, row: Row, memories: Sequence[StageMemory]) -> Partition | NothingFitsError:
         """The fastest partition of the row's layers, or why there is none."""
-        key = row.micro_batch_size, row.recompute, *rooms
+        key = row.micro_batch_size, row.recompute, *memories
         if key not in self._known:
             layers = [layer.scaled(row.micro_batch_size, 1 / self._job.flops) for layer in self._job.model.layers]
             try:
-                self._known[key] = balance(layers, rooms, recompute_every=int(row.recompute))
+                self._known[key] = balance(layers, memories, recompute_every=int(row.recompute))
             except NothingFitsError as error:
                 self._known[key] = error
         return self._known[key]
@@ -282,13 +282,13 @@ def _impossible(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row) -> str
     return ""
 
 
-def _room(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row, stage: int) -> Room:
+def _memory(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row, stage: int) -> StageMemory:
     """The memory of one stage."""
     optimizer = _OPTIMIZER / (row.replicas if job.zero else 1)
     versions = chosen.weight_versions(spec, stage)
     if row.predictions and interval_of(job.prediction) != 1 and spec.look_ahead(stage) > spec.accumulation:
         versions += 1  # a prediction that stands while DeepSpeed's train_batch returns the real weights
-    return Room(
+    return StageMemory(
         in_flight=chosen.in_flight(spec, stage) / chosen.chunks,
         bytes_per_parameter=_WEIGHT * versions + _GRADIENT + optimizer,
         limit=job.memory,

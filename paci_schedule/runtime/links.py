@@ -10,8 +10,8 @@ memory, so no transfer reads or writes what another tensor has got.  torch recor
 buffers return only as the device gets to them, and memory holds the messages by which the host has run ahead: a launch
 queue's worth.  A ring of buffers would not change that, and would copy what is now a view.
 
-A third, host-side link for each pair carries one word a batch from the first stage downwards, so that a stage learns
-that the data has ended before it waits for activations that will never come.
+A third link for each pair, on the host, carries one announcement a batch from the first stage downwards.  So a stage
+learns that the data has ended before it waits for activations that will never come.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _End:
         content: what travels: "activation", "gradient" or "batch announcement".
         device: where the messages live.
         timeout: how long the other end may take.
-        lookout: who is to say that a message does not come, where waiting for it does not; None for nobody.
+        lookout: what reports that a message does not come, where waiting for it returns at once; None for nothing.
     """
 
     group: dist.ProcessGroup
@@ -80,7 +80,7 @@ class _End:
 
 
 class _Inbox:
-    """The receiving end of a link; `early` says whether receives are posted before their messages can be on the way."""
+    """The receiving end of a link; with `early`, receives are posted before their messages can be on the way."""
 
     def __init__(self, end: _End, early: bool = False) -> None:
         self._end, self._early = end, early
@@ -201,9 +201,10 @@ class Links:
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
         early_receives: whether the receives of gradients are posted before F (`lower`).
-        record: folder in which the lookout writes, too, whom this stage has waited for in vain; None for the log only.
-        looks_out: whether waiting for a message returns at once, so that a lookout has to say when none comes; None
-            where the transport is NCCL.
+        record: folder in which the lookout also writes which stage this one has waited for in vain; None for the log
+            only.
+        looks_out: whether a lookout reports messages that do not come, since waiting for one returns at once; None for
+            yes if the transport is NCCL.
 
     Raises:
         LinkError: a neighbour did not answer; also from every method.
@@ -224,8 +225,8 @@ class Links:
         self._activation_out: _Outbox | None = None
         self._gradient_in: _Inbox | None = None
         self._gradient_out: _Outbox | None = None
-        self._word_in: _Inbox | None = None
-        self._word_out: _Outbox | None = None
+        self._announcement_in: _Inbox | None = None
+        self._announcement_out: _Outbox | None = None
         rank = dist.get_rank()
         stage = next((ranks.index(rank) for ranks in pipelines if rank in ranks), None)
         pairs = connect(pipelines, device, timeout)
@@ -244,17 +245,17 @@ class Links:
             )
             down = end(group=pair.down, content="activation", device=device, lookout=self._lookout)
             up = end(group=pair.up, content="gradient", device=device, lookout=self._lookout)
-            words = end(group=pair.announcements, content="announcement", device=_HOST, lookout=None)
+            announcements = end(group=pair.announcements, content="announcement", device=_HOST, lookout=None)
             if above:
-                self._activation_out, self._word_out = _Outbox(down, 1), _Outbox(words, 1)
+                self._activation_out, self._announcement_out = _Outbox(down, 1), _Outbox(announcements, 1)
                 self._gradient_in = _Inbox(up, early_receives)
-                order += [self._activation_out, self._gradient_in, self._word_out]
+                order += [self._activation_out, self._gradient_in, self._announcement_out]
             else:
-                self._activation_in, self._word_in = _Inbox(down), _Inbox(words)
+                self._activation_in, self._announcement_in = _Inbox(down), _Inbox(announcements)
                 self._gradient_out = _Outbox(up, spec.gradients_on_wire(stage))
-                order += [self._activation_in, self._gradient_out, self._word_in]
-        self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._word_in) if box]
-        self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._word_out) if box]
+                order += [self._activation_in, self._gradient_out, self._announcement_in]
+        self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._announcement_in) if box]
+        self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._announcement_out) if box]
         for box in order:
             box.warm_up()
 
@@ -277,15 +278,15 @@ class Links:
         self._gradient_out.send(op, payload, riders)
 
     def announce(self, next_op: Op, whole_batch: Callable[[], bool]) -> bool:
-        """Whether the batch that begins with `next_op` is whole: asked of the first stage, told to the next one."""
-        if self._word_in is None:
-            word = torch.tensor([whole_batch()])
+        """Whether the batch that begins with `next_op` is whole: the first stage asks, each stage tells the next one."""
+        if self._announcement_in is None:
+            is_whole = torch.tensor([whole_batch()])
         else:
-            self._word_in.expect(next_op)
-            word, _ = self._word_in.receive(next_op)
-        if self._word_out is not None:
-            self._word_out.send(next_op, word)
-        return bool(word)
+            self._announcement_in.expect(next_op)
+            is_whole, _ = self._announcement_in.receive(next_op)
+        if self._announcement_out is not None:
+            self._announcement_out.send(next_op, is_whole)
+        return bool(is_whole)
 
     def reset_shapes(self) -> None:
         """Forget the shapes of the messages; the next ones bring theirs.  The pipe must be empty, on every rank."""

@@ -1,11 +1,11 @@
-"""Who waits for whom, where a transport's wait returns at once and its watchdog ends the process without saying so.
+"""Which stage waits for which, on a transport whose wait returns at once and whose watchdog ends a process unexplained.
 
 On NCCL `wait` makes the device's stream wait, not the host, so no LinkError can be raised there.  The lookout keeps the
-messages that the stage waits for, in the stream's order: the oldest one that has not come is what the stage stands at.
+messages that the stage waits for, in the stream's order.  The device is waiting for the oldest one that has not come.
 Its age counts from when it became the oldest, so a host that runs far ahead of its device raises no alarm.  While the
-host goes on, nothing but two appends to a deque and the question whether the oldest message has come happens, on the
-host's own thread; the lookout's thread asks the device only when the host has stood still for a while, so that it does
-not disturb the capture of a CUDA graph.
+host goes on, its own thread only appends twice to a deque and asks whether the oldest message has come.  The lookout's
+thread asks the device only when the host has stood still for a while, so that it does not disturb the capture of a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Wait:
 
 
 class Lookout:
-    """Says once in the log, and in a file, which message a stage has waited for longer than `timeout`.
+    """Reports once, in the log and in a file, which message a stage has waited for longer than `timeout`.
 
     Args:
         stage: this rank's.
@@ -66,7 +66,7 @@ class Lookout:
         self._quiet = min(_QUIET, timeout.total_seconds() / 10)
         self._moved = self._glanced = self._since = time.monotonic()
         self._oldest: _Wait | None = None
-        self._told = False
+        self._reported = False
         looking = threading.Thread(
             target=_look, args=(weakref.ref(self), device, interval), name="paci lookout", daemon=True
         )
@@ -106,12 +106,12 @@ class Lookout:
             oldest = self._let_go()
         before, self._glanced = self._glanced, now
         if oldest is not self._oldest:
-            self._oldest, self._since, self._told = oldest, max(before, self._moved), False
-        elif oldest is not None and not self._told and now - self._since > self._timeout.total_seconds():
-            self._told = True
-            self._tell(oldest)
+            self._oldest, self._since, self._reported = oldest, max(before, self._moved), False
+        elif oldest is not None and not self._reported and now - self._since > self._timeout.total_seconds():
+            self._reported = True
+            self._report(oldest)
 
-    def _tell(self, wait: _Wait) -> None:
+    def _report(self, wait: _Wait) -> None:
         said = no_answer(self._stage, wait.doing, f"stage {wait.peer_stage}", [wait.peer], self._timeout)
         line = f"{said}  The newest ops of this stage that send or receive: {', '.join(self._newest)}"
         logger.error(line)

@@ -48,7 +48,7 @@ class Layout:
     @classmethod
     def from_header(cls, header: torch.Tensor) -> Layout:
         """The layout that such a header holds."""
-        return pickle.loads(header.cpu().numpy().tobytes())  # what follows the pickle is ignored
+        return pickle.loads(header.cpu().numpy().tobytes())  # pickle ignores the bytes after its end
 
     def header(self, device: torch.device) -> torch.Tensor:
         """This layout as uint8[HEADER] on `device`.

@@ -1,8 +1,8 @@
 """A torch.distributed backend for ranks that share a GPU, which NCCL refuses: messages go through host memory.
 
-It is how a pipeline of several stages is tried on a machine with one GPU; it is no way to train.  Collectives are
-gloo's own, which takes CUDA tensors; point-to-point messages, which gloo takes on the host alone, are copied there and
-back, so a send waits for the device.  Everything above (links, DeepSpeed) runs unchanged.
+With it a pipeline of several stages can be tried on a machine with one GPU; it is too slow to train with.  Collectives
+are gloo's own, since gloo takes CUDA tensors for them.  It takes point-to-point messages only on the host, so these are
+copied there and back, and a send waits for the device.  Everything above (links, DeepSpeed) runs unchanged.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["BACKEND", "StagedGroup", "share_gpus"]
+__all__ = ["BACKEND", "SharedGpuGroup", "share_gpus"]
 
-BACKEND = "staged"
+BACKEND = "shared_gpu"
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class _Leaving(dist.Work):
         return self._work.is_completed()
 
 
-class StagedGroup(dist.ProcessGroup):
+class SharedGpuGroup(dist.ProcessGroup):
     """A gloo process group whose point-to-point messages may be CUDA tensors."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
@@ -99,7 +99,7 @@ def _is_on_host(tensor: torch.Tensor) -> bool:
 
 
 def _delegated(name: str) -> Any:
-    def collective(self: StagedGroup, *args: Any, **kwargs: Any) -> Any:
+    def collective(self: SharedGpuGroup, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._gloo, name)(*args, **kwargs)
 
     collective.__name__ = name
@@ -107,14 +107,14 @@ def _delegated(name: str) -> Any:
 
 
 for _name in _COLLECTIVES:
-    setattr(StagedGroup, _name, _delegated(_name))
+    setattr(SharedGpuGroup, _name, _delegated(_name))
 
 
 def share_gpus() -> bool:
     """Set up this rank to share its GPU, where the machine has fewer GPUs than it runs ranks.
 
-    Called before `torch.distributed` is initialised and before the training script reads its environment: LOCAL_RANK
-    becomes the index of the shared GPU, and the default process group is one of this backend.
+    It must be called before `torch.distributed` is initialised and before the training script reads its environment:
+    LOCAL_RANK becomes the index of the shared GPU, and the default process group is one of this backend.
 
     Returns:
         Whether the GPU is shared.
@@ -125,7 +125,7 @@ def share_gpus() -> bool:
     local_rank = int(os.environ["LOCAL_RANK"])
     os.environ["LOCAL_RANK"] = str(local_rank % gpus)
     torch.cuda.set_device(local_rank % gpus)
-    dist.Backend.register_backend(BACKEND, StagedGroup, devices=["cpu", "cuda"])
+    dist.Backend.register_backend(BACKEND, SharedGpuGroup, devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND)
     logger.warning(
         "%d ranks share %d GPU(s): messages between them go through host memory; good to try things out, not to time",

@@ -25,14 +25,14 @@ _TRANSPORT = re.compile(r"gloo|nccl|timed? ?out|clos(ed|ure)|connection|abort", 
 
 
 @contextmanager
-def waiting(stage: int, doing: str, whom: str, ranks: Iterable[int], timeout: timedelta) -> Iterator[None]:
+def waiting(stage: int, doing: str, peers: str, ranks: Iterable[int], timeout: timedelta) -> Iterator[None]:
     """Turn a transport's error into one that says who waited for what.
 
     Args:
         stage: this rank's.
         doing: what it did, up to a preposition: "waited (RG2) for the gradient of micro-batch 2 from".
-        whom: "stage 1", "the replicas of this stage".
-        ranks: whose logs to look at; this rank is left out.
+        peers: the other side, "stage 1" or "the replicas of this stage".
+        ranks: the ranks whose logs to look at; this rank is left out.
         timeout: how long they may take.
 
     Raises:
@@ -44,14 +44,14 @@ def waiting(stage: int, doing: str, whom: str, ranks: Iterable[int], timeout: ti
         others = [rank for rank in ranks if rank != dist.get_rank()]
         if not others or not _is_of_transport(error):
             raise
-        raise LinkError(f"{no_answer(stage, doing, whom, others, timeout)}  The transport says: {error}") from error
+        raise LinkError(f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {error}") from error
 
 
-def no_answer(stage: int, doing: str, whom: str, others: list[int], timeout: timedelta) -> str:
-    """What to say of other ranks that this one has waited for in vain; arguments as in `waiting`."""
+def no_answer(stage: int, doing: str, peers: str, others: list[int], timeout: timedelta) -> str:
+    """The error text about other ranks that this one has waited for in vain; the arguments are those of `waiting`."""
     named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
     return (
-        f"stage {stage} (rank {dist.get_rank()}) {doing} {whom} ({named}) and got no answer within the timeout of "
+        f"stage {stage} (rank {dist.get_rank()}) {doing} {peers} ({named}) and got no answer within the timeout of "
         f"{timeout.total_seconds():g} s, or a process is gone: look at the log of {named} first; if nothing is "
         'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout seconds).'
     )

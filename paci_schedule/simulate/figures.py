@@ -15,7 +15,7 @@ from paci_schedule.simulate.costs import Costs, check_amount
 from paci_schedule.simulate.steady import run, steady_state, warm_up
 from paci_schedule.simulate.timeline import peak_in_flight
 
-__all__ = ["Report", "report", "time_per_micro_batch"]
+__all__ = ["Report", "figures_of", "time_per_micro_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Report:
     """Bytes of further versions of the weights."""
 
 
-def report(
+def figures_of(
     schedule: Schedule,
     spec: PipelineSpec,
     costs: Costs,

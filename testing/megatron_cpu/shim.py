@@ -206,7 +206,7 @@ def _patch_distributed() -> None:
 
     @functools.wraps(gather)
     def uneven_gather(tensors: list[Any], tensor: Any, group: Any = None, async_op: bool = False) -> Any:
-        """Gloo gathers tensors of one size alone; NCCL takes others as a broadcast from each rank."""
+        """Gloo gathers only tensors of one size; NCCL takes others as a broadcast from each rank."""
         if async_op or all(other.shape == tensors[0].shape for other in tensors):
             return gather(tensors, tensor, group, async_op)
         tensors[dist.get_rank(group)].copy_(tensor)

@@ -135,11 +135,11 @@ class Reference:
         )
 
     def factors(self) -> list[float]:
-        """Of all stages and updates that clip, clip / norm."""
+        """clip / norm, for all stages and updates that clip."""
         return [factor for stage in self.stages for factor in stage.updater.factors]
 
     def window_losses(self) -> list[list[float]]:
-        """For each stage and update, the mean loss of its micro-batches."""
+        """The mean loss of the micro-batches of each update, by stage."""
         return [[math.fsum(window) / len(window) for window in run.windows] for run in self.pipeline.runs]
 
     def _flushes(self) -> bool:

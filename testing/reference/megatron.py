@@ -48,7 +48,7 @@ class Expected:
 
 
 class MegatronStage:
-    """One stage of a job; a `pipeline.Stage`.
+    """One stage of a job; a `stage.Stage`.
 
     Args:
         job: what is trained.
@@ -59,8 +59,8 @@ class MegatronStage:
 
     def __init__(self, job: GptJob, number: int) -> None:
         self.job, self.is_last = job, number == job.stages - 1
-        alone = dataclasses.replace(job, overlap_grad_reduce=False, layer_wise=False)
-        self.model, self.optimizer = build(alone, number, job.stages, 1)
+        single = dataclasses.replace(job, overlap_grad_reduce=False, layer_wise=False)
+        self.model, self.optimizer = build(single, number, job.stages, 1)
         self.weights = list(self.model.parameters())
         self.norms: list[float] = []
         tied = self.model.module.shared_embedding_or_output_weight() if job.tied else None
@@ -105,7 +105,7 @@ class MegatronStage:
             self._taken.add_(gradient)
 
     def measure(self) -> torch.Tensor:
-        """As the optimizer measures it."""
+        """The squared norm as the optimizer measures it."""
         for place, weight in enumerate(self.weights):
             weight.main_grad.copy_(self._taken if place == self._tied else self._mean(place))
         self._group.total = None
@@ -137,7 +137,7 @@ class MegatronStage:
         return [gathered] * len(values)
 
     def _owners(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """For each weight, by number, the replica that each of its elements belongs to."""
+        """The number of each weight, and the replica that each of its elements belongs to."""
         places = {weight: place for place, weight in enumerate(self.weights)}
         for buffer in self.model.buffers:
             for bucket in buffer.buckets:
@@ -198,7 +198,7 @@ class _Done(dist.Work):
 
 
 def train_all(jobs: list[GptJob]) -> list[list[Expected]]:
-    """For every job, what each of its stages must give."""
+    """What each stage of every job must give."""
     import_megatron()
     results = []
     for job in jobs:

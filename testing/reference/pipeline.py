@@ -4,167 +4,24 @@ In round i of a pipe that was empty at round 0 every stage, first to last, runs 
 there are new ones, through its weights as they are at that moment.  Then it runs, where one is due, the backward of
 micro-batch i - d through what that forward saved and the weights as they are by then; d is the stage's look-ahead.
 After every a-th backward the stage steps its own optimizer.  A drain is rounds without new micro-batches.
-
-The graph is cut between stages: the input of a stage is a leaf, and its gradient is what the stage before goes on with.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from testing.reference import rules
+from testing.reference.stage import Stage, StageRun
 
-__all__ = ["Pipeline", "Stage", "StageRun"]
-
-
-class Stage(Protocol):
-    """What a framework computes of one stage.  It may have data-parallel replicas, which share its weights.
-
-    Attributes:
-        weights: all parameters.
-        loss_scale: what the gradient of a loss is multiplied by.
-    """
-
-    weights: list[nn.Parameter]
-    loss_scale: float
-
-    def compute(self, batch: Any, received: Any) -> Any:
-        """What the next stage receives, or at the last stage the loss, a scalar.
-
-        Args:
-            batch: the micro-batch as the data has it.
-            received: what the stage before has put out; None at the first stage.
-        """
-
-    def accumulate(self, replica: int) -> None:
-        """Add the gradients that one backward has left to those of a replica."""
-
-    def tied_gradient(self, key: str) -> list[torch.Tensor]:
-        """A copy of the accumulated gradient of a tied weight; one, or one for each replica."""
-
-    def take_tied(self, key: str, sums: list[list[torch.Tensor]]) -> None:
-        """Replace the accumulated gradient of a tied weight by a sum, of one part or of each replica, over updates."""
-
-    def measure(self) -> torch.Tensor:
-        """The squared norm of the accumulated gradients, averaged over the replicas."""
-
-    def apply(self, square: torch.Tensor) -> None:
-        """Clip by a squared norm, update the weights and forget the gradients."""
-
-    def predict(self, ahead: int, scale: float) -> list[list[torch.Tensor]]:
-        """For each replica, the weights `ahead` updates on.
-
-        Args:
-            ahead: number of updates.
-            scale: by which the accumulated gradients stand for the whole; 0 if there are none.
-        """
-
-
-@dataclass
-class StageRun:
-    """A stage under way.
-
-    Attributes:
-        stage: what computes.
-        interval: of so many stale forwards between two updates the first one predicts its weights anew; 0 for none.
-        version: updates applied.
-        born: micro-batch between forward and backward -> version at its forward.
-        drift: updates between forward and backward, for every micro-batch finished.
-        peak: the most micro-batches between forward and backward at any time.
-        window: losses of the micro-batches since the last update, in the first replica.
-        windows: the same for every update.
-    """
-
-    stage: Stage
-    interval: int = 0
-    version: int = 0
-    born: dict[int, int] = field(default_factory=dict)
-    drift: list[int] = field(default_factory=list)
-    peak: int = 0
-    window: list[float] = field(default_factory=list)
-    windows: list[list[float]] = field(default_factory=list)
-    _saved: dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=dict)
-    _predicted: list[list[torch.Tensor]] | None = None
-    _stale: int = 0  # forwards since the last update that had updates before their backward
-
-    def __post_init__(self) -> None:
-        self.real = [weight.detach().clone() for weight in self.stage.weights]
-
-    def forward(self, micro: int, batches: list[Any], received: list[Any], accumulation: int, ahead: int) -> list[Any]:
-        """Run micro-batch `micro` of every replica; the outputs.  `ahead`: updates that come before its backward."""
-        self.predict(ahead, accumulation)
-        outputs = []
-        for replica, (batch, value) in enumerate(zip(batches, received, strict=True)):
-            self.show(replica)
-            inputs = _leaves(value)
-            output = self.stage.compute(batch, inputs)
-            self._saved[micro, replica] = _floating(inputs), _floating(output)
-            outputs.append(output)
-        if self.interval == 1:
-            self._predicted = None
-        self.born[micro] = self.version
-        self.peak = max(self.peak, len(self.born))
-        return outputs
-
-    def backward(self, micro: int, gradients: list[Any], losses: list[float], accumulation: int) -> list[Any]:
-        """Finish micro-batch `micro` of every replica; gradients of its inputs.  `gradients` are None after the end."""
-        found = []
-        for replica, gradient in enumerate(gradients):
-            self.show(replica)
-            inputs, outputs = self._saved.pop((micro, replica))
-            if gradient is None:
-                loss = outputs[0] / accumulation
-                torch.autograd.backward(loss, torch.full_like(loss, self.stage.loss_scale))
-            elif any(output.requires_grad for output in outputs):
-                torch.autograd.backward(outputs, gradient)
-            self.stage.accumulate(replica)
-            found.append([leaf.grad for leaf in inputs])
-        self.drift.append(self.version - self.born.pop(micro))
-        self.window.append(losses[0])
-        return found
-
-    def predict(self, ahead: int, accumulation: int) -> None:
-        """Look ahead, if a forward is stale and the option says so for this one."""
-        if not (ahead and self.interval):
-            return
-        if self._stale % self.interval == 0:
-            self._predicted = None
-            self.show(0)
-            self._predicted = self.stage.predict(ahead, accumulation / len(self.window) if self.window else 0.0)
-        self._stale += 1
-
-    def show(self, replica: int) -> None:
-        """Put the weights in place that a replica computes with."""
-        if self.interval:
-            values = self.real if self._predicted is None else self._predicted[replica]
-            for weight, value in zip(self.stage.weights, values, strict=True):
-                weight.data.copy_(value)
-
-    def begin_update(self) -> None:
-        """From here on the weights are the real ones."""
-        self._predicted, self._stale = None, 0
-        self.show(0)
-
-    def values(self) -> list[torch.Tensor]:
-        """The weights without a prediction."""
-        return self.real if self.interval else self.stage.weights
-
-    def end_update(self) -> None:
-        """The stage has updated."""
-        self.real = [weight.detach().clone() for weight in self.stage.weights] if self.interval else []
-        self.version += 1
-        self.windows.append(self.window)
-        self.window = []
+__all__ = ["Pipeline"]
 
 
 class Pipeline:
-    """The stages of a pipe, side by side.
+    """All stages of a pipe, side by side in one process.
 
     Args:
         stages: first to last.
@@ -177,7 +34,7 @@ class Pipeline:
         prediction: "off", "every", "window" or a number, as the option says.
 
     Attributes:
-        runs: its stages under way.
+        runs: the stages while it runs.
         emptied: updates that were done when the pipe was last empty.
         taken: micro-batches that have entered it since then.
         used: (stage, update, other stage) -> the update whose norm that stage contributed; below 0 for none.
@@ -361,17 +218,3 @@ class Pipeline:
         """A squared norm as other stages know it: 0 if there is none or it is not finite."""
         square = self._squares[stage, update] if update >= 0 else torch.zeros(())
         return square if square.isfinite() else torch.zeros(())
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return list(value) if isinstance(value, tuple) else [value] if value is not None else []
-
-
-def _floating(value: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in _tensors(value) if tensor.is_floating_point()]
-
-
-def _leaves(value: Any) -> Any:
-    """The same tensors, outside the graph that made them; the floating ones want a gradient."""
-    leaves = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in _tensors(value)]
-    return tuple(leaves) if isinstance(value, tuple) else leaves[0] if leaves else None

@@ -18,7 +18,7 @@ __all__ = ["TorchStage"]
 
 
 class TorchStage:
-    """One stage of a job; a `pipeline.Stage`.
+    """One stage of a job; a `stage.Stage`.
 
     Args:
         job: what is trained.
@@ -65,11 +65,11 @@ class TorchStage:
                 parameter.grad = None
 
     def tied_gradient(self, key: str) -> list[torch.Tensor]:
-        """For each replica."""
+        """A copy of the gradient in each replica."""
         return [sums[self._place(self.tied[key])].clone() for sums in self._sums]
 
     def take_tied(self, key: str, sums: list[list[torch.Tensor]]) -> None:
-        """For each replica."""
+        """Put the sums in the place of the gradient, in each replica."""
         place = self._place(self.tied[key])
         for replica, own in enumerate(self._sums):
             own[place].zero_()
@@ -99,7 +99,7 @@ class TorchStage:
         return self.updater.optimizer.param_groups[0]["lr"] if self.updater.optimizer else math.nan
 
     def names(self) -> list[str]:
-        """Of `weights`, by layer number; of a shared weight as DeepSpeed names it."""
+        """The names of `weights`, by layer number; a shared weight has the name that DeepSpeed gives it."""
         first = self.job.stage_layers(self.number).start
         return [
             f"tied_modules.{layer.key}.{name}" if isinstance(layer, Shared) else f"{number}.{name}"
@@ -173,7 +173,7 @@ class TorchStage:
         ]
 
     def _shards(self, master: torch.Tensor) -> list[torch.Tensor]:
-        """For each replica, the elements of a flat master that are its own."""
+        """The elements of a flat master that belong to each replica."""
         replicas = len(self._sums)
         sizes = [weight.numel() for weight, _ in self.updater.pieces(master)]
         places = list(torch.arange(master.numel()).split([*sizes, master.numel() - sum(sizes)]))

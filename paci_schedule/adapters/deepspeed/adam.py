@@ -1,4 +1,6 @@
-"""DeepSpeed's own Adams as predictions step them: which count their steps in ways of their own (deepspeed/ops/adam).
+"""DeepSpeed's own Adams as predictions step them; these optimizers count their steps in their own ways.
+
+The source is deepspeed/ops/adam.
 
 * FusedAdam, its default on a GPU, counts in the state of the last parameter of a group, and steps all by that count.
 * DeepSpeedCPUAdam, its default with offloading, has an object in C++ (csrc/includes/cpu_adam.h, `IncrementStep`) that
@@ -23,7 +25,7 @@ __all__ = ["stepped_as", "why_not_ahead"]
 
 
 def stepped_as(optimizer: Optimizer) -> Optimizer:
-    """The optimizer as `paci_schedule.predict` knows it: itself, or another face of the same object."""
+    """The optimizer as `paci_schedule.predict` knows it: itself, or another class with the same state."""
     face = {FusedAdam: _FusedAdam, DeepSpeedCPUAdam: _CPUAdam}.get(type(optimizer))
     if face is None:
         return optimizer

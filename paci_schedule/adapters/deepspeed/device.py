@@ -12,7 +12,7 @@ __all__ = ["take_device"]
 
 
 def take_device(args: Any = None) -> torch.device:
-    """Make this rank's device the current one, on which NCCL runs a collective of Python objects.
+    """Make this rank's device the current one.  NCCL runs collectives of Python objects on the current device.
 
     DeepSpeed does the same at the end of its engine's set-up (`DeepSpeedEngine._set_distributed_vars`).
 

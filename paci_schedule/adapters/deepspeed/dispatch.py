@@ -17,7 +17,7 @@ __all__ = ["install"]
 
 
 class _StandIn(type(StockEngine)):
-    """Constructing the class constructs the engine that the config asks for; as a type it is DeepSpeed's own."""
+    """A class that constructs the engine that the config asks for; as a type it passes for DeepSpeed's own."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> deepspeed.DeepSpeedEngine:
         stock = cls._stock()
@@ -34,7 +34,7 @@ class _StandIn(type(StockEngine)):
         return super().__subclasscheck__(subclass) if stock is None else issubclass(subclass, stock)
 
     def _stock(cls) -> type | None:
-        """The class that this one stands in for; None for somebody's own engine, derived from such a one."""
+        """The class that this one stands in for; None for a user's own engine that is derived from such a stand-in."""
         return vars(cls).get("stands_in_for")
 
 
@@ -51,7 +51,7 @@ def _chosen(stock: type, config: DeepSpeedConfig | None, model: object) -> type:
 
 
 def install() -> None:
-    """Put the choice in DeepSpeed's place.  Raises UnsupportedError if this DeepSpeed cannot carry it."""
+    """Put the stand-ins in the place of DeepSpeed's engines.  Raises UnsupportedError if a hook is missing."""
     check_installed()
     for name in ENGINES:
         stock = getattr(deepspeed, name)

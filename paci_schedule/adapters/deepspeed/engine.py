@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from paci_schedule.adapters.choice import check_schedule
+from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
@@ -196,7 +196,7 @@ class PaciPipelineEngine(DrainingEngine):
             ConfigError: an unknown name.
             UnsupportedError: the schedule cannot run, or not this job.
         """
-        self._check_split(check_schedule(schedule, f"schedule={schedule!r}"))
+        self._check_split(check_choice(schedule, f"schedule={schedule!r}"))
         self._schedule = schedule
         self.drain()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from paci_schedule.adapters.choice import check_schedule
+from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.options import Options, is_count, option, read
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.errors import ConfigError
@@ -47,7 +47,7 @@ def read_schedule(config: Mapping[str, Any]) -> str:
             '"paci", or "1f1b" for DeepSpeed\'s own schedule, or take the block out'
         )
     name = config.get("pipeline_schedule", "1f1b")
-    check_schedule(name, f'"pipeline_schedule": {name!r}')
+    check_choice(name, f'"pipeline_schedule": {name!r}')
     if schedule(name).flushes and name != "1f1b":  # DeepSpeed's own takes no options: a job may go back to it as it is
         for option in fields(options):
             value = getattr(options, option.name)

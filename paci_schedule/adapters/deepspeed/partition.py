@@ -1,7 +1,7 @@
-"""Uneven stages: measure what each layer costs, find the cut with the fastest slowest stage, hand it to DeepSpeed.
+"""Uneven stages: measure each layer, find the partition with the fastest slowest stage, hand it to DeepSpeed.
 
-DeepSpeed's own methods count layers ("uniform", "type:regex") or parameters ("parameters"); an embedding has many
-parameters and next to nothing to compute, a head and its loss weigh as much as several blocks.
+DeepSpeed's own methods count layers ("uniform", "type:regex") or parameters ("parameters").  But an embedding has many
+parameters and hardly anything to compute, and a head with its loss takes as long as several blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, PaciError
 from paci_schedule.measure.profile import Runnable, profile_layers
 from paci_schedule.plan.layers import Layer
-from paci_schedule.plan.partition import Partition, balance, check_bounds, rooms_of
+from paci_schedule.plan.partition import Partition, balance, check_bounds, memory_of_stages
 
 __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class CutPipelineModule(PipelineModule):
-    """DeepSpeed's PipelineModule, whose `partition_method` may also be a cut.
+    """DeepSpeed's PipelineModule, whose `partition_method` may also be a measured partition.
 
     Args:
         partition_method: a `Partition`, such as `balanced_cut` returns, or its bounds: P + 1 layer numbers from 0 to n,
@@ -68,13 +68,13 @@ def balanced_cut(
     file: str | Path | None = None,
     **measuring: Any,
 ) -> Partition:
-    """The cut with the fastest slowest stage for this model, measured on this machine; the same on every rank.
+    """The partition with the fastest slowest stage for this model, measured on this machine; the same on every rank.
 
         cut = balanced_cut(layers, next(iter(loader)), num_stages=8, loss_fn=loss)
         module = CutPipelineModule(layers, num_stages=8, loss_fn=loss, partition_method=cut)
 
-    Call it on every rank.  Rank 0 measures, with the ranks of its tensor-parallel group if `topology` has one, and the
-    others wait, so that nobody disturbs.  Layers are made one at a time and thrown away; torch's random state stays.
+    Every rank calls it.  Rank 0 measures, with the ranks of its tensor-parallel group if `topology` has one; the others
+    wait, so that they do not disturb it.  Layers are made one at a time and thrown away; torch's random state stays.
 
     Args:
         layers, num_stages, topology, loss_fn, activation_checkpoint_interval: as of the PipelineModule.
@@ -84,26 +84,27 @@ def balanced_cut(
         bytes_per_parameter: of a trained parameter's weight, gradient and optimizer states together: 16 for Adam in
             fp32, and for bf16 weights and gradients with Adam on fp32 copies.
         extra_in_flight: as in the block ``"paci"`` of the config; counts for the memory.
-        file: JSON that the cut is read from if it exists, and else written to.  Optimizer states are saved by stage, so
-            a run that resumes needs the cut of the run that it resumes, not one measured anew.
+        file: JSON from which the partition is read if it exists, and to which it is written if not.  Optimizer states
+            are saved by stage, so a resumed run needs the partition of the run before it, not one measured anew.
         measuring: dtype and repeats of `layer_costs`.
 
     Raises:
-        ConfigError: a layer fails on the micro-batch, no cut keeps to the limit, or the file's cut is another model's.
+        ConfigError: a layer fails on the micro-batch, no partition keeps to the limit, or the file's partition is
+            of another model.
         PaciError: on the other ranks, when one could not measure.
     """
     stages = num_stages if topology is None else topology.get_dim("pipe")
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
-    rooms = rooms_of(spec, bytes_per_parameter=bytes_per_parameter, memory_limit=memory_limit)
+    memories = memory_of_stages(spec, bytes_per_parameter=bytes_per_parameter, memory_limit=memory_limit)
     take_device()
 
     def measure() -> Partition:
         costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)
-        return balance(costs, rooms, recompute_every=activation_checkpoint_interval)
+        return balance(costs, memories, recompute_every=activation_checkpoint_interval)
 
-    cut = None if file is None else _agree(lambda: _read(Path(file), len(layers), stages), [0])
+    cut = None if file is None else _shared(lambda: _read(Path(file), len(layers), stages), [0])
     if cut is None:
-        cut = _agree(measure, _measuring_ranks(topology))
+        cut = _shared(measure, _measuring_ranks(topology))
         if file is not None and dist.get_rank() == 0:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).write_text(json.dumps(asdict(cut)), encoding="utf-8")
@@ -190,26 +191,26 @@ def _measuring_ranks(topology: ProcessTopology | None) -> list[int]:
     return topology.filter_match(**{axis: 0 for axis in topology.get_axis_names() if axis in ("pipe", "data")})
 
 
-def _agree(find: Callable[[], Partition | None], ranks: Sequence[int]) -> Partition | None:
-    """What rank 0 of `ranks` found, on every rank; if one of them failed, an error on every rank."""
+def _shared(find: Callable[[], Partition | None], ranks: Sequence[int]) -> Partition | None:
+    """What the first of `ranks` found, handed to every rank; if one of `ranks` failed, an error on every rank."""
     found: tuple[Partition | None, Exception | None] = None, None
     if dist.get_rank() in ranks:
         try:
             found = find(), None
         except Exception as error:
             found = None, error
-    told: list[tuple[Partition | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(told, (found[0], None if found[1] is None else str(found[1])))
+    gathered: list[tuple[Partition | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(gathered, (found[0], None if found[1] is None else str(found[1])))
     if found[1] is not None:
         raise found[1]
-    for rank, (_, failure) in enumerate(told):
+    for rank, (_, failure) in enumerate(gathered):
         if failure is not None:
-            raise PaciError(f"rank {rank} found no cut: {failure}")
-    return told[0][0]
+            raise PaciError(f"rank {rank} found no partition: {failure}")
+    return gathered[0][0]
 
 
 def _read(path: Path, layers: int, stages: int) -> Partition | None:
-    """The cut in the file; None if there is no file."""
+    """The partition in the file; None if there is no file."""
     if not path.exists():
         return None
     try:
@@ -218,6 +219,6 @@ def _read(path: Path, layers: int, stages: int) -> Partition | None:
         check_bounds(cut.bounds, layers, stages)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"file={str(path)!r}: holds no cut of this model ({error}); remove it to measure anew"
+            f"file={str(path)!r}: holds no partition of this model ({error}); remove it to measure anew"
         ) from error
     return cut

@@ -27,7 +27,7 @@ def build_prediction(
     engine: PipelineEngine,
     options: PaciOptions,
     spec: PipelineSpec,
-    late: Collection[torch.nn.Parameter],
+    deferred: Collection[torch.nn.Parameter],
     gathering: Callable[[], AbstractContextManager[None]],
 ) -> Prediction | None:
     """What the option "prediction" asks for; None for "off".  A collective of the job, if it asks for one.
@@ -36,7 +36,8 @@ def build_prediction(
         engine: with its optimizer.
         options: of the schedule.
         spec: of the pipeline.
-        late: the stage's copies of weights that several stages share, whose gradients are applied late.
+        deferred: the stage's copies of weights that several stages share; their gradients are applied some updates
+            later.
         gathering: within it the stage's replicas wait for each other.
 
     Raises:
@@ -50,9 +51,9 @@ def build_prediction(
     optimizer = engine.optimizer
     if optimizer is engine.basic_optimizer:
         # A stage with a tied weight updates without what is not finite; any other is lost with it, predicted or not.
-        weights = SteppedWeights([stepped_as(optimizer)], late, drop_overflow if late else None)
+        weights = SteppedWeights([stepped_as(optimizer)], deferred, drop_overflow if deferred else None)
     else:
-        weights = MasterWeights(optimizer, stepped_as(engine.basic_optimizer), late, gathering)
+        weights = MasterWeights(optimizer, stepped_as(engine.basic_optimizer), deferred, gathering)
     return Prediction(weights, interval, options.prediction_reach)
 
 

@@ -1,8 +1,8 @@
 """Where DeepSpeed's optimizers with fp32 masters keep what one replica updates: its shard of every parameter group.
 
-The parameters are views of one flat tensor for each group, and so is the shard's working part: what lies where follows
-from that.  (DeepSpeed's `_hp_mapping` tells it wrongly with `round_robin_gradients`.)  What is accumulated between two
-updates lies
+The parameters are views of one flat tensor for each group, and so is the shard's working part; the places of all
+elements follow from that.  (DeepSpeed's `_hp_mapping` is wrong about them with `round_robin_gradients`.)  What is
+accumulated between two updates lies
 
 * under `BF16_Optimizer` in one flat tensor for the group, of which the replica's part is a view;
 * under ZeRO stage 1 (`DeepSpeedZeroOptimizer`) where autograd leaves it, in the whole `.grad` of every parameter, in
@@ -37,15 +37,15 @@ class Shard:
     part: Callable[[slice], torch.Tensor]
     """What this replica has accumulated for these elements of the shard: a fresh tensor of the master's kind."""
 
-    late: list[slice]
+    deferred: list[slice]
     """The elements that belong to the parameters asked for."""
 
 
 def shards_of(
-    optimizer: BF16_Optimizer | DeepSpeedZeroOptimizer, late: Collection[torch.nn.Parameter]
+    optimizer: BF16_Optimizer | DeepSpeedZeroOptimizer, deferred: Collection[torch.nn.Parameter]
 ) -> Iterator[Shard]:
     """This replica's shards, one for each group of the wrapped optimizer, in its order."""
-    wanted = {id(parameter) for parameter in late}
+    wanted = {id(parameter) for parameter in deferred}
     for parameters, working, master, part in _groups(optimizer):
         places = _places((parameter for parameter in parameters if id(parameter) in wanted), working)
         cuts = [slice(max(begin, 0), min(begin + parameter.numel(), working.numel())) for parameter, begin in places]

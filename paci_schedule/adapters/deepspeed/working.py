@@ -1,7 +1,7 @@
 """Predictions where DeepSpeed keeps fp32 masters: BF16_Optimizer and ZeRO stage 1.
 
 A prediction is written into the working weights, cast as an update casts it; the masters stay, so nothing needs to be
-kept.  The masters are flat, and are gone through in pieces, so that no copy of them all is made either.
+kept.  The masters are flat and are stepped in pieces, so that there is never a copy of all of them either.
 
 Each of a stage's replicas holds a shard of the masters.  It predicts that one, from the part that it has itself, and
 the replicas gather what they have predicted, as they gather what an update leaves.
@@ -35,31 +35,31 @@ class MasterWeights:
     Args:
         optimizer: of the stage.
         stepped: what it wraps, as one that `predict.check` lets pass.
-        late: parameters that are predicted from what their momentum expects (`predict.SteppedWeights`).
-        gathering: within it the stage's replicas wait for each other.
+        deferred: parameters that are predicted from what their momentum expects (`predict.SteppedWeights`).
+        gathering: the context in which the stage's replicas wait for each other.
     """
 
     def __init__(
         self,
         optimizer: BF16_Optimizer | DeepSpeedZeroOptimizer,
         stepped: Optimizer,
-        late: Collection[torch.nn.Parameter],
+        deferred: Collection[torch.nn.Parameter],
         gathering: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._optimizer, self._stepped, self._late, self._gathering = optimizer, stepped, late, gathering
+        self._optimizer, self._stepped, self._deferred, self._gathering = optimizer, stepped, deferred, gathering
         self._is_predicted = False
         self._away: list[torch.Tensor] | None = None  # the predicted weights, while the real ones are shown
 
     @torch.no_grad()
     def predict(self, windows: int, scale: float, factor: torch.Tensor | None, reach: float) -> None:
         """As `Weights.predict`, by the wrapped optimizer's own step."""
-        shards = shards_of(self._optimizer, self._late)
+        shards = shards_of(self._optimizer, self._deferred)
         for group, shard in zip(self._stepped.param_groups, shards, strict=True):
             for start in range(0, shard.master.numel(), PIECE):
                 cut = slice(start, start + PIECE)
                 piece = piece_of(self._stepped, group, shard.master, cut)
                 part = _part(shard.part(cut), scale, factor) if scale else None
-                predicted = _next(piece, part, _within(cut, shard.late), windows, reach)
+                predicted = _next(piece, part, _within(cut, shard.deferred), windows, reach)
                 shard.working.data[cut].copy_(predicted.to(shard.working.dtype))
         with self._gathering():
             gather(self._optimizer)
@@ -99,7 +99,9 @@ def _part(part: torch.Tensor, scale: float, factor: torch.Tensor | None) -> torc
     return part
 
 
-def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], windows: int, reach: float) -> torch.Tensor:
+def _next(
+    piece: Optimizer, part: torch.Tensor | None, deferred: list[slice], windows: int, reach: float
+) -> torch.Tensor:
     """Where the optimizer's next steps take its only parameter, from this part or from what its momentum expects.
 
     Late elements go where the momentum expects; where it expects nothing, they stay.
@@ -110,7 +112,7 @@ def _next(piece: Optimizer, part: torch.Tensor | None, late: list[slice], window
     if part is None:
         part = _expected(piece)
     else:
-        for place in late:
+        for place in deferred:
             expected = _expected(piece_of(piece, group, weight, place))
             if expected is None:
                 stays.append(place)

@@ -16,7 +16,7 @@ from megatron.core import parallel_state, pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
-from paci_schedule.adapters.choice import IN_EVERY_LOOP, check_schedule
+from paci_schedule.adapters.choice import IN_EVERY_LOOP, check_choice
 from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import ModelStream
@@ -87,7 +87,7 @@ class Selector:
 def install(default: str | None, options: Mapping[str, Any] | None) -> None:
     """Put the selector in Megatron-core's place; None leaves what is set."""
     if default is not None:
-        check_schedule(default, f"pipeline schedule {default!r}", IN_EVERY_LOOP)
+        check_choice(default, f"pipeline schedule {default!r}", IN_EVERY_LOOP)
     if options is not None:
         PaciOptions.read(options)
     selector = schedules.get_forward_backward_func

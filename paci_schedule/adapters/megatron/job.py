@@ -1,7 +1,7 @@
-"""A Megatron-LM job: what its arguments say, and what its training loop does across stages in every iteration.
+"""A Megatron-LM job: its arguments, and what its training loop does across stages in every iteration.
 
-Nothing here imports Megatron-LM: with megatron-core alone there is no such job, nor is a training loop of one's own on
-its initialize_megatron one.
+Nothing here imports Megatron-LM.  With only megatron-core there is no such job, and a training loop of one's own that
+calls initialize_megatron is none either.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REBOUND = ("reduce_max_stat_across_model_parallel_group", "logical_and_across_mo
 def current_args() -> Namespace | None:
     """Megatron-LM's arguments; None outside a Megatron-LM job."""
     args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
-    return args if hasattr(args, "curr_iteration") else None  # which its own train() alone sets
+    return args if hasattr(args, "curr_iteration") else None  # which only its own train() sets
 
 
 def iteration() -> int | None:

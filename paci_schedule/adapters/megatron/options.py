@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from paci_schedule.adapters.choice import IN_EVERY_LOOP, check_schedule
+from paci_schedule.adapters.choice import IN_EVERY_LOOP, check_choice
 from paci_schedule.adapters.options import Options, is_calls, option, read
 
 __all__ = ["PaciOptions", "read_schedule"]
@@ -39,4 +39,4 @@ def read_schedule(config: Any, default: str) -> str:
         ConfigError: an unknown name, with the nearest valid one.
     """
     name = getattr(config, "pipeline_schedule", None) or default
-    return check_schedule(name, f"config.pipeline_schedule = {name!r}", IN_EVERY_LOOP)
+    return check_choice(name, f"config.pipeline_schedule = {name!r}", IN_EVERY_LOOP)

@@ -33,10 +33,10 @@ def build_prediction(model: torch.nn.Module, config: Any, options: PaciOptions) 
     if interval is None:
         return None
     _, tied = tied_embedding(model)
-    late = [] if tied is None else [tied]
+    deferred = [] if tied is None else [tied]
     slices = parallel_state.get_tensor_model_parallel_group()
     partial = _partial(model, config) if slices.size() > 1 else []
-    weights = WorkingWeights(optimizers(config), late, partial, slices)
+    weights = WorkingWeights(optimizers(config), deferred, partial, slices)
     prediction = Prediction(weights, interval, options.prediction_reach)
     _note_norms(config, prediction, next(model.parameters()).device)
     return prediction

@@ -30,7 +30,7 @@ from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.adapters.megatron.ties import tied_embedding, unwrapped
 from paci_schedule.adapters.refusal import Refusal, launch_blocking, reasons, refuse_together
 
-__all__ = ["agree"]
+__all__ = ["check_supported"]
 
 
 def _flag(name: str, flag: str, why: str, allowed: Callable[[Any], bool] | None = None) -> Refusal:
@@ -183,7 +183,7 @@ _JOB = (
 )
 
 
-def agree(
+def check_supported(
     chunks: list[torch.nn.Module],
     config: Any,
     options: PaciOptions,

@@ -1,6 +1,7 @@
-"""Megatron-core's optimizers reduce gradient norms over all stages in every update.
+"""Megatron-core's sums over all stages in every update, made local to the stage.
 
-Here they do over their own stage; the other stages' norms come with the messages.
+Its optimizers reduce gradient norms over all stages.  Here they reduce them over their own stage, and the other stages'
+norms come with the messages.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ class _Sums:
 
 
 class StageSums:
-    """Lets sums of the optimizer be those of the stage: over its tensor-parallel ranks and, where the optimizer is
-    sharded, over the shards.  A squared gradient norm is completed with those of the other stages.
+    """The sums of an optimizer, restricted to the stage.
+
+    They are taken over its tensor-parallel ranks and, where the optimizer is sharded, over the shards.  A squared
+    gradient norm is completed with those of the other stages.
 
     Args:
         config: the model's config.
@@ -118,7 +121,7 @@ class StageSums:
                 each.be_over(each.whole if flushing else each.stage)
 
     def _over_plain_groups(self, count: Callable[..., Any]) -> Callable[..., Any]:
-        """`count`, whose sums alone are no squared norms, without what completes these."""
+        """`count`, without what completes squared norms, since its sums are none."""
 
         @functools.wraps(count)
         def counted(*args: Any, **kwargs: Any) -> Any:

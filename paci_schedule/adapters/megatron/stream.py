@@ -18,7 +18,7 @@ from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.ends import PlannedEnds
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
-from paci_schedule.adapters.megatron.refusals import agree
+from paci_schedule.adapters.megatron.refusals import check_supported
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
 from paci_schedule.adapters.megatron.ties import Ties
 from paci_schedule.core.schedules.registry import schedule
@@ -51,7 +51,7 @@ class ModelStream:
     ) -> None:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
         args = job.current_args()
-        pipelines = agree(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
+        pipelines = check_supported(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
         self._ends = PlannedEnds.of_options(options) if args is None else PlannedEnds.of_job(args)
         if options.record is not None and self._ends.next_end(0) is None:
             raise ConfigError(

@@ -1,12 +1,12 @@
-"""The weights that a Megatron stage computes with, which hold a prediction now and then.
+"""The weights that a Megatron stage computes with, and the predictions that are written into them.
 
 Megatron-core's optimizers step masters in fp32 where the working weights are bf16, the working weights themselves where
 they are fp32, and shards of either under the distributed optimizer.  A prediction is written into the working weights,
 cast as an update casts it.  The masters stay as they are; of fp32 weights a copy is kept while a prediction stands.
-Replicas that hold shards predict each its own, from the part of the gradient that it has itself, and gather what they
-have predicted as they gather what an update leaves.
+Each replica with a shard predicts that shard, from its own part of the gradient, and the replicas gather their
+predictions as they gather the result of an update.
 
-All this goes through the parameters in pieces, so that no copy of all masters, gradients or states is made.
+The parameters are predicted in pieces, so that there is never a copy of all masters, gradients or states.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class WorkingWeights:
 
     Args:
         optimizers: of the stage, each one of `KNOWN` around one that `predict.check` lets pass.
-        late: parameters whose gradient is applied later than the part that is there: they are predicted from what their
-            momentum expects, whatever part is there.
-        partial: parameters of whose gradient each of the stage's slices has a part until Megatron sums them.
+        deferred: parameters whose gradients are applied some updates later; they are predicted from what their momentum
+            expects, whatever part of a gradient is there.
+        partial: parameters of whose gradients each of the stage's slices has a part until Megatron sums them.
         slices: the process group of these slices.
     """
 
     def __init__(
         self,
         optimizers: Sequence[MegatronOptimizer],
-        late: Collection[torch.nn.Parameter],
+        deferred: Collection[torch.nn.Parameter],
         partial: Collection[torch.nn.Parameter],
         slices: dist.ProcessGroup,
     ) -> None:
@@ -55,7 +55,7 @@ class WorkingWeights:
         self._without_master = [each for each in self._owned.values() if not each.has_master]
         sharded = [optimizer for optimizer in trained if isinstance(optimizer, DistributedOptimizer)]
         self._gathered = list(dict.fromkeys(chunk for optimizer in sharded for chunk in optimizer.model_chunks))
-        self._late, self._partial, self._slices = set(late), set(partial), slices
+        self._deferred, self._partial, self._slices = set(deferred), set(partial), slices
         self._is_predicted = False
         self._real: list[torch.Tensor] = []  # of those without a master, while a prediction stands
 
@@ -72,7 +72,7 @@ class WorkingWeights:
                 values = {stepped: stepped.detach().clone() for stepped in owned}
                 gradients = self._parts(owned, scale, factor) if scale else {}
                 for stepped, (each, _) in owned.items():
-                    if not scale or each.parameter in self._late:
+                    if not scale or each.parameter in self._deferred:
                         gradients[stepped] = expected_gradient(stepping, group, stepped, values[stepped])
                 known = {stepped: gradient for stepped, gradient in gradients.items() if gradient is not None}
                 advance(stepping, values, known, windows, reach)
@@ -101,7 +101,7 @@ class WorkingWeights:
         there = {
             stepped: (each, cut)
             for stepped, (each, cut) in owned.items()
-            if each.parameter not in self._late and each.total() is not None
+            if each.parameter not in self._deferred and each.total() is not None
         }
         if not there:
             return {}

@@ -19,34 +19,39 @@ __all__ = ["Batch", "Call", "Rounds", "Schedule", "weave"]
 
 
 class Call(Protocol):
-    """What one call of a training loop executes.
+    """What one call of a training loop executes."""
 
-    Attributes:
-        taken: micro-batches that the pipe has taken in at the end of the call, counted since it was last empty.
-        finished: micro-batches of which every stage has done the backward by then; as many as `taken` where the pipe
-            is empty again.
-    """
+    @property
+    def taken(self) -> int:
+        """Micro-batches that the pipe has taken in at the end of the call, counted since it was last empty."""
+        ...
 
-    taken: int
-    finished: int
+    @property
+    def finished(self) -> int:
+        """Micro-batches of which every stage has done the backward by then; `taken` if the pipe is empty again."""
+        ...
 
     def ops(self, stage: int) -> Iterable[Op]:
         """The compute ops of `stage`, in order."""
+        ...
 
 
 class Rounds(Call, Protocol):
-    """A call of a schedule that runs in rounds.
+    """A call of a schedule that runs in rounds."""
 
-    Attributes:
-        spec: the pipeline.
-        leading: True where the call ends for every stage after the same B, not after the same F.
-    """
+    @property
+    def spec(self) -> PipelineSpec:
+        """The pipeline."""
+        ...
 
-    spec: PipelineSpec
-    leading: bool
+    @property
+    def leading(self) -> bool:
+        """True where the call ends for every stage after the same B, not after the same F."""
+        ...
 
     def rounds(self, stage: int) -> range:
         """The rounds that `stage` executes: round i is F(i), then B(i - d), where these exist."""
+        ...
 
 
 class Batch(NamedTuple):

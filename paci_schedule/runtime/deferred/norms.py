@@ -1,8 +1,8 @@
-"""Global gradient clipping without a flush: a fresh norm of one's own, and the other stages' norms of earlier updates.
+"""Global gradient clipping without a flush: a stage's own norm is fresh, the others' norms are of earlier updates.
 
 A stage's update needs the norm over all stages' gradients.  Waiting for it would be a flush, so squared norms travel
-with the messages that are sent anyway, and an update takes the newest that its stage has received.  Which these are
-follows from the schedule alone.  At update v of stage s, with d the look-ahead and a the micro-batches to an update,
+with the messages that are sent anyway, and an update takes the newest that its stage has received.  The schedule
+determines which ones these are.  At update v of stage s, with d the look-ahead and a the micro-batches to an update,
 stage r contributes its squared norm of update
 
 * v, for r = s;
@@ -10,14 +10,14 @@ stage r contributes its squared norm of update
 * v - ceil((d_r - d_s + 1) / a), for r < s: it came down with an activation;
 
 or of update E - 1, the last before the pipe was last empty, where that is newer: a drain tells every stage every norm.
-Updates before the first count as zero.  In a drain the last activation, n - 1, has told of the earlier stages what it
-could: the update of r < s is E + floor(max(0, n - 1 - d_r) / a) - 1 from then on.
+Updates before the first count as zero.  In a drain no activation comes after the last one,
+n - 1, so the update of r < s is E + floor(max(0, n - 1 - d_r) / a) - 1 from then on.
 
-Stages that share a tied weight must scale its gradient alike, to the bit.  They *agree*: all stages, their own
-included, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
+Stages that share a tied weight must scale its gradient by the same factor, bit for bit.  With `agrees`, all stages, this
+one too, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
 
-What a message tells is kept as the message brought it, and put together when an update asks: the kernels for a message
-are as many in a pipeline of any length.
+The norms in a message are kept as the message brought them, and put together when an update asks for them.  So the
+number of kernels for a message does not grow with the pipeline.
 
 A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.  One with a tied
 weight does not skip, and its norm is finite (`runtime.tied`).
@@ -44,7 +44,7 @@ class CarriedNorms:
     Args:
         spec: the pipeline.
         stage: this rank's.
-        pipeline: process group of all stages of this pipeline, used by `exchange` alone.
+        pipeline: process group of all stages of this pipeline; only `exchange` uses it.
         device: where the norms live.
         agrees: this stage holds a weight that is tied across stages.
         timeout: how long the other stages may take to come to `exchange`.
@@ -65,7 +65,7 @@ class CarriedNorms:
         self._update = self._since_empty = 0
         self._newest = [-1] * spec.stages
         self._unknown = self._zeros()
-        self._told: dict[int, list[torch.Tensor]] = {}  # update -> for each stage the float32[P] that tells of it
+        self._known: dict[int, list[torch.Tensor]] = {}  # update -> for each stage the float32[P] that has its norm
         self._own: torch.Tensor | None = None
         self._down, self._up = self._zeros(), self._zeros()
 
@@ -107,13 +107,13 @@ class CarriedNorms:
         self._own = own.clone() if self._own is None else self._own + own
 
     def close_update(self) -> None:
-        """The update is done: what was asked for makes this stage's norm of it."""
+        """The update is done; the parts that it asked for make up this stage's norm."""
         if self._own is not None:
             self._put(self._update, self._stage, self._own.expand(self._spec.stages))
             self._down[self._stage] = self._up[self._stage] = self._own
         self._own = None
         self._update += 1
-        self._told.pop(self._update - self.memory - 1, None)
+        self._known.pop(self._update - self.memory - 1, None)
 
     def exchange(self) -> None:
         """Learn every stage's norms; a collective of the pipeline, for an empty pipe.
@@ -130,28 +130,28 @@ class CarriedNorms:
         self._begin_at(self._update, torch.stack(gathered, dim=1))
 
     def going_down(self) -> torch.Tensor:
-        """float32[P]: what the next activation tells of this stage and of those before it."""
+        """float32[P]: the squared norms of this stage and of those before it, for the next activation to carry."""
         return self._down.clone()
 
     def going_up(self) -> torch.Tensor:
-        """float32[P]: what the next gradient tells of this stage and of those after it."""
+        """float32[P]: the squared norms of this stage and of those after it, for the next gradient to carry."""
         return self._up.clone()
 
     def came_down(self, micro_batch: int, squares: torch.Tensor) -> None:
-        """Take in what an activation told of the stages before this one."""
+        """Take in the norms of the stages before this one that an activation carried."""
         self._down[: self._stage] = squares[: self._stage]
         for stage in range(self._stage):
             behind = max(0, micro_batch - self._spec.look_ahead(stage))
-            self._hear(stage, behind // self._spec.accumulation, squares)
+            self._learn(stage, behind // self._spec.accumulation, squares)
 
     def came_up(self, micro_batch: int, squares: torch.Tensor) -> None:
-        """Take in what a gradient told of the stages after this one."""
+        """Take in the norms of the stages after this one that a gradient carried."""
         self._up[self._stage + 1 :] = squares[self._stage + 1 :]
         for stage in range(self._stage + 1, self._spec.stages):
-            self._hear(stage, micro_batch // self._spec.accumulation, squares)
+            self._learn(stage, micro_batch // self._spec.accumulation, squares)
 
     def state(self) -> list[list[float]]:
-        """Of an empty pipe: the squared norms of the last `memory` updates, oldest first, a row of P each."""
+        """The squared norms of the last `memory` updates at an empty pipe, oldest first, a row of P each."""
         return [self._row(update).tolist() for update in range(self._update - self.memory, self._update)]
 
     def load_state(self, state: list[list[float]]) -> None:
@@ -162,15 +162,15 @@ class CarriedNorms:
         """The pipe is empty after so many updates; `rows` are the newest of them, float32[P] each."""
         self._update = self._since_empty = update
         self._newest = [update - 1] * self._spec.stages
-        self._told = {update - len(rows) + at: [row] * self._spec.stages for at, row in enumerate(rows)}
+        self._known = {update - len(rows) + at: [row] * self._spec.stages for at, row in enumerate(rows)}
 
-    def _hear(self, stage: int, updates: int, squares: torch.Tensor) -> None:
-        if updates:  # else it speaks of what the last exchange has told
+    def _learn(self, stage: int, updates: int, squares: torch.Tensor) -> None:
+        if updates:  # else the last exchange has brought it already
             self._newest[stage] = self._since_empty + updates - 1
             self._put(self._newest[stage], stage, squares)
 
     def _put(self, update: int, stage: int, squares: torch.Tensor) -> None:
-        self._told.setdefault(update, [self._unknown] * self._spec.stages)[stage] = squares
+        self._known.setdefault(update, [self._unknown] * self._spec.stages)[stage] = squares
 
     def _row(self, update: int) -> torch.Tensor:
         return self._squares(range(self._spec.stages), [update] * self._spec.stages)
@@ -179,12 +179,12 @@ class CarriedNorms:
         """float32[n]: the squared norm of each of the stages at its update, as far as it is known and finite."""
         parts: list[tuple[torch.Tensor, int, int]] = []  # of which tensor, from where to where
         for stage, update in zip(stages, updates, strict=True):
-            told = self._told[update][stage] if update in self._told else self._unknown
-            if parts and parts[-1][0] is told and parts[-1][2] == stage:
-                parts[-1] = told, parts[-1][1], stage + 1
+            known = self._known[update][stage] if update in self._known else self._unknown
+            if parts and parts[-1][0] is known and parts[-1][2] == stage:
+                parts[-1] = known, parts[-1][1], stage + 1
             else:
-                parts.append((told, stage, stage + 1))
-        joined = torch.cat([told[begin:end] for told, begin, end in parts])
+                parts.append((known, stage, stage + 1))
+        joined = torch.cat([known[begin:end] for known, begin, end in parts])
         return torch.nan_to_num(joined, nan=0.0, posinf=0.0)
 
     def _zeros(self) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Tied weights without a flush: the sum of the copies' gradients is applied a fixed number of updates later.
 
 Every copy's gradient of update k is summed over the stages that hold a copy, asynchronously.  All of them post that sum
-at the same moment of the stream (`core.sums`): who has its part earlier holds it until then.  So no kernel of
-it runs for long, and who waits for its device never waits for a call that another stage has yet to begin.
+at the same moment of the stream (`core.sums`); a stage that has its part earlier holds it until then.  So no kernel of
+the sum runs for long, and a stage that waits for its device never waits for a call that another stage has yet to begin.
 
 Update k applies the sum of update k - j, with j = ceil((d_first - d_last) / a), the newest that the last of these
 stages has in steady state without waiting: j = ceil((P - 1) / a) between the first and the last stage.  All copies
@@ -13,8 +13,8 @@ apply the same sum at the same update, so they stay identical, version by versio
 * an update under a flush (1F1B) applies its own sum at once, and whatever was pending with it: no gradient is lost;
 * where j shrinks (more micro-batches to an update), the next update applies all sums that are then due.
 
-An optimizer that skips an update with an overflow would part the copies: one stage would stand still, in weights and
-learning rate, where another applies the sum, and nobody knows in time.  So a stage with a copy never skips: what
+An optimizer that skips an update with an overflow would make the copies differ: one stage would keep its weights and
+its learning rate, another would apply the sum, and neither would know in time.  So a stage with a copy never skips: what
 overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
 """
 
