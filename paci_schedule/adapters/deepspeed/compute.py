@@ -70,12 +70,12 @@ class EngineCompute:
             self._put_off[micro_batch] = gradients
             return ()
         slot = self._slots[micro_batch]
-        outputs: list[torch.Tensor] = []
-        for tensor in _tensors(engine.pipe_buffers["outputs"][slot]):
-            # DeepSpeed's hooks would divide the gradients of the last stage's outputs once more than the loss below.
-            for manager in getattr(tensor, "_backward_hook_managers", ()):
-                manager.remove_hooks()
-            outputs += [tensor] if tensor.is_floating_point() else []
+        outputs = [tensor for tensor in _tensors(engine.pipe_buffers["outputs"][slot]) if tensor.is_floating_point()]
+        # DeepSpeed's hooks on the outputs would divide the last stage's gradients once more than the loss below.
+        managers = [manager for tensor in outputs for manager in getattr(tensor, "_backward_hook_managers", ())]
+        assert managers, "DeepSpeed keeps the hooks on its outputs somewhere else"
+        for manager in managers:
+            manager.remove_hooks()
         if engine.is_last_stage():
             outputs = [self._graphs.pop(micro_batch) / engine.gradient_accumulation_steps()]
         inputs = [tensor for tensor in _tensors(engine.pipe_buffers["inputs"][slot]) if tensor.is_floating_point()]
