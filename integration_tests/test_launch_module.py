@@ -131,6 +131,23 @@ def test_flags_that_a_script_has_itself_stay_its_own(tmp_path):
     assert launch("paci_schedule.launch", str(script), "--pipeline-schedule", "1f1b", "--x").stdout.strip() == "['--x']"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        ([], ["--rerun-mode", "disabled"]),
+        (["--rerun-mode", "validate_results"], ["--rerun-mode", "validate_results"]),
+        (["--rerun-mode=disabled"], ["--rerun-mode=disabled"]),
+    ],
+    ids=["no mode", "a mode", "a mode behind an equals sign"],
+)
+def test_megatrons_reruns_are_switched_off_unless_the_user_chose_a_mode(chosen, left, tmp_path):
+    script = tmp_path / "prints.py"
+    script.write_text("import sys; print(sys.argv[1:])\n")
+    write(tmp_path, {"megatron/training/__init__.py": ""})
+    done = launch("paci_schedule.launch", str(script), "--pipeline-schedule", "paci", *chosen)
+    assert done.stdout.strip() == repr(left), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("value", ["evry", "0", "-2", "1.5"])
 def test_a_prediction_that_is_none_is_refused_before_anything_starts(value, tmp_path):
     script = tmp_path / "prints.py"

@@ -33,7 +33,7 @@ MODEL = shlex.split("""
     --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 3 --lr-decay-style constant
     --attention-dropout 0 --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
     --make-vocab-size-divisible-by 1 --log-interval 1 --no-create-attention-mask-in-dataloader --num-workers 0
-    --split 90,5,5 --rerun-mode disabled
+    --split 90,5,5
 """)
 
 

@@ -24,5 +24,5 @@ exec torchrun --standalone --nproc-per-node 8 -m paci_schedule.launch "$MEGATRON
   --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 \
   --tokenizer-type GPT2BPETokenizer --vocab-file "$TOKENIZER/vocab.json" --merge-file "$TOKENIZER/merges.txt" \
   --data-path "$DATA" --split 989,10,1 \
-  --rerun-mode disabled --no-check-for-nan-in-loss-and-grad --log-interval 50 --eval-interval 2000 --eval-iters 40 \
+  --no-check-for-nan-in-loss-and-grad --log-interval 50 --eval-interval 2000 --eval-iters 40 \
   --save runs/megatron-medium --save-interval 10000 "$@"

@@ -20,5 +20,5 @@ exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node
   --attention-dropout 0 --hidden-dropout 0 \
   --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4 \
   --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 1 --num-workers 0 \
-  --no-create-attention-mask-in-dataloader --rerun-mode disabled \
+  --no-create-attention-mask-in-dataloader \
   --log-interval 5 --eval-interval 10 --eval-iters 2 --split 90,5,5 "$@"

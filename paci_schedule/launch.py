@@ -6,7 +6,8 @@ torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-s
 
 DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it: where it is found, beside the script or
 on PYTHONPATH, and the script is given no --deepspeed..., it alone is registered with, and these are ours and are taken
-out of the script's arguments.
+out of the script's arguments.  With another schedule than 1f1b, --rerun-mode disabled is added to them unless the user
+chose a mode.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -21,6 +22,7 @@ out of the script's arguments.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import runpy
 import sys
@@ -32,6 +34,8 @@ from paci_schedule.adapters.frameworks import exists
 from paci_schedule.adapters.options import Options, flag_options, parse
 
 __all__ = ["main"]
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
     is_megatron = exists("megatron.training") and not any(word.startswith("--deepspeed") for word in rest)
     ours, rest = _our_flags().parse_known_args(rest) if is_megatron else (argparse.Namespace(), rest)
+    if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+        rest += _without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.shared_gpu import share_gpus
@@ -64,6 +70,18 @@ def main(argv: list[str] | None = None) -> None:
         options = {name.removeprefix("paci_"): value for name, value in vars(ours).items() if name.startswith("paci_")}
         megatron.register(getattr(ours, "pipeline_schedule", None), options)
     runpy.run_path(script, run_name="__main__")
+
+
+def _without_reruns(arguments: list[str]) -> list[str]:
+    """The arguments that keep Megatron-LM from re-running iterations, unless the user chose a mode of re-runs.
+
+    Its default, validate_results, cannot repeat an iteration whose micro-batches are in flight.
+    """
+    if any(word.partition("=")[0] == "--rerun-mode" for word in arguments):
+        return []
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("--rerun-mode disabled is set, since an iteration cannot be re-run with micro-batches in flight")
+    return ["--rerun-mode", "disabled"]
 
 
 def _our_flags() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -184,8 +183,6 @@ def test_settings_of_a_row():
     assert flags[flags.index("--pipeline-model-parallel-size") + 1] == "8"
     assert flags[flags.index("--pipeline-schedule") + 1] == "paci"
     assert "--recompute-granularity" in flags
-    assert flags[flags.index("--rerun-mode") + 1] == "disabled"
-    assert "--rerun-mode" not in megatron_flags(wanted, replace(row, schedule="1f1b"))
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

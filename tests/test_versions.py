@@ -1,6 +1,7 @@
 """The version ranges of the frameworks stand in one file; the extras, the pins, the documents and the patches agree."""
 
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import paci_schedule
 from paci_schedule.adapters import versions
 from paci_schedule.adapters.deepspeed import hooks as deepspeed_hooks
 from paci_schedule.adapters.megatron import hooks as megatron_hooks
@@ -71,6 +73,29 @@ def test_code_and_messages_name_no_version_of_a_framework():
     files = [path for folder in folders for path in folder.rglob("*.py") if path.name != "versions.py"]
     assert len(files) > 100
     assert [(str(path), *named) for path in files for named in versions_named(path)] == []
+
+
+def check_release(tag, root):
+    return subprocess.run([root / ".github" / "check_release", tag], capture_output=True, text=True, check=False)
+
+
+def test_a_tag_is_released_only_where_every_file_has_its_version(tmp_path):
+    released = f"v{paci_schedule.__version__}"
+    texts = {name: (ROOT / name).read_text() for name in ("CITATION.cff", "paci_schedule/__init__.py", "CHANGELOG.md")}
+    texts["CHANGELOG.md"] = texts["CHANGELOG.md"].replace("## Unreleased\n", "")
+    for name in (*texts, ".github/check_release"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert check_release(released, tmp_path).stderr == ""
+    assert check_release("v99.0.0", tmp_path).returncode == 1
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text.replace(paci_schedule.__version__, "99.0.0"))
+        refused = check_release(released, tmp_path)
+        assert refused.returncode == 1
+        assert name in refused.stderr
+        (tmp_path / name).write_text(text)
 
 
 def test_documents_name_the_oldest_supported_torch_and_python():

@@ -37,7 +37,6 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     }
     arguments = [each for flag, value in flags.items() for each in (flag, str(value))]
     arguments += ["--untie-embeddings-and-output-weights", "--bf16"]
-    arguments += ["--rerun-mode", "disabled"] * (not schedule(row.schedule).flushes)
     arguments += ["--paci-prediction", str(job.prediction)] * _predicts(job, row)
     arguments += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]

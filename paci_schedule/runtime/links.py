@@ -278,7 +278,7 @@ class Links:
         self._gradient_out.send(op, payload, riders)
 
     def announce(self, next_op: Op, whole_batch: Callable[[], bool]) -> bool:
-        """Whether the batch that begins with `next_op` is whole: the first stage asks, each stage tells the next one."""
+        """Whether the batch that begins with `next_op` is whole: the first stage asks and tells the next one."""
         if self._announcement_in is None:
             is_whole = torch.tensor([whole_batch()])
         else:

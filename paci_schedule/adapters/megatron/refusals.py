@@ -146,7 +146,7 @@ _JOB = (
     _flag(
         "rerun_mode",
         "--rerun-mode",
-        "re-running an iteration contradicts micro-batches in flight; say --rerun-mode disabled",
+        "an iteration cannot be re-run with micro-batches in flight; leave the flag out, or use disabled",
         lambda value: value in (None, "disabled"),
     ),
     _flag("rampup_batch_size", "--rampup-batch-size", "the number of micro-batches to an update must not change"),

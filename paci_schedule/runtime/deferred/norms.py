@@ -13,8 +13,8 @@ or of update E - 1, the last before the pipe was last empty, where that is newer
 Updates before the first count as zero.  In a drain no activation comes after the last one,
 n - 1, so the update of r < s is E + floor(max(0, n - 1 - d_r) / a) - 1 from then on.
 
-Stages that share a tied weight must scale its gradient by the same factor, bit for bit.  With `agrees`, all stages, this
-one too, contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
+Stages that share a tied weight must scale its gradient by the same factor, bit for bit.  With `agrees`, all stages and
+this one contribute update v - J, with J = ceil((d_0 + 1) / a), the newest that every stage has at its update v.
 
 The norms in a message are kept as the message brought them, and put together when an update asks for them.  So the
 number of kernels for a message does not grow with the pipeline.

@@ -14,8 +14,8 @@ apply the same sum at the same update, so they stay identical, version by versio
 * where j shrinks (more micro-batches to an update), the next update applies all sums that are then due.
 
 An optimizer that skips an update with an overflow would make the copies differ: one stage would keep its weights and
-its learning rate, another would apply the sum, and neither would know in time.  So a stage with a copy never skips: what
-overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
+its learning rate, another would apply the sum, and neither would know in time.  So a stage with a copy never skips:
+what overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
 """
 
 from __future__ import annotations
