@@ -10,7 +10,7 @@ every stage learns the loss of what it finished without a collective.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -42,6 +42,7 @@ class StageCompute(Protocol):
         Returns:
             What the next stage gets, None at the last stage.
         """
+        ...
 
     def backward(self, micro_batch: int, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Backward of one micro-batch, with the weights as they are now.
@@ -53,9 +54,11 @@ class StageCompute(Protocol):
         Returns:
             Gradients of the floating-point tensors in `inputs`, in order; empty at the first stage.
         """
+        ...
 
     def losses(self, micro_batch: int) -> torch.Tensor:
         """Asked at the last stage, after `backward`: float32[n], the loss and whatever else is averaged like it."""
+        ...
 
     def step(self, update: int, losses: torch.Tensor) -> None:
         """The local optimizer update, with the mean `losses` (float32[n]) over its a micro-batches."""
@@ -69,6 +72,7 @@ class SplitCompute(StageCompute, Protocol):
 
     def backward_input(self, micro_batch: int, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """As `backward`, but only as far as the gradients of `inputs` take; `backward_weight` does the rest."""
+        ...
 
     def backward_weight(self, micro_batch: int) -> None:
         """The gradients of the weights of a micro-batch whose `backward_input` is done."""
@@ -131,6 +135,7 @@ class StageRunner:
         self._finished: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
         self._schedules: list[Schedule] = []
+        self._split = cast(SplitCompute, compute)  # asked only where the schedule splits the backward
         self._held = 0  # micro-batches whose activations are held
         self._execute = {
             OpKind.FORWARD: self._forward,
@@ -188,6 +193,7 @@ class StageRunner:
                 f"end {self.spec.look_ahead(0)} micro-batches ahead"
             )
         losses = self._call(self.schedule.call(self.spec, self.admitted, self.finished, last))
+        assert losses is not None, "a leading call finishes a whole batch"
         if not self.admitted:
             self._links.finish()
         return losses
@@ -276,7 +282,7 @@ class StageRunner:
         inputs, riders = self._received.pop(op.index, (None, ()))
         # Norms count as received when their message is used, as sent when its content is made, whenever the cut between
         # two calls lets it travel.
-        if riders:
+        if riders and self._norms is not None:
             self._norms.came_down(op.index, *riders)
         if self._prediction is None:
             outputs = self._compute.forward(op.index, inputs)
@@ -294,7 +300,7 @@ class StageRunner:
         self.peak_in_flight = max(self.peak_in_flight, self._held)
 
     def _backward(self, op: Op) -> None:
-        backward = self._compute.backward_input if self.schedule.splits_backward else self._compute.backward
+        backward = self._split.backward_input if self.schedule.splits_backward else self._compute.backward
         if self.stage == self.spec.stages - 1:
             gradients = backward(op.index, ())
             losses = self._compute.losses(op.index)
@@ -305,12 +311,12 @@ class StageRunner:
         self._window.append(losses)
         if self.stage > 0:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
-        self.window_drift = max(self.window_drift, self.meter.record(op))
+        self.window_drift = max(self.window_drift, self.meter.record(op) or 0)
         self.backwards += 1
         self._held -= not self.schedule.splits_backward
 
     def _backward_weight(self, op: Op) -> None:
-        self._compute.backward_weight(op.index)
+        self._split.backward_weight(op.index)
         self._held -= 1
 
     def _step(self, op: Op) -> None:
@@ -329,9 +335,10 @@ class StageRunner:
         self._links.send_activation(op, *self._outputs.pop(op.index))
 
     def _recv_gradient(self, op: Op) -> None:
-        self._gradients[op.index] = message = self._links.recv_gradient(op)
+        gradients, riders = self._links.recv_gradient(op)
+        self._gradients[op.index] = cast("tuple[torch.Tensor, ...]", gradients), riders
         if self._norms is not None:
-            self._norms.came_up(op.index, message[1][-1])
+            self._norms.came_up(op.index, riders[-1])
 
     def _send_gradient(self, op: Op) -> None:
         self._links.send_gradient(op, *self._gradients.pop(op.index))
