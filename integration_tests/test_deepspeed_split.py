@@ -42,6 +42,41 @@ class Aside(nn.Module):
         return self.linear(values), 3.0 * self.lonely
 
 
+class Plus(nn.Module):
+    """A layer whose two parameters have one gradient, in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.change = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, values):
+        return values @ (self.weight + self.change)
+
+
+class Again(nn.Module):
+    """A layer that repeats itself, with another weight between, as ALBERT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, values):
+        for _ in range(2):
+            values = self.second(torch.tanh(self.first(values)))
+        return values
+
+
+class Beside(nn.Module):
+    """A layer whose weight also makes an output that no input reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, values):
+        return values @ self.weight, 2 * self.weight
+
+
 def split(module, passes=2):
     """The gradients of inputs and of weights, summed over several micro-batches whose W come after all their B."""
     backward = SplitBackward(SimpleNamespace(module=module, using_bf16_optimizer=False))
@@ -81,9 +116,10 @@ def test_two_parts_are_the_whole_to_the_bit(layer):
         assert all(torch.equal(first, second) for first, second in zip(mine, theirs, strict=True))
 
 
-def test_a_weight_that_a_stage_uses_twice_is_summed_but_for_rounding():
+@pytest.mark.parametrize("layer", [Twice, Again, Plus])
+def test_weights_that_a_stage_uses_twice_or_adds_up_are_summed_but_for_rounding(layer):
     torch.manual_seed(3)
-    one = Twice()
+    one = layer()
     found = split(one)
     one.zero_grad()
     for mine, theirs in zip(found, whole(one), strict=True):
@@ -96,5 +132,28 @@ def test_reentrant_checkpoints_of_a_layer_are_refused():
 
 
 def test_a_weight_that_the_split_would_lose_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match=r"^lonely: the loss depends on these weights where"):
-        split(Aside())
+    for layer, name in ((Aside, "lonely"), (Beside, "weight")):
+        with pytest.raises(UnsupportedError, match=rf"^{name}: the loss depends on these weights where"):
+            split(layer())
+
+
+def test_a_compiled_layer_whose_backward_frees_what_it_needs_is_refused_by_name():
+    one = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), backend="aot_eager")
+    backward = SplitBackward(SimpleNamespace(module=one, using_bf16_optimizer=False))
+    values = torch.randn(2, 4).requires_grad_()
+    with pytest.raises(UnsupportedError, match=r"compiled layer .*engine.compile"):
+        backward.inputs(0, [one(values).pow(2).sum()], None, [values])
+
+
+def test_a_weight_that_is_unfrozen_later_is_trained():
+    torch.manual_seed(3)
+    one = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    one[0].weight.requires_grad_(False)
+    backward = SplitBackward(SimpleNamespace(module=one, using_bf16_optimizer=False))
+    for number in range(2):
+        values = torch.ones(2, 6).requires_grad_()
+        output = one(values)
+        backward.inputs(number, [output], [torch.ones_like(output)], [values])
+        backward.weights(number)
+        one[0].weight.requires_grad_(True)
+    assert one[0].weight.grad.abs().sum() > 0

@@ -13,6 +13,12 @@ def test_what_an_engine_runs_and_what_any_training_loop_runs():
     assert IN_EVERY_LOOP == ("1f1b", "paci")
 
 
+@pytest.mark.parametrize("name", [["paci"], {"name": "paci"}, 3, None])
+def test_what_is_no_name_at_all_is_refused_with_the_valid_ones(name):
+    with pytest.raises(ConfigError, match="unknown; valid are '1f1b', 'gpipe', 'paci', 'zb-h1'"):
+        check_choice(name, f"schedule={name!r}")
+
+
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in RUNNABLE])
 def test_a_schedule_that_no_engine_runs_is_refused_with_the_reason(name):
     with pytest.raises(UnsupportedError, match=f"schedule={name!r}: cannot be run, since the schedule .*; valid are"):

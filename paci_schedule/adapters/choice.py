@@ -29,10 +29,10 @@ def check_choice(name: object, written: str, valid: Sequence[str] = RUNNABLE) ->
         ConfigError: an unknown name, with the nearest valid one.
         UnsupportedError: a schedule that cannot be run there, with the reason.
     """
-    if name in valid:
+    if isinstance(name, str) and name in valid:
         return name
     listed = nearest(str(name), valid)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ConfigError(f"{written}: unknown; valid are {listed}")
     reason = schedule(name).cannot_run or (
         "is not among the schedules of this framework, whose training loop steps the optimizer itself, and it has no "

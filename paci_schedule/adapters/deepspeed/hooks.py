@@ -9,7 +9,13 @@ from packaging.specifiers import SpecifierSet
 from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
 from paci_schedule.adapters.versions import DEEPSPEED
 
-__all__ = ["ENGINES", "TESTED", "check_installed", "probe"]
+__all__ = [
+    "ENGINES",
+    "SPLIT_HOOKS",
+    "TESTED",
+    "check_installed",
+    "probe",
+]
 
 TESTED = SpecifierSet(DEEPSPEED)
 
@@ -46,6 +52,17 @@ _HOOKS = {
     "deepspeed.runtime.pipe.module:PipelineModule._set_bounds": ("start", "stop"),
     **TORCH_HOOKS,
 }
+
+
+_TORCH = "torch.distributed.pipelining._backward"
+_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
+SPLIT_HOOKS = {
+    f"{_TORCH}:stage_backward_input": ("stage_outputs_or_loss", "output_grads", "input_values", "weights"),
+    f"{_TORCH}:stage_backward_weight": ("weights", "param_groups", "retain_graph"),
+    "deepspeed.runtime.utils:OutputBackwardHookManager.remove_hooks": (),
+    f"{_BF16}.update_hp_grads": ("clear_lp_grads",),
+}
+"""What a schedule that splits the backward needs besides; a job that asks for one is refused where it is missing."""
 
 
 def probe() -> list[tuple[str, bool, str]]:

@@ -13,23 +13,25 @@ from typing import Any
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from paci_schedule.adapters.deepspeed.hooks import SPLIT_HOOKS
 from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
 from paci_schedule.adapters.probing import look_up
 from paci_schedule.errors import UnsupportedError
 
 __all__ = ["SplitBackward", "why_not_split"]
 
-_TORCH = "torch.distributed.pipelining._backward"
-_HOOKS = {
-    f"{_TORCH}:stage_backward_input": ("stage_outputs_or_loss", "output_grads", "input_values", "weights"),
-    f"{_TORCH}:stage_backward_weight": ("weights", "param_groups"),
-    "deepspeed.runtime.utils:OutputBackwardHookManager.remove_hooks": (),
+_CANNOT = {  # words of PyTorch's or DeepSpeed's error: the reason and the remedy
+    "compatible with .grad()": (
+        "a layer checkpoints its activations by reentrant autograd, which knows no backward of inputs only; use "
+        "checkpoint(..., use_reentrant=False)"
+    ),
+    "donated buffer": "a compiled layer frees in B what W needs; leave engine.compile() out",
 }
 
 
 def why_not_split(engine: StageLocalEngine) -> Iterator[str]:
     """Why the backward of this stage cannot be split: the value, the rule and the remedy."""
-    for name, there, detail in (look_up(*hook) for hook in _HOOKS.items()):
+    for name, there, detail in (look_up(*hook) for hook in SPLIT_HOOKS.items()):
         if not there:
             yield f"{name}: {detail}; install a tested version of its package"
     interval = engine.module.activation_checkpoint_interval
@@ -59,7 +61,6 @@ class SplitBackward:
 
     def __init__(self, engine: StageLocalEngine) -> None:
         self._engine = engine
-        self._weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
         self._pending: dict[int, list[dict[str, Any]]] = {}
         self._is_checked = False
 
@@ -84,52 +85,60 @@ class SplitBackward:
         """
         from torch.distributed.pipelining._backward import stage_backward_input
 
-        reached = None if self._is_checked else _leaves(outputs)
+        if not self._is_checked:
+            self._check(outputs, inputs)
         # torch cuts the graph at its outputs in place, which a view does not allow.
         outputs = [output.clone() if output._is_view() else output for output in outputs]
         try:
-            _, groups = stage_backward_input(outputs, gradients, list(inputs), iter(self._weights))
+            _, groups = stage_backward_input(outputs, gradients, list(inputs), iter(self._weights()))
         except RuntimeError as error:
-            if "compatible with .grad()" not in f"{error.__cause__}":  # as torch's and DeepSpeed's checkpoints say it
+            reason = next((why for words, why in _CANNOT.items() if words in f"{error} {error.__cause__}"), None)
+            if reason is None:
                 raise
-            raise UnsupportedError(
-                "a layer checkpoints its activations by reentrant autograd, which knows no backward of inputs only; "
-                'use checkpoint(..., use_reentrant=False), or "pipeline_schedule": "1f1b"'
-            ) from error
-        if reached is not None:
-            self._check(reached, groups)
+            raise UnsupportedError(f'{reason}, or "pipeline_schedule": "1f1b"') from error
         self._pending[micro_batch] = groups
 
     def weights(self, micro_batch: int) -> None:
         """Add the gradients of the weights of a micro-batch whose inputs have theirs."""
         from torch.distributed.pipelining._backward import stage_backward_weight
 
-        engine, groups = self._engine, self._pending.pop(micro_batch)
-        if engine.using_bf16_optimizer:
-            engine.optimizer.clear_lp_grads()
-        stage_backward_weight(iter(self._weights), groups)
+        engine, groups, weights = self._engine, self._pending.pop(micro_batch), self._weights()
+        sums = [weight.grad for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        # A weight that is used twice is in several groups, whose graphs overlap.
+        stage_backward_weight(iter(weights), groups, retain_graph=True)
         if engine.using_bf16_optimizer:
             engine.optimizer.update_hp_grads(clear_lp_grads=False)
+        for weight, total in zip(weights, sums, strict=True):
+            if not engine.using_bf16_optimizer and weight.grad is not None:
+                # Autograd may give several weights one tensor, which may also be a message: a sum is one of its own.
+                total = weight.grad.clone() if total is None else total.add_(weight.grad)
+            weight.grad = total
 
-    def _check(self, reached: set[int], groups: list[dict[str, Any]]) -> None:
-        covered = {id(node.variable) for group in groups for node in group["params"]}
-        lost = [
-            name
-            for name, weight in self._engine.module.named_parameters()
-            if id(weight) in reached and id(weight) not in covered
-        ]
-        if lost:
-            raise UnsupportedError(
-                f"{', '.join(lost)}: the loss depends on these weights where it does not depend on the stage's inputs, "
-                'and the split backward would lose their gradients; use "pipeline_schedule": "1f1b"'
-            )
+    def _weights(self) -> list[torch.nn.Parameter]:
+        return [weight for weight in self._engine.module.parameters() if weight.requires_grad]
+
+    def _check(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """Every output depends on an input, or on no weight: W finds weights on the way back from the inputs only."""
+        names = {id(weight): name for name, weight in self._engine.module.named_parameters()}
+        reachable = {id(tensor) for tensor in inputs}
+        for output in outputs:
+            leaves = _leaves(output)
+            lost = [names[leaf] for leaf in leaves if leaf in names]
+            if lost and not leaves & reachable:
+                raise UnsupportedError(
+                    f"{', '.join(sorted(lost))}: the loss depends on these weights where it does not depend on the "
+                    "stage's inputs, and the split backward would lose their gradients; use "
+                    '"pipeline_schedule": "1f1b"'
+                )
         self._is_checked = True
 
 
-def _leaves(outputs: Sequence[torch.Tensor]) -> set[int]:
-    """The ids of the leaves that the outputs depend on."""
-    todo = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen, leaves = set(todo), set()
+def _leaves(output: torch.Tensor) -> set[int]:
+    """The ids of the leaves that an output depends on."""
+    todo = [] if output.grad_fn is None else [output.grad_fn]
+    seen, leaves = set(todo), {id(output)} if output.grad_fn is None else set()
     while todo:
         node = todo.pop()
         if hasattr(node, "variable"):
