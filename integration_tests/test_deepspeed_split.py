@@ -137,10 +137,12 @@ def test_a_weight_that_the_split_would_lose_is_refused_by_name():
             split(layer())
 
 
-def test_a_compiled_layer_whose_backward_frees_what_it_needs_is_refused_by_name():
+def test_a_compiled_layer_whose_backward_frees_what_w_needs_is_refused_by_name():
+    """Its backward was compiled under another schedule; where a B is its first backward, it frees nothing."""
     one = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), backend="aot_eager")
     backward = SplitBackward(SimpleNamespace(module=one, using_bf16_optimizer=False))
     values = torch.randn(2, 4).requires_grad_()
+    one(values).pow(2).sum().backward()
     with pytest.raises(UnsupportedError, match=r"compiled layer .*engine.compile"):
         backward.inputs(0, [one(values).pow(2).sum()], None, [values])
 
