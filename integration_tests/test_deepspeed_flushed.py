@@ -7,7 +7,7 @@ import pytest
 from integration_tests.test_deepspeed_equivalence import ADAMW
 from paci_schedule import PipelineSpec
 from paci_schedule.core.schedules.registry import schedule as schedule_called
-from paci_schedule.errors import UnsupportedError
+from paci_schedule.errors import ConfigError, UnsupportedError
 from testing import deepspeed_job, ranks
 from testing.jobs import Job
 from testing.reference.deepspeed import Reference
@@ -99,6 +99,20 @@ def refusals():
             deepspeed_job.build(changed, "zb-h1", **options)
         said.append(str(caught.value))
     return said
+
+
+def change_with_slack():
+    """What a running job with slack says to a schedule that takes none."""
+    engine = deepspeed_job.build(Job(stages=2, accumulation=2, script=(), config={"paci": {"extra_in_flight": 1}}))
+    with pytest.raises(ConfigError) as caught:
+        engine.set_pipeline_schedule("zb-h1")
+    engine.set_pipeline_schedule("1f1b")
+    return str(caught.value)
+
+
+def test_a_running_job_with_slack_is_refused_a_schedule_that_takes_none():
+    for said in ranks.run_ranks(change_with_slack, 2, (), timeout=120.0):
+        assert said.startswith("extra_in_flight=1: zb-h1 has a fixed number of micro-batches in flight")
 
 
 def test_what_cannot_split_its_backward_is_refused_by_name_on_every_rank():

@@ -4,10 +4,10 @@ torchrun --nproc-per-node 8 -m paci_schedule.launch train.py --deepspeed_config 
 deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.json
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
-DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it: where it is found, beside the script or
-on PYTHONPATH, and the script is given no --deepspeed..., it alone is registered with, and these are ours and are taken
-out of the script's arguments.  With another schedule than 1f1b, --rerun-mode disabled is added to them unless the user
-chose a mode.
+DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it.  Where Megatron-LM is found, beside the
+script or on PYTHONPATH, and the script is given no --deepspeed..., the launcher registers only with Megatron-core, and
+takes the following flags out of the script's arguments.  With another schedule than 1f1b it adds --rerun-mode disabled,
+unless the user chose a mode.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -16,7 +16,7 @@ chose a mode.
     --paci-prediction-reach REACH      how far along the expected update these lie, with "every" [1]
     --paci-flush-warmup-steps UPDATES  that run 1F1B at the start of training [0]
     --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
-    --paci-record FOLDER               write what every rank did there, op by op, for `paci trace`
+    --paci-record FOLDER               write the ops of every rank, with their times, to this folder, for `paci trace`
 """
 
 from __future__ import annotations

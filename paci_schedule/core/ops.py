@@ -61,7 +61,7 @@ class Op(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Op:
-        """The op that is printed as `text`.  Raises ScheduleError if there is none."""
+        """The op that is printed as `text`.  Raises ScheduleError if no op prints like this."""
         match = _PATTERN.fullmatch(text)
         try:
             kind, index, chunk = match.groups(default="0") if match else ("", "", "")

@@ -144,7 +144,7 @@ class _Outbox:
 
     def __init__(self, end: _End, on_wire: int) -> None:
         self._end = end
-        self._on_wire = on_wire
+        self.on_wire = on_wire
         self._layout: Layout | None = None
         self._header: tuple[dist.Work, torch.Tensor] | None = None
         self._sending: deque[tuple[dist.Work, torch.Tensor, str]] = deque()
@@ -170,7 +170,7 @@ class _Outbox:
                     "the odd one (drop_last=True), or call engine.reset_activation_shape() on every rank when the "
                     "shape changes"
                 )
-            self._settle(self._on_wire - 1)
+            self._settle(self.on_wire - 1)
             buffer = layout.pack(payload, riders)
             self._sending.append((dist.isend(buffer, self._end.peer, group=self._end.group), buffer, doing))
 
@@ -200,7 +200,7 @@ class Links:
         pipelines: for every pipeline of the job, the global rank of each stage, in stage order; the same on every rank.
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
-        early_receives: whether the receives of gradients are posted before F (`lower`).
+        early_receives: whether the receives of gradients are posted before F (`core.lower`).
         record: folder in which the lookout also writes which stage this one has waited for in vain; None for the log
             only.
         looks_out: whether a lookout reports messages that do not come, since waiting for one returns at once; None for
@@ -258,6 +258,11 @@ class Links:
         self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._announcement_out) if box]
         for box in order:
             box.warm_up()
+
+    def limit_gradients(self, on_wire: int) -> None:
+        """Let at most so many gradients be on the way to the stage before this one; the pipe must be empty."""
+        if self._gradient_out is not None:
+            self._gradient_out.on_wire = on_wire
 
     def expect_activation(self, op: Op) -> None:
         self._activation_in.expect(op)

@@ -1,4 +1,4 @@
-"""Which stage waits for which, on a transport whose wait returns at once and whose watchdog ends a process unexplained.
+"""A report of the stage that a stage waits for, on a transport whose wait returns at once and whose watchdog is silent.
 
 On NCCL `wait` makes the device's stream wait, not the host, so no LinkError can be raised there.  The lookout keeps the
 messages that the stage waits for, in the stream's order.  The device is waiting for the oldest one that has not come.

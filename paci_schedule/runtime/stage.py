@@ -162,6 +162,7 @@ class StageRunner:
     def schedule(self, schedule: Schedule) -> None:
         assert self.admitted == 0, "drain before changing the schedule"
         self._schedules = [*(each for each in self._schedules if each.name != schedule.name), schedule]
+        self._links.limit_gradients(schedule.gradients_on_wire(self.spec, self.stage))
         self._lowering = Lowering(schedule, self.spec, self.stage, ties=self._ties, early_receives=self._early_receives)
 
     @property

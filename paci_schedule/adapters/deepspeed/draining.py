@@ -83,7 +83,7 @@ class DrainingEngine(StageLocalEngine):
     ) -> tuple[str | None, dict[str, Any] | None]:
         """As DeepSpeed's, after a `drain`.
 
-        The deferred state is on its way to the optimizer: it is replaced where the optimizer's states are.
+        The deferred state belongs to the optimizer's states: it is loaded only where they are.
         """
         self.drain()
         path, client_state = super().load_checkpoint(
@@ -136,7 +136,7 @@ class DrainingEngine(StageLocalEngine):
         self._assembly.links.reset_shapes()
 
     def destroy(self) -> None:
-        """As DeepSpeed's, after a `drain`; not while an error is on its way up."""
+        """As DeepSpeed's, after a `drain`; it does not drain while an exception propagates."""
         if self._runner is not None and not self._runner.interrupted and sys.exc_info()[0] is None:
             self.drain()
         super().destroy()

@@ -86,7 +86,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._norm_group = NormGroup(norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
         stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
-        self._check_split(self._schedule)
+        self._check_schedule(self._schedule, spec)
         self._reporter = (
             Reporter(self.monitor, self.steps_per_print(), writes=self.global_rank == 0)
             if self.is_first_stage()
@@ -193,10 +193,10 @@ class PaciPipelineEngine(DrainingEngine):
                 computes, "gpipe" or "zb-h1".
 
         Raises:
-            ConfigError: an unknown name.
+            ConfigError: an unknown name, or a schedule that does not exist for this job's options.
             UnsupportedError: the schedule cannot run, or not this job.
         """
-        self._check_split(check_choice(schedule, f"schedule={schedule!r}"))
+        self._check_schedule(check_choice(schedule, f"schedule={schedule!r}"), self._runner.spec)
         self._schedule = schedule
         self.drain()
 
@@ -233,7 +233,7 @@ class PaciPipelineEngine(DrainingEngine):
         return {**self._runner.stats(), "version": self.global_steps}
 
     def take_update(self, losses: torch.Tensor) -> None:
-        """As `StageLocalEngine` has it: sum and reduce the gradients, step, and keep what there is to report."""
+        """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
             self._ties.exchange(self._runner.at, now=self._runner.flushing)
@@ -256,15 +256,18 @@ class PaciPipelineEngine(DrainingEngine):
             self._reporter.add(update)
 
     def post_sum(self, number: int) -> None:
-        """As `StageLocalEngine` has it, unless the weight is frozen."""
+        """See `StageLocalEngine.post_sum`; nothing happens where the weight is frozen."""
         self._ties.post_sum(number, self._runner.at)
 
     def __del__(self) -> None:
         self._runner = None  # a stage that is merely forgotten does not wait for its neighbours
         super().__del__()
 
-    def _check_split(self, name: str) -> None:
-        """Raises UnsupportedError, on every rank, where the schedule splits a backward that cannot be split."""
+    def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
+        """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,
+        where it splits a backward that cannot be split."""
+        if name != "1f1b":  # it runs as far ahead as the links' slack lets it: its order is that of PACI, drained
+            schedule(name).check(spec)
         if schedule(name).splits_backward:
             refuse_together(why_not_split(self), refused(name))
 
@@ -303,8 +306,8 @@ class PaciPipelineEngine(DrainingEngine):
         return losses
 
     def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
-        whom = "the replicas of this stage" if self.is_data_parallel else "the slices of this stage"
+        peers = "the replicas of this stage" if self.is_data_parallel else "the slices of this stage"
         ranks = self._stage_ranks
         if self._norm_group is not None and self._runner.flushing:
-            whom, ranks = f"the other stages and {whom}", {*ranks, *self.grid.pp_group}
-        return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", whom, ranks, self._timeout)
+            peers, ranks = f"the other stages and {peers}", {*ranks, *self.grid.pp_group}
+        return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", peers, ranks, self._timeout)

@@ -50,7 +50,7 @@ def build_prediction(
     refuse_together(_reasons(engine, options, spec), f'{said}; change what follows, or use "off"')
     optimizer = engine.optimizer
     if optimizer is engine.basic_optimizer:
-        # A stage with a tied weight updates without what is not finite; any other is lost with it, predicted or not.
+        # A stage with a tied weight counts what is not finite as zero; any other is lost with it, predicted or not.
         weights = SteppedWeights([stepped_as(optimizer)], deferred, drop_overflow if deferred else None)
     else:
         weights = MasterWeights(optimizer, stepped_as(engine.basic_optimizer), deferred, gathering)

@@ -25,7 +25,10 @@ _CANNOT = {  # words of PyTorch's or DeepSpeed's error: the reason and the remed
         "a layer checkpoints its activations by reentrant autograd, which knows no backward of inputs only; use "
         "checkpoint(..., use_reentrant=False)"
     ),
-    "donated buffer": "a compiled layer frees in B what W needs, since it was compiled under another schedule; leave engine.compile() out",
+    "donated buffer": (
+        "a compiled layer frees in B what W needs, since its backward was compiled under another schedule; leave "
+        "engine.compile() out"
+    ),
 }
 
 

@@ -37,7 +37,7 @@ class Selector:
 
     Attributes:
         default: the schedule of a model whose config names none.
-        options: of a model whose config has none.
+        options: the options of a model whose config has no ``paci``.
         states: of models that are yet to be trained, by their first chunk, to begin with.
     """
 
@@ -57,7 +57,7 @@ class Selector:
     ) -> list:
         """One call of the schedule.
 
-        Evaluation, a pipeline of one stage and every schedule but ``"paci"`` are Megatron-core's own; micro-batches
+        Evaluation, a pipeline of one stage and the schedule ``"1f1b"`` are Megatron-core's own; micro-batches
         that are parked between two training calls stay untouched.
 
         Raises:
@@ -75,7 +75,7 @@ class Selector:
             return untouched()
         if stream is None:
             options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
-            stream = ModelStream(_chunks(model), group, options, call)
+            stream = ModelStream(_chunks(model), group, options, name, call)
             if first in self.states:
                 stream.load_state(self.states.pop(first))
             setattr(first, _STREAM, stream)

@@ -24,12 +24,12 @@ class PlannedEnds:
 
     @classmethod
     def of_options(cls, options: PaciOptions) -> PlannedEnds:
-        """Of a training loop of one's own, which counts its calls from the first under PACI."""
+        """The ends of a training loop that the user wrote; its calls are counted from the first one under PACI."""
         return cls(_known(options.train_iters), _known(options.drain_interval))
 
     @classmethod
     def of_job(cls, args: Namespace) -> PlannedEnds:
-        """Of a Megatron-LM job."""
+        """The ends of a Megatron-LM job."""
         saves = (args.save_interval, getattr(args, "non_persistent_save_interval", None)) if args.save else ()
         phases = getattr(args, "phase_transition_iterations", None) or ()
         return cls(_known(args.train_iters, *phases), _known(args.exit_interval, *saves))

@@ -1,7 +1,7 @@
 """A Megatron-LM job: its arguments, and what its training loop does across stages in every iteration.
 
-Nothing here imports Megatron-LM.  With only megatron-core there is no such job, and a training loop of one's own that
-calls initialize_megatron is none either.
+Nothing here imports Megatron-LM.  A programme that uses only megatron-core, or a training loop of its own, is no such
+job.
 """
 
 from __future__ import annotations

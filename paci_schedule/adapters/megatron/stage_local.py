@@ -121,7 +121,7 @@ class StageSums:
                 each.be_over(each.whole if flushing else each.stage)
 
     def _over_plain_groups(self, count: Callable[..., Any]) -> Callable[..., Any]:
-        """`count`, without what completes squared norms, since its sums are none."""
+        """`count` over plain groups, because its sums are not squared norms."""
 
         @functools.wraps(count)
         def counted(*args: Any, **kwargs: Any) -> Any:

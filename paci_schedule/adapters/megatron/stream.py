@@ -40,6 +40,7 @@ class ModelStream:
         chunks: the model as the training loop holds it.
         group: the pipeline's process group.
         options: of the schedule.
+        name: of the schedule, which has calls that lead.
         call: the other arguments of the first call.
 
     Raises:
@@ -47,7 +48,12 @@ class ModelStream:
     """
 
     def __init__(
-        self, chunks: list[torch.nn.Module], group: dist.ProcessGroup, options: PaciOptions, call: dict[str, Any]
+        self,
+        chunks: list[torch.nn.Module],
+        group: dist.ProcessGroup,
+        options: PaciOptions,
+        name: str,
+        call: dict[str, Any],
     ) -> None:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
         args = job.current_args()
@@ -80,7 +86,7 @@ class ModelStream:
             self._deferred,
             prediction,
             ties.stages,
-            schedule=schedule("paci", leading=True),
+            schedule=schedule(name, leading=True),
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,

@@ -39,7 +39,7 @@ class Interleaved(Schedule):
         super().check(spec)
         if spec.accumulation % spec.stages:
             raise ConfigError(
-                f"micro_batches={spec.accumulation}: {self.name} takes micro-batches in groups of one a stage; "
+                f"accumulation={spec.accumulation}: {self.name} takes micro-batches in groups of one a stage; "
                 f"use a multiple of the {spec.stages} stages"
             )
 

@@ -31,7 +31,7 @@ class PipeDream2BW(paci.Paci):
         super().check(spec)
         if spec.accumulation < spec.look_ahead(0):
             raise ConfigError(
-                f"micro_batches={spec.accumulation}: {self.name} keeps two weight versions, which takes at least "
+                f"accumulation={spec.accumulation}: {self.name} keeps two weight versions, which takes at least "
                 f"stages - 1 = {spec.look_ahead(0)} micro-batches a batch; raise them, or take paci"
             )
 

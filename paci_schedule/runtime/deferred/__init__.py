@@ -1,1 +1,1 @@
-"""What a stage learns late by design: gradient norms and tied sums of other stages."""
+"""What a stage learns only some updates later: gradient norms of other stages, and sums of tied weights' gradients."""

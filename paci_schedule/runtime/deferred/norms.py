@@ -20,7 +20,7 @@ The norms in a message are kept as the message brought them, and put together wh
 number of kernels for a message does not grow with the pipeline.
 
 A norm that is not finite counts as zero elsewhere: a stage that overflows skips its own update only.  One with a tied
-weight does not skip, and its norm is finite (`runtime.tied`).
+weight does not skip, and its norm is finite (`runtime.deferred.tied`).
 """
 
 from __future__ import annotations

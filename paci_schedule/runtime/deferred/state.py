@@ -72,17 +72,18 @@ class DeferredState:
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
         """Go on as the stage that gave `state`.
 
-        Norms of another number of stages, and sums of weights that are tied between other stages, mean nothing here
-        and are left out.
+        Norms of another number of stages, and sums of weights that are tied between other stages, cannot be used and
+        are left out.  Version 0.1.0 saved the sums of a Megatron model's only tied weight as a list.
 
         Returns:
             the names of the tied weights whose sums were left out.
         """
+        tied = state["tied"] if isinstance(state["tied"], Mapping) else dict.fromkeys(self.tied, state["tied"])
         if self.norms is not None:
             self.norms.load_state([row for row in state["norms"] if len(row) == self.norms.stages])
         if self._prediction is not None:
             factor = state.get("factor")
             self._prediction.factor = None if factor is None else torch.full((), factor, device=self._device)
         for name, gradient in self.tied.items():
-            gradient.load_pending([total.to(self._device) for total in state["tied"].get(name, [])])
-        return [name for name, sums in state["tied"].items() if sums and name not in self.tied]
+            gradient.load_pending([total.to(self._device) for total in tied.get(name, [])])
+        return [name for name, sums in tied.items() if sums and name not in self.tied]
