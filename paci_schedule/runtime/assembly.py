@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from paci_schedule import trace
 from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import Prediction
+from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.deferred.tied import TiedGradient
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
@@ -20,56 +23,89 @@ __all__ = ["Assembly"]
 
 
 class Assembly:
-    """The links, the stopwatch and the runner of one stage.
+    """The norms, the deferred state, the links, the stopwatch and the runner of one stage.
 
-    Every rank of the job constructs its own at the same time, since neighbours set up a link together.
+    It is put together in two steps: an optimizer may need the norms before the rest exists.
 
     Args:
-        compute: the framework's part.
         spec: the pipeline.
         stage: this rank's stage.
-        pipelines: for every pipeline of the job its ranks in stage order, the same list on every rank.
+        pipeline: the process group of all stages of this rank's pipeline.
         device: where the stage computes.
-        deferred: the stage's deferred state.
-        prediction: of the stage's weights; None for none.
-        ties: for each tied weight of this stage, the stages that hold a copy.
-        schedule: what the stage runs at first.
+        carries_norms: gradient norms travel with the messages; else each stage clips by its own norm, or not at all.
+        shares_weights: the model ties weights across stages.
         timeout: how long a neighbouring stage may take to answer.
         early_receives: post the receives of gradients one op earlier (`core.lower`).
         record: the folder to record runs in; None for none.
+
+    Attributes:
+        norms: gradient norms that travel with the messages; None for none.
+        deferred, links, stopwatch, runner: of the stage, once it is connected.
     """
+
+    deferred: DeferredState
+    links: Links
+    stopwatch: Stopwatch
+    runner: StageRunner
 
     def __init__(
         self,
-        compute: StageCompute,
         spec: PipelineSpec,
         stage: int,
-        pipelines: Sequence[Sequence[int]],
+        pipeline: dist.ProcessGroup,
         device: torch.device,
-        deferred: DeferredState,
-        prediction: Prediction | None,
-        ties: Sequence[Sequence[int]],
         *,
-        schedule: Schedule,
+        carries_norms: bool,
+        shares_weights: bool,
         timeout: timedelta,
         early_receives: bool,
         record: str | None,
     ) -> None:
-        self.links = Links(spec, pipelines, device, timeout, early_receives=early_receives, record=record)
-        self.stopwatch = Stopwatch(device, records=record is not None)
+        self.norms = None
+        if carries_norms:
+            self.norms = CarriedNorms(spec, stage, pipeline, device, agrees=shares_weights, timeout=timeout)
+        self._spec, self._stage, self._device, self._timeout = spec, stage, device, timeout
+        self._early_receives, self._record = early_receives, record
+
+    def connect(
+        self,
+        compute: StageCompute,
+        schedule: Schedule,
+        pipelines: list[list[int]],
+        tied: Mapping[str, TiedGradient],
+        ties: Sequence[Sequence[int]],
+        prediction: Prediction | None,
+    ) -> None:
+        """Connect the stage with its neighbours.
+
+        Every rank of the job calls this at the same time, since neighbours set up a link together.
+
+        Args:
+            compute: the framework's part.
+            schedule: what to run.
+            pipelines: for every pipeline of the job its ranks in stage order, the same list on every rank.
+            tied: the gradients of this stage's copies of tied weights, by the names that they are saved under.
+            ties: for each tied weight that the runner sums, the stages that hold a copy.
+            prediction: of the stage's weights; None for none.
+        """
+        early_receives, records = self._early_receives, self._record is not None
+        self.deferred = DeferredState(self._device, self.norms, tied, prediction)
+        self.links = Links(
+            self._spec, pipelines, self._device, self._timeout, early_receives=early_receives, record=self._record
+        )
+        self.stopwatch = Stopwatch(self._device, records=records)
         self.runner = StageRunner(
-            spec,
-            stage,
+            self._spec,
+            self._stage,
             compute,
             self.links,
             self.stopwatch,
-            deferred,
+            self.deferred,
             ties,
             early_receives,
             prediction,
             schedule=schedule,
         )
-        self._record = record
 
     def write_recording(self, replica: int) -> None:
         """Write the newest ops of this rank, where runs are recorded.

@@ -39,8 +39,7 @@ from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.runtime.assembly import Assembly
-from paci_schedule.runtime.deferred.norms import CarriedNorms, NormGroup
-from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.deferred.norms import NormGroup
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA
 from paci_schedule.runtime.waiting import shorten_timeout, waiting
@@ -79,11 +78,21 @@ class PaciPipelineEngine(DrainingEngine):
             accumulation=config_class.gradient_accumulation_steps,
             extra_in_flight=options.extra_in_flight,
         )
-        norms = self._norm_group = None
-        if config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1:
-            pipeline, shares = grid.get_pipe_parallel_group(), bool(module.tied_comms)
-            norms = CarriedNorms(spec, grid.get_stage_id(), pipeline, device, agrees=shares, timeout=timeout)
-            self._norm_group = NormGroup(norms, grid.get_slice_parallel_group(), grid.get_model_parallel_group())
+        self._assembly = Assembly(
+            spec,
+            grid.get_stage_id(),
+            grid.get_pipe_parallel_group(),
+            device,
+            carries_norms=config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1,
+            shares_weights=bool(module.tied_comms),
+            timeout=timeout,
+            early_receives=options.early_receives,
+            record=options.record,
+        )
+        self._norm_group = None
+        if self._assembly.norms is not None:
+            slices, stages = grid.get_slice_parallel_group(), grid.get_model_parallel_group()
+            self._norm_group = NormGroup(self._assembly.norms, slices, stages)
         stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
         self._check_schedule(self._schedule, spec)
@@ -103,21 +112,15 @@ class PaciPipelineEngine(DrainingEngine):
         self._ties = Ties(self, spec, timeout)
         gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
         self._prediction = build_prediction(self, options, spec, self._ties.copies(), gathering)
-        self._deferred = DeferredState(self.device, norms, self._ties.gradients, self._prediction)
-        self._assembly = Assembly(
+        self._assembly.connect(
             EngineCompute(self),
-            spec,
-            self.stage_id,
+            schedule(self._schedule),
             self.grid.topology().get_axis_comm_lists("pipe"),
-            self.device,
-            self._deferred,
-            self._prediction,
+            self._ties.gradients,
             [self._ties.gradients[name].stages for name in self._ties.across],
-            schedule=schedule(self._schedule),
-            timeout=timeout,
-            early_receives=options.early_receives,
-            record=options.record,
+            self._prediction,
         )
+        self._deferred = self._assembly.deferred
         self._runner = self._assembly.runner
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:

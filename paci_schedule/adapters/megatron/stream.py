@@ -25,8 +25,6 @@ from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.assembly import Assembly
-from paci_schedule.runtime.deferred.norms import CarriedNorms
-from paci_schedule.runtime.deferred.state import DeferredState
 
 __all__ = ["ModelStream"]
 
@@ -70,27 +68,24 @@ class ModelStream:
         timeout = timedelta(seconds=options.timeout)
         shares = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
         self._ties = ties = Ties(self._model, shares, spec, timeout)
-        norms = None
-        if options.clip == "global":
-            norms = CarriedNorms(spec, stage, group, device, agrees=bool(ties.stages), timeout=timeout)
-        prediction = build_prediction(self._model, self._config, options)
-        self._deferred = DeferredState(device, norms, ties.gradients, prediction)
-        self._sums = StageSums(self._config, norms, warn=stage == 0)
-        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum)
         self._assembly = Assembly(
-            self._compute,
             spec,
             stage,
-            pipelines,
+            group,
             device,
-            self._deferred,
-            prediction,
-            ties.stages,
-            schedule=schedule(name, leading=True),
+            carries_norms=options.clip == "global",
+            shares_weights=bool(ties.stages),
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
         )
+        prediction = build_prediction(self._model, self._config, options)
+        self._sums = StageSums(self._config, self._assembly.norms, warn=stage == 0)
+        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum)
+        self._assembly.connect(
+            self._compute, schedule(name, leading=True), pipelines, ties.gradients, ties.stages, prediction
+        )
+        self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
         self._is_updating = False
         self._loss: torch.Tensor | None = None
