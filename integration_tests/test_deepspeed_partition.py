@@ -204,7 +204,7 @@ def refused(what):
     [
         ("layer", r"layer 2, Linear, fails on float32\[6, 4\]: RuntimeError"),
         ("limit", r"memory_limit: no partition keeps to it; in the nearest, \[.*stage 0 needs"),
-        ("file", r"holds no cut of this model \(partition \[0, 2, 9\].*remove it to measure anew"),
+        ("file", r"holds no partition of this model \(partition \[0, 2, 9\].*remove it to measure anew"),
     ],
     ids=["layer", "limit", "file"],
 )
@@ -217,7 +217,7 @@ def test_where_one_rank_finds_no_cut_all_of_them_say_so(what, message, tmp_path)
     expected = "NothingFitsError" if what == "limit" else "ConfigError"
     assert (ours.raised[0], other.raised[0]) == (expected, "PaciError")
     assert re.search(message, ours.error)
-    assert "rank 0 found no cut: " in other.error
+    assert "rank 0 found no partition: " in other.error
 
 
 def test_bounds_that_are_no_cut_of_the_model_are_refused_on_every_rank():
