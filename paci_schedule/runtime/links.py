@@ -49,7 +49,7 @@ class _End:
         peer: global rank at the other end.
         stage: this end's stage.
         peer_stage: the other end's stage.
-        content: what travels: an activation, a gradient or the announcement of a batch.
+        content: what travels: "activation", "gradient" or "announcement".
         device: where the messages live.
         timeout: how long the other end may take.
         lookout: what reports that a message does not come, where waiting for it returns at once; None for nothing.
