@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from paci_schedule.core.schedules.registry import SCHEDULES, schedule
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
@@ -17,7 +18,7 @@ IN_EVERY_LOOP = tuple(name for name in RUNNABLE if name == "1f1b" or "leading" i
 end for every stage after the same backward."""
 
 
-def check_choice(name: object, written: str, valid: Sequence[str] = RUNNABLE) -> str:
+def check_choice(name: Any, written: str, valid: Sequence[str] = RUNNABLE) -> str:
     """`name`, if it is a schedule's that can be run.
 
     Args:

@@ -61,7 +61,7 @@ def is_calls(value: object) -> bool:
 
 
 def _is_timeout(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value <= LONGEST
+    return (type(value) is int or type(value) is float) and 0 < value <= LONGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,8 @@ def read(model: type[_OptionsT], block: object, written: str, write: Callable[[s
         if name not in known:
             raise ConfigError(f"{write(name, '...')}: unknown option; valid are {nearest(str(name), known)}")
         known[name].metadata["check"](value, write(name, repr(value)))
-    options = model(**{name: tuple(value) if isinstance(value, list) else value for name, value in block.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in block.items()}
+    options = model(**values)
     reach = options.prediction_reach
     check_reach(reach, options.prediction, write("prediction_reach", repr(reach)))
     return options

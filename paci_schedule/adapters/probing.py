@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from paci_schedule.errors import UnsupportedError
 
@@ -41,7 +42,7 @@ def look_up(name: str, parameters: Collection[str] = ()) -> tuple[str, bool, str
     """
     module, _, path = name.partition(":")
     try:
-        target = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in path.split("."):
             target = getattr(target, part)
     except (ImportError, AttributeError) as error:

@@ -14,9 +14,10 @@ differs between the two ends, so that gloo never meets and `destroy_process_grou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ from torch.distributed.distributed_c10d import (
 )
 
 from paci_schedule.runtime.waiting import patience_of
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
 
 __all__ = ["Pair", "backend_for", "connect", "link_options"]
 
@@ -51,7 +55,7 @@ class Pair:
     announcements: dist.ProcessGroup
 
 
-def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta) -> list[Pair]:
+def connect(pipelines: Sequence[Sequence[int]], device: torch.device, timeout: timedelta) -> list[Pair]:
     """Make the groups of all links of the job; every rank of the job calls it at the same time.
 
     Args:
@@ -74,10 +78,13 @@ def connect(pipelines: list[list[int]], device: torch.device, timeout: timedelta
         for first in (0, 1)
     )
     steps = [pairs for pairs in (even, odd) if pairs]
-    down = [_step(pairs, backend, f"{number} paci activation link", patience) for pairs in steps]
-    up = [_step(pairs, backend, f"{number} paci gradient link", patience) for pairs in steps]
+    downs = [_step(pairs, backend, f"{number} paci activation link", patience) for pairs in steps]
+    ups = [_step(pairs, backend, f"{number} paci gradient link", patience) for pairs in steps]
+    assert announcements is not None, "every rank of the job is in a pipeline"
     return [
-        Pair(_own(pairs), *groups, announcements) for pairs, *groups in zip(steps, down, up, strict=True) if _own(pairs)
+        Pair(_own(pairs), down, up, announcements)
+        for pairs, down, up in zip(steps, downs, ups, strict=True)
+        if down is not None and up is not None
     ]
 
 
@@ -119,7 +126,7 @@ def _step(groups: list[tuple[int, ...]], backend: str, name: str, timeout: timed
         members,
         dist.Backend(backend),
         _get_default_store(),
-        f"{name} {'-'.join(map(str, members))}",
+        cast("GroupName", f"{name} {'-'.join(map(str, members))}"),
         backend_options=link_options(backend, timeout),
         timeout=timeout,
         device_id=_get_default_group().bound_device_id if backend == "nccl" else None,
@@ -127,5 +134,6 @@ def _step(groups: list[tuple[int, ...]], backend: str, name: str, timeout: timed
     )
     if not own:
         return None
-    _world.pg_group_ranks[group] = {member: index for index, member in enumerate(members)}
-    return group
+    mine = cast("dist.ProcessGroup", group)  # torch gives its mark for outsiders to them only
+    _world.pg_group_ranks[mine] = {member: index for index, member in enumerate(members)}
+    return mine

@@ -17,7 +17,7 @@ learns that the data has ended before it waits for activations that will never c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,11 +32,12 @@ from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
 from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
-from paci_schedule.runtime.waiting import waiting
+from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["Links"]
 
 _HOST = torch.device("cpu")
+_ACTIVATION, _GRADIENT, _ANNOUNCEMENT = "activation", "gradient", "announcement"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class _End:
         peer: global rank at the other end.
         stage: this end's stage.
         peer_stage: the other end's stage.
-        content: what travels: "activation", "gradient" or "batch announcement".
+        content: what travels: "activation", "gradient" or "announcement".
         device: where the messages live.
         timeout: how long the other end may take.
         lookout: what reports that a message does not come, where waiting for it returns at once; None for nothing.
@@ -101,39 +102,45 @@ class _Inbox:
         """
         self._end.note(op)
         self._expected += 1
-        if self._layout is None:
+        layout = self._layout
+        if layout is None:
             if self._header is None:
                 with self._end.during(f"posted the receive {op} of the shapes of the {self._end.content}s from"):
-                    buffer = torch.empty(HEADER, dtype=torch.uint8, device=self._end.device)
-                    self._header = dist.irecv(buffer, self._end.peer, group=self._end.group), buffer
+                    self._header = self._begin(torch.empty(HEADER, dtype=torch.uint8, device=self._end.device))
             if self._early:
                 return
-            self._learn_layout(op)
-        self._post(op)
+            layout = self._learn_layout(op)
+        self._post(op, layout)
 
     def receive(self, op: Op) -> tuple[Payload, Riders]:
         """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next)."""
         self._end.note(op)
-        if self._layout is None:
-            self._learn_layout(op)
-            self._post(op)
+        layout = self._layout
+        if layout is None:
+            layout = self._learn_layout(op)
+            self._post(op, layout)
         work, buffer = self._posted.popleft()
         self._end.wait(work, f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from")
-        return self._layout.unpack(buffer)
+        return layout.unpack(buffer)
 
-    def _learn_layout(self, op: Op) -> None:
+    def _learn_layout(self, op: Op) -> Layout:
+        assert self._header is not None, "`expect` has posted it"
         work, header = self._header
         doing = f"waited ({op}) for the shapes of the {self._end.content}s from"
         self._end.wait(work, doing)
         with self._end.during(doing):
-            self._layout, self._header = Layout.from_header(header), None
+            self._layout = layout = Layout.from_header(header)
+        self._header = None
+        return layout
 
-    def _post(self, op: Op) -> None:
+    def _post(self, op: Op, layout: Layout) -> None:
         with self._end.during(f"posted the receive {op} of the {self._end.content} of micro-batch {op.index} from"):
             for _ in range(self._expected):
-                buffer = self._layout.empty(self._end.device)
-                self._posted.append((dist.irecv(buffer, self._end.peer, group=self._end.group), buffer))
+                self._posted.append(self._begin(layout.empty(self._end.device)))
         self._expected = 0
+
+    def _begin(self, buffer: torch.Tensor) -> tuple[dist.Work, torch.Tensor]:
+        return begun(dist.irecv(buffer, self._end.peer, group=self._end.group)), buffer
 
     def forget_layout(self) -> None:
         self._layout = None
@@ -161,7 +168,7 @@ class _Outbox:
         with self._end.during(doing):
             if self._layout is None:
                 header = layout.header(self._end.device)
-                self._header = dist.isend(header, self._end.peer, group=self._end.group), header
+                self._header = self._begin(header)
                 self._layout = layout
             elif layout != self._layout:
                 raise ConfigError(
@@ -171,8 +178,7 @@ class _Outbox:
                     "shape changes"
                 )
             self._settle(self.on_wire - 1)
-            buffer = layout.pack(payload, riders)
-            self._sending.append((dist.isend(buffer, self._end.peer, group=self._end.group), buffer, doing))
+            self._sending.append((*self._begin(layout.pack(payload, riders)), doing))
 
     def finish(self) -> None:
         """Wait until every message has left."""
@@ -180,6 +186,9 @@ class _Outbox:
 
     def forget_layout(self) -> None:
         self._layout = None
+
+    def _begin(self, buffer: torch.Tensor) -> tuple[dist.Work, torch.Tensor]:
+        return begun(dist.isend(buffer, self._end.peer, group=self._end.group)), buffer
 
     def _settle(self, remaining: int) -> None:
         while len(self._sending) > remaining:
@@ -213,7 +222,7 @@ class Links:
     def __init__(
         self,
         spec: PipelineSpec,
-        pipelines: list[list[int]],
+        pipelines: Sequence[Sequence[int]],
         device: torch.device,
         timeout: timedelta,
         *,
@@ -221,14 +230,11 @@ class Links:
         record: str | None = None,
         looks_out: bool | None = None,
     ) -> None:
-        self._activation_in: _Inbox | None = None
-        self._activation_out: _Outbox | None = None
-        self._gradient_in: _Inbox | None = None
-        self._gradient_out: _Outbox | None = None
-        self._announcement_in: _Inbox | None = None
-        self._announcement_out: _Outbox | None = None
+        # By what they carry.  A stage at an end of the pipeline has none beyond it, and no op that needs one.
+        self._inboxes: dict[str, _Inbox] = {}
+        self._outboxes: dict[str, _Outbox] = {}
         rank = dist.get_rank()
-        stage = next((ranks.index(rank) for ranks in pipelines if rank in ranks), None)
+        stage = next(ranks.index(rank) for ranks in pipelines if rank in ranks)
         pairs = connect(pipelines, device, timeout)
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
@@ -243,62 +249,62 @@ class Links:
                 peer_stage=stage + 1 if above else stage - 1,
                 timeout=timeout,
             )
-            down = end(group=pair.down, content="activation", device=device, lookout=self._lookout)
-            up = end(group=pair.up, content="gradient", device=device, lookout=self._lookout)
-            announcements = end(group=pair.announcements, content="announcement", device=_HOST, lookout=None)
+            down = end(group=pair.down, content=_ACTIVATION, device=device, lookout=self._lookout)
+            up = end(group=pair.up, content=_GRADIENT, device=device, lookout=self._lookout)
+            announcements = end(group=pair.announcements, content=_ANNOUNCEMENT, device=_HOST, lookout=None)
             if above:
-                self._activation_out, self._announcement_out = _Outbox(down, 1), _Outbox(announcements, 1)
-                self._gradient_in = _Inbox(up, early_receives)
-                order += [self._activation_out, self._gradient_in, self._announcement_out]
+                self._outboxes[_ACTIVATION] = activations = _Outbox(down, 1)
+                self._inboxes[_GRADIENT] = gradients = _Inbox(up, early_receives)
+                self._outboxes[_ANNOUNCEMENT] = announced = _Outbox(announcements, 1)
             else:
-                self._activation_in, self._announcement_in = _Inbox(down), _Inbox(announcements)
-                self._gradient_out = _Outbox(up, spec.gradients_on_wire(stage))
-                order += [self._activation_in, self._gradient_out, self._announcement_in]
-        self._inboxes = [box for box in (self._activation_in, self._gradient_in, self._announcement_in) if box]
-        self._outboxes = [box for box in (self._activation_out, self._gradient_out, self._announcement_out) if box]
+                self._inboxes[_ACTIVATION] = activations = _Inbox(down)
+                self._outboxes[_GRADIENT] = gradients = _Outbox(up, spec.gradients_on_wire(stage))
+                self._inboxes[_ANNOUNCEMENT] = announced = _Inbox(announcements)
+            order += [activations, gradients, announced]
         for box in order:
             box.warm_up()
 
     def limit_gradients(self, on_wire: int) -> None:
         """Let at most so many gradients be on the way to the stage before this one; the pipe must be empty."""
-        if self._gradient_out is not None:
-            self._gradient_out.on_wire = on_wire
+        if _GRADIENT in self._outboxes:
+            self._outboxes[_GRADIENT].on_wire = on_wire
 
     def expect_activation(self, op: Op) -> None:
-        self._activation_in.expect(op)
+        self._inboxes[_ACTIVATION].expect(op)
 
     def recv_activation(self, op: Op) -> tuple[Payload, Riders]:
-        return self._activation_in.receive(op)
+        return self._inboxes[_ACTIVATION].receive(op)
 
     def send_activation(self, op: Op, payload: Payload, riders: Riders) -> None:
-        self._activation_out.send(op, payload, riders)
+        self._outboxes[_ACTIVATION].send(op, payload, riders)
 
     def expect_gradient(self, op: Op) -> None:
-        self._gradient_in.expect(op)
+        self._inboxes[_GRADIENT].expect(op)
 
     def recv_gradient(self, op: Op) -> tuple[Payload, Riders]:
-        return self._gradient_in.receive(op)
+        return self._inboxes[_GRADIENT].receive(op)
 
     def send_gradient(self, op: Op, payload: Payload, riders: Riders) -> None:
-        self._gradient_out.send(op, payload, riders)
+        self._outboxes[_GRADIENT].send(op, payload, riders)
 
     def announce(self, next_op: Op, whole_batch: Callable[[], bool]) -> bool:
         """Whether the batch that begins with `next_op` is whole: the first stage asks and tells the next one."""
-        if self._announcement_in is None:
+        before, after = self._inboxes.get(_ANNOUNCEMENT), self._outboxes.get(_ANNOUNCEMENT)
+        if before is None:
             is_whole = torch.tensor([whole_batch()])
         else:
-            self._announcement_in.expect(next_op)
-            is_whole, _ = self._announcement_in.receive(next_op)
-        if self._announcement_out is not None:
-            self._announcement_out.send(next_op, is_whole)
+            before.expect(next_op)
+            is_whole, _ = before.receive(next_op)
+        if after is not None:
+            after.send(next_op, is_whole)
         return bool(is_whole)
 
     def reset_shapes(self) -> None:
         """Forget the shapes of the messages; the next ones bring theirs.  The pipe must be empty, on every rank."""
-        for box in (*self._inboxes, *self._outboxes):
+        for box in (*self._inboxes.values(), *self._outboxes.values()):
             box.forget_layout()
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
-        for box in self._outboxes:
+        for box in self._outboxes.values():
             box.finish()

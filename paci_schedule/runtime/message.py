@@ -41,9 +41,8 @@ class Layout:
     @classmethod
     def of(cls, payload: Payload, riders: Riders = ()) -> Layout:
         """The layout that fits."""
-        bare = isinstance(payload, torch.Tensor)
-        tensors = (*((payload,) if bare else payload), *riders)
-        return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), len(riders), bare)
+        parts = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(payload, riders))
+        return cls(parts, len(riders), isinstance(payload, torch.Tensor))
 
     @classmethod
     def from_header(cls, header: torch.Tensor) -> Layout:
@@ -71,7 +70,7 @@ class Layout:
 
     def pack(self, payload: Payload, riders: Riders = ()) -> torch.Tensor:
         """The message as one contiguous uint8 tensor; without a copy if it is a single contiguous tensor."""
-        tensors = (*((payload,) if self.bare else payload), *riders)
+        tensors = _tensors(payload, riders)
         if len(tensors) == 1:
             return tensors[0].detach().contiguous().flatten().view(torch.uint8)
         buffer = self.empty(tensors[0].device)
@@ -103,3 +102,7 @@ class Layout:
             buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for offset, (shape, dtype) in zip(self._offsets(), self.parts, strict=True)
         ]
+
+
+def _tensors(payload: Payload, riders: Riders) -> tuple[torch.Tensor, ...]:
+    return (*((payload,) if isinstance(payload, torch.Tensor) else payload), *riders)

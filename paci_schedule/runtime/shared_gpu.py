@@ -75,23 +75,23 @@ class SharedGpuGroup(dist.ProcessGroup):
     """A gloo process group whose point-to-point messages may be CUDA tensors."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]: torch's stub lacks this constructor
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def getBackendName(self) -> str:
         return BACKEND
 
-    def send(self, tensors: list[torch.Tensor], destination: int, tag: int) -> dist.Work:
+    def send(self, tensors: list[torch.Tensor], dstRank: int, tag: int) -> dist.Work:
         if _is_on_host(tensors[0]):
-            return self._gloo.send(tensors, destination, tag)
+            return self._gloo.send(tensors, dstRank, tag)
         host = tensors[0].cpu()
-        return _Leaving(self._gloo.send([host], destination, tag), host)
+        return _Leaving(self._gloo.send([host], dstRank, tag), host)
 
-    def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> dist.Work:
+    def recv(self, tensors: list[torch.Tensor], srcRank: int, tag: int) -> dist.Work:
         if _is_on_host(tensors[0]):
-            return self._gloo.recv(tensors, source, tag)
+            return self._gloo.recv(tensors, srcRank, tag)
         host = torch.empty_like(tensors[0], device="cpu")
-        return _Arriving(self._gloo.recv([host], source, tag), host, tensors[0])
+        return _Arriving(self._gloo.recv([host], srcRank, tag), host, tensors[0])
 
 
 def _is_on_host(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ for: there the chain begins anew at the host's clock.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import torch
@@ -35,28 +35,26 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device, records: bool = False) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._last: float | torch.cuda.Event = self._mark()
-        if self._on_cuda:
+        self._last = _mark() if device.type == "cuda" else None
+        if self._last is not None:
             self._last.synchronize()
         self._now = time.perf_counter()  # of the last mark that was folded
-        # What, from where to where, and the host's clock at the end where the device was idle.
-        self._open: deque[tuple[Op | str | None, float | torch.cuda.Event, float | torch.cuda.Event, float | None]]
-        self._open = deque()
-        self._seconds: Counter[str | None] = Counter()
+        # On CUDA: what, from where to where, and the host's clock at the end where the device was idle.
+        self._open: deque[tuple[Op | str | None, torch.cuda.Event, torch.cuda.Event, float | None]] = deque()
+        self._seconds: defaultdict[str | None, float] = defaultdict(float)
         self._spans: deque[tuple[Op | str, float, float]] | None = deque(maxlen=_KEPT) if records else None
 
     def start(self) -> None:
         """What came since the last lap was not the stage's own work (the caller had control)."""
         self._fold()
-        idle = self._on_cuda and not self._open and torch.cuda.current_stream().query()
+        idle = self._last is not None and not self._open and torch.cuda.current_stream().query()
         self._lap(None, idle)
 
     def lap(self, what: Op | str) -> None:
         """`what` ends here."""
         self._lap(what)
 
-    def totals(self) -> Counter[str | None]:
+    def totals(self) -> defaultdict[str | None, float]:
         """Seconds booked so far: for each kind of op as it prints, for DATA, and for None, the caller's time.
 
         On CUDA these are the ops that the device has finished.
@@ -70,27 +68,27 @@ class Stopwatch:
         yield from self._spans or ()
 
     def _lap(self, what: Op | str | None, idle: bool = False) -> None:
-        mark = self._mark()
+        if self._last is None:
+            self._book(what, time.perf_counter())
+            return
+        mark = _mark()
         self._open.append((what, self._last, mark, time.perf_counter() if idle else None))
         self._last = mark
         self._fold()
 
     def _fold(self) -> None:
-        while self._open and (not self._on_cuda or self._open[0][2].query()):
+        while self._open and self._open[0][2].query():
             what, begin, end, at = self._open.popleft()
-            if not self._on_cuda:
-                start, self._now = begin, end
-            elif at is not None:
-                start, self._now = self._now, at
-            else:
-                start, self._now = self._now, self._now + begin.elapsed_time(end) / 1e3
-            self._seconds[what.kind.value if isinstance(what, Op) else what] += self._now - start
-            if self._spans is not None and what is not None:
-                self._spans.append((what, start, self._now))
+            self._book(what, self._now + begin.elapsed_time(end) / 1e3 if at is None else at)
 
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _book(self, what: Op | str | None, end: float) -> None:
+        start, self._now = self._now, end
+        self._seconds[what.kind.value if isinstance(what, Op) else what] += end - start
+        if self._spans is not None and what is not None:
+            self._spans.append((what, start, end))
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from paci_schedule.errors import LinkError
 
-__all__ = ["WATCHDOG_MARGIN", "no_answer", "patience_of", "shorten_timeout", "waiting"]
+__all__ = ["WATCHDOG_MARGIN", "begun", "no_answer", "patience_of", "shorten_timeout", "waiting"]
 
 WATCHDOG_MARGIN = timedelta(seconds=60)
 """How much later than the timeout NCCL's watchdog ends a process.
@@ -22,6 +22,12 @@ margin lets the lookout speak first, unless the host has run ahead of its device
 
 # What gloo and NCCL write.  Whatever else fails while a collective may be under way is an error of its own.
 _TRANSPORT = re.compile(r"gloo|nccl|timed? ?out|clos(ed|ure)|connection|abort", re.IGNORECASE)
+
+
+def begun(work: dist.Work | None) -> dist.Work:
+    """What was begun asynchronously, to be waited for; torch gives None only to a rank outside of the group."""
+    assert work is not None, "this rank is in the group"
+    return work
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.runtime.deferred.state import DeferredState
 
 __all__ = ["keep_deferred"]
 
 logger = logging.getLogger(__name__)
+
+_STOCK = "stock"  # of our save: Megatron-LM's own
 
 
 def keep_deferred(
@@ -36,8 +38,8 @@ def keep_deferred(
         settle: called before a save; whether the pipe is empty.
         sharded: whether data-parallel ranks hold different parts of the gradients.
     """
-    training = sys.modules["megatron.training.training"]
-    stock_save = getattr(training.save_checkpoint, "stock", training.save_checkpoint)
+    training = loaded("megatron.training.training")
+    stock_save = getattr(training.save_checkpoint, _STOCK, training.save_checkpoint)
 
     def path(folder: str, iteration: int) -> Path:
         return Path(folder, "paci_schedule", f"iter_{iteration:07d}", _rank_name(sharded))
@@ -51,7 +53,7 @@ def keep_deferred(
             torch.save({**state, "weights": _fingerprint(model)}, file)
         return stock_save(iteration, *rest, **options)
 
-    save_checkpoint.stock = stock_save
+    setattr(save_checkpoint, _STOCK, stock_save)
     training.save_checkpoint = save_checkpoint
     if args.load and args.iteration:
         _load(path(args.load, args.iteration), model, deferred)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
@@ -56,15 +56,17 @@ class ModelCompute:
         return self._reduced
 
     def forward(self, micro_batch: int, inputs: Payload | None) -> Payload | None:
+        received: torch.Tensor | None = None
         if inputs is not None:
-            inputs = make_viewless_tensor(inp=inputs, requires_grad=True, keep_graph=False)
+            tensor = cast(torch.Tensor, inputs)  # as `forward` of the stage before returned it
+            received = make_viewless_tensor(inp=tensor, requires_grad=True, keep_graph=False)
         try:
-            output, _ = forward_step(
+            stepped, _ = forward_step(
                 self._forward_step_func,
                 self._data,
                 self._model,
                 self._accumulation,
-                inputs,
+                received,
                 self._reduced,
                 self._config,
                 cp_group_size=1,
@@ -79,7 +81,8 @@ class ModelCompute:
                 "last ones read nothing ahead; an iterator for each call needs {'drain_interval': 1}"
             ) from error
         self._forwards += 1
-        self._live[micro_batch] = inputs, output
+        output = cast(torch.Tensor, stepped)  # a list for a list of inputs only
+        self._live[micro_batch] = received, output
         if self._last:
             self._losses[micro_batch] = (output.detach() * self._accumulation).float().reshape(1)
             return None
@@ -98,9 +101,9 @@ class ModelCompute:
             config=self._config,
             **self._backward_extra,
         )
-        if self._first:
+        if inputs is None:  # at the first stage
             return ()
-        return (torch.zeros_like(inputs) if gradient is None else gradient,)
+        return (torch.zeros_like(inputs) if gradient is None else cast(torch.Tensor, gradient),)
 
     def losses(self, micro_batch: int) -> torch.Tensor:
         return self._losses.pop(micro_batch)

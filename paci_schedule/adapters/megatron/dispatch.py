@@ -12,11 +12,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from megatron.core import parallel_state, pipeline_parallel
+from megatron.core import pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
 from paci_schedule.adapters.choice import IN_EVERY_LOOP, check_choice
+from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import ModelStream
@@ -25,6 +26,7 @@ from paci_schedule.errors import ConfigError, UnsupportedError
 __all__ = ["Selector", "install", "load_state", "stream_of"]
 
 Model = torch.nn.Module | list[torch.nn.Module]
+ForwardBackward = Callable[..., list[Any]]  # of a batch
 
 _STREAM = "_paci_stream"  # of a model's first chunk: it refers to the model, so no table may keep it
 
@@ -41,20 +43,20 @@ class Selector:
         states: of models that are yet to be trained, by their first chunk, to begin with.
     """
 
-    def __init__(self, stock: Callable[..., Callable[..., list]]) -> None:
+    def __init__(self, stock: Callable[..., ForwardBackward]) -> None:
         functools.update_wrapper(self, stock)  # it still takes what the hook is probed for
         self.stock = stock
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
         self.states: WeakKeyDictionary[torch.nn.Module, Mapping[str, Any]] = WeakKeyDictionary()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., list]:
+    def __call__(self, *args: Any, **kwargs: Any) -> ForwardBackward:
         """As Megatron-core's own; the function that it returns dispatches on the model's config."""
         return functools.partial(self.forward_backward, self.stock(*args, **kwargs))
 
     def forward_backward(
-        self, stock: Callable[..., list], *, model: Model, forward_only: bool = False, **call: Any
-    ) -> list:
+        self, stock: ForwardBackward, *, model: Model, forward_only: bool = False, **call: Any
+    ) -> list[Any]:
         """One call of the schedule.
 
         Evaluation, a pipeline of one stage and the schedule ``"1f1b"`` are Megatron-core's own; micro-batches
@@ -66,11 +68,11 @@ class Selector:
         first = _chunks(model)[0]
         name, stream = read_schedule(get_model_config(first), self.default), _stream(first)
         untouched = functools.partial(stock, model=model, forward_only=forward_only, **call)
-        if forward_only or (name == "1f1b" and stream is None):
+        if forward_only:
             return untouched()
         if name == "1f1b":
-            return stream.flush_batch(untouched, call["num_microbatches"])
-        group = getattr(call.get("pg_collection"), "pp", None) or parallel_state.get_pipeline_model_parallel_group()
+            return untouched() if stream is None else stream.flush_batch(untouched, call["num_microbatches"])
+        group = getattr(call.get("pg_collection"), "pp", None) or groups.pipeline()
         if group.size() == 1:
             return untouched()
         if stream is None:
@@ -97,7 +99,7 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
     selector.options = selector.options if options is None else options
 
 
-def _replace(stock: Callable[..., Callable[..., list]]) -> Selector:
+def _replace(stock: Callable[..., ForwardBackward]) -> Selector:
     check_installed()
     early = sorted(
         f"{importer} (as {name})"

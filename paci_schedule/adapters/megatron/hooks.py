@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
 from paci_schedule.adapters.versions import MEGATRON_CORE
 
-__all__ = ["TESTED", "check_installed", "probe"]
+__all__ = ["TESTED", "check_installed", "loaded", "probe"]
 
 TESTED = SpecifierSet(MEGATRON_CORE)
 
@@ -49,3 +51,8 @@ def probe() -> list[tuple[str, bool, str]]:
 def check_installed() -> None:
     """Raises UnsupportedError, naming what is missing, unless the schedule can run on this Megatron-core."""
     require(probe(), f"paci_schedule cannot register with this Megatron-core; use one in {TESTED}")
+
+
+def loaded(module: str) -> Any:
+    """A module of Megatron's that is imported already, to read its names or to give them another meaning."""
+    return sys.modules[module]

@@ -10,7 +10,8 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from megatron.core import parallel_state
+from paci_schedule.adapters.megatron import groups
+from paci_schedule.adapters.megatron.hooks import loaded
 
 __all__ = ["REBOUND", "current_args", "iteration", "make_local"]
 
@@ -36,11 +37,11 @@ def make_local(config: Any) -> None:
       rank of a stage agrees on them already: no reduction.
     * The timer of the log line waits for the whole world: now only for the stage's tensor-parallel ranks.
     """
-    training = sys.modules["megatron.training.training"]
+    training = loaded("megatron.training.training")
     training.reduce_max_stat_across_model_parallel_group = _as_it_is
     training.logical_and_across_model_parallel_group = _as_it_is
     if config.timers is not None:
-        config.timers("interval-time").set_barrier_group(parallel_state.get_tensor_model_parallel_group())
+        config.timers("interval-time").set_barrier_group(groups.tensor_parallel())
 
 
 def _as_it_is(value: Any, group: Any = None) -> Any:

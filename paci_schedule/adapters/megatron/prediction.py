@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
+from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers, owner_of
 from paci_schedule.adapters.megatron.ties import tied_embedding, unwrapped
@@ -34,7 +35,7 @@ def build_prediction(model: torch.nn.Module, config: Any, options: PaciOptions) 
         return None
     _, tied = tied_embedding(model)
     deferred = [] if tied is None else [tied]
-    slices = parallel_state.get_tensor_model_parallel_group()
+    slices = groups.tensor_parallel()
     partial = _partial(model, config) if slices.size() > 1 else []
     weights = WorkingWeights(optimizers(config), deferred, partial, slices)
     prediction = Prediction(weights, interval, options.prediction_reach)
@@ -92,6 +93,7 @@ def _partial(model: torch.nn.Module, config: Any) -> list[torch.nn.Parameter]:
 def _note_norms(config: Any, prediction: Prediction, device: torch.device) -> None:
     """Let predictions clip as the update before them did, by the norm that the optimizer has asked for."""
     owner = owner_of(config)
+    assert owner is not None, "`reasons` asks for it"
     limit = owner.config.clip_grad
     if limit <= 0:
         return

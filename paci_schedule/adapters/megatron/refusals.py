@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
-from paci_schedule.adapters.megatron.hooks import TESTED
+from paci_schedule.adapters.megatron.hooks import TESTED, loaded
 from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
@@ -224,7 +223,7 @@ def _reasons(
     if args is not None:
         yield from reasons(_JOB, args)
         for name in REBOUND:
-            if not hasattr(sys.modules["megatron.training.training"], name):
+            if not hasattr(loaded("megatron.training.training"), name):
                 yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
@@ -259,5 +258,5 @@ def _reasons(
         yield "collect_non_loss_data in training: collect in evaluation"
 
 
-def _pipeline() -> dist.ProcessGroup | None:
+def _pipeline() -> object:
     return parallel_state.get_pipeline_model_parallel_group(check_initialized=False)

@@ -14,11 +14,11 @@ from types import MethodType
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
+from paci_schedule.adapters.megatron import groups
 from paci_schedule.runtime.deferred.norms import CarriedNorms, NormGroup
 
 __all__ = ["StageSums", "chains", "is_sharded", "optimizers", "owner_of"]
@@ -100,6 +100,7 @@ class StageSums:
                     carried[ranks] = NormGroup(norms, each.stage, each.whole)
                 each.carried = carried[ranks]
             owner = owner_of(config)
+            assert owner is not None, "they were found through it"
             owner.count_zeros = self._over_plain_groups(owner.count_zeros)
         clip = max((optimizer.config.clip_grad for optimizer in found), default=0.0)
         if clip > 0 and norms is None and warn:
@@ -136,12 +137,12 @@ class StageSums:
 
 
 def _sums(optimizer: MegatronOptimizer, is_layer_wise: bool) -> _Sums:
-    if isinstance(optimizer, DistributedOptimizer) or is_layer_wise:
-        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    else:
-        stage = parallel_state.get_tensor_model_parallel_group()
+    shards = isinstance(optimizer, DistributedOptimizer) or is_layer_wise
+    stage = groups.stage() if shards else groups.tensor_parallel()
     whole = None if is_layer_wise else optimizer.get_grad_stats_parallel_group()
-    return _Sums(optimizer, stage, whole or dist.group.WORLD)
+    whole = whole or dist.group.WORLD
+    assert whole is not None, "torch.distributed is initialised"
+    return _Sums(optimizer, stage, whole)
 
 
 def _all(config: Any) -> Iterator[MegatronOptimizer]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from paci_schedule.adapters.megatron import job
+from paci_schedule.adapters.megatron import groups, job
 from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.ends import PlannedEnds
@@ -66,7 +66,7 @@ class ModelStream:
         device = next(self._model.parameters()).device
         spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
         timeout = timedelta(seconds=options.timeout)
-        shares = getattr(call.get("pg_collection"), "embd", None) or parallel_state.get_embedding_group(False)
+        shares = getattr(call.get("pg_collection"), "embd", None) or groups.embedding()
         self._ties = ties = Ties(self._model, shares, spec, timeout)
         self._assembly = Assembly(
             spec,

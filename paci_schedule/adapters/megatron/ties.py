@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime.deferred.tied import TiedGradient
 
@@ -20,7 +20,7 @@ __all__ = ["Ties", "tied_embedding", "unwrapped"]
 _EMBEDDING = "embedding"
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model itself, without the wrappers for data parallelism and mixed precision around it."""
     while hasattr(model, "module"):
         model = model.module
@@ -29,10 +29,10 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | None]:
     """Whether the model ties its embedding to its head, and this stage's copy, if it holds one."""
-    model = unwrapped(model)
-    if not getattr(model, "share_embeddings_and_output_weights", False):
+    whole = unwrapped(model)
+    if not getattr(whole, "share_embeddings_and_output_weights", False):
         return False, None
-    return True, model.shared_embedding_or_output_weight()
+    return True, whole.shared_embedding_or_output_weight()
 
 
 class Ties:
@@ -52,10 +52,12 @@ class Ties:
     def __init__(
         self, model: torch.nn.Module, group: dist.ProcessGroup | None, spec: PipelineSpec, timeout: timedelta
     ) -> None:
-        is_tied, self._weight = tied_embedding(model)
+        is_tied, weight = tied_embedding(model)
+        self._weight: Any = weight  # Megatron's DDP gives it its `main_grad`
         self.stages = [(0, spec.stages - 1)] if is_tied else []
         self.gradients: dict[str, TiedGradient] = {}
-        if self._weight is not None:
+        if weight is not None:
+            assert group is not None, "a stage with a copy is in their group"
             self.gradients[_EMBEDDING] = TiedGradient(group, self.stages[0], spec, timeout)
 
     @contextmanager
@@ -65,7 +67,7 @@ class Ties:
         Args:
             now: the sum is that of this update, which the stage waits for, and all that are pending.
         """
-        module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+        module = loaded("megatron.core.distributed.finalize_model_grads")
         stock = module._allreduce_word_embedding_grads
         module._allreduce_word_embedding_grads = partial(self._exchange, now)
         try:

@@ -44,7 +44,7 @@ class WorkingWeights:
 
     def __init__(
         self,
-        optimizers: Sequence[MegatronOptimizer],
+        optimizers: Sequence[Any],
         deferred: Collection[torch.nn.Parameter],
         partial: Collection[torch.nn.Parameter],
         slices: dist.ProcessGroup,
@@ -54,7 +54,9 @@ class WorkingWeights:
         self._owned = {each.stepped: each for optimizer in trained for each in _owned_by(optimizer)}
         self._without_master = [each for each in self._owned.values() if not each.has_master]
         sharded = [optimizer for optimizer in trained if isinstance(optimizer, DistributedOptimizer)]
-        self._gathered = list(dict.fromkeys(chunk for optimizer in sharded for chunk in optimizer.model_chunks))
+        self._gathered: list[Any] = list(
+            dict.fromkeys(chunk for optimizer in sharded for chunk in optimizer.model_chunks)
+        )
         self._deferred, self._partial, self._slices = set(deferred), set(partial), slices
         self._is_predicted = False
         self._real: list[torch.Tensor] = []  # of those without a master, while a prediction stands
@@ -99,15 +101,15 @@ class WorkingWeights:
     ) -> dict[torch.Tensor, torch.Tensor | None]:
         """What is there of the gradients, as the mean that stands for the whole window's, clipped; copies."""
         there = {
-            stepped: (each, cut)
+            stepped: total[cut]
             for stepped, (each, cut) in owned.items()
-            if each.parameter not in self._deferred and each.total() is not None
+            if each.parameter not in self._deferred and (total := each.total()) is not None
         }
         if not there:
             return {}
-        parts = torch._foreach_mul([each.total()[cut].float() for each, cut in there.values()], scale)
+        parts = torch._foreach_mul([total.float() for total in there.values()], scale)
         partial = [
-            part for (each, _), part in zip(there.values(), parts, strict=True) if each.parameter in self._partial
+            part for stepped, part in zip(there, parts, strict=True) if owned[stepped][0].parameter in self._partial
         ]
         if partial:
             flat = _flatten_dense_tensors(partial)

@@ -27,13 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.runtime.waiting import waiting
+from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["CarriedNorms", "NormGroup"]
 
@@ -126,8 +127,8 @@ class CarriedNorms:
         gathered = [torch.empty_like(own) for _ in range(self._spec.stages)]
         doing, ranks = "has drained and waited for the gradient norms of", dist.get_process_group_ranks(self._pipeline)
         with waiting(self._stage, doing, "the other stages", ranks, self._timeout):
-            dist.all_gather(gathered, own, group=self._pipeline, async_op=True).wait(self._timeout)
-        self._begin_at(self._update, torch.stack(gathered, dim=1))
+            begun(dist.all_gather(gathered, own, group=self._pipeline, async_op=True)).wait(self._timeout)
+        self._begin_at(self._update, torch.stack(gathered, dim=1).unbind())
 
     def going_down(self) -> torch.Tensor:
         """float32[P]: the squared norms of this stage and of those before it, for the next activation to carry."""
@@ -210,8 +211,16 @@ class NormGroup(dist.ProcessGroup):
     ) -> None:
         # The large group's size, as ZeRO asks no group of one for a sum.  Else torch knows it as the group of those who
         # take part: for whoever records collectives, and for torch's log when one of them fails.
-        super().__init__(model_parallel.rank(), model_parallel.size())
-        for table in (_world.pg_map, _world.pg_names, _world.pg_group_ranks, _world.pg_backend_config):
+        super().__init__(  # pyright: ignore[reportCallIssue]: torch's stub lacks this constructor
+            model_parallel.rank(), model_parallel.size()
+        )
+        tables: list[dict[dist.ProcessGroup, Any]] = [
+            _world.pg_map,
+            _world.pg_names,
+            _world.pg_group_ranks,
+            _world.pg_backend_config,
+        ]
+        for table in tables:
             table[self] = table[tensor_parallel]
         self.flushing = False
         self._norms = norms
@@ -220,8 +229,10 @@ class NormGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "carried-norms"
 
-    def allreduce(self, tensors: list[torch.Tensor], options: dist.AllreduceOptions) -> dist.Work | None:
-        is_sum = options.reduceOp == dist.ReduceOp.SUM
+    def allreduce(  # pyright: ignore[reportIncompatibleMethodOverride]: torch calls it by position, and NCCL gives None
+        self, tensors: list[torch.Tensor], options: dist.AllreduceOptions
+    ) -> dist.Work | None:
+        is_sum = options.reduceOp == dist.ReduceOp.SUM  # pyright: ignore[reportUnnecessaryComparison]: torch compares them
         if self.flushing:
             if is_sum:
                 own = tensors[0].clone()

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.runtime.waiting import begun
 
 __all__ = ["TiedGradient", "drop_overflow"]
 
@@ -95,7 +96,7 @@ class TiedGradient:
     def exchange_now(self, gradient: torch.Tensor) -> None:
         """As `exchange`, under a flush: apply this update's sum and all that are pending."""
         if len(self.ranks) > 1:
-            dist.all_reduce(gradient, group=self._group, async_op=True).wait(self._timeout)
+            begun(dist.all_reduce(gradient, group=self._group, async_op=True)).wait(self._timeout)
         while self._pending:
             gradient.add_(self._pop())
 
