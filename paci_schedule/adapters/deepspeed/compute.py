@@ -79,7 +79,7 @@ class EngineCompute:
         if engine.is_last_stage():
             outputs = [self._graphs.pop(micro_batch) / engine.gradient_accumulation_steps()]
         inputs = [tensor for tensor in _tensors(engine.pipe_buffers["inputs"][slot]) if tensor.is_floating_point()]
-        self._split.inputs(micro_batch, outputs, None if engine.is_last_stage() else gradients, inputs)
+        self._split.inputs(micro_batch, outputs, None if engine.is_last_stage() else list(gradients), inputs)
         return tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in inputs)
 
     def backward_weight(self, micro_batch: int) -> None:

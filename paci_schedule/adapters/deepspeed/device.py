@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-__all__ = ["take_device"]
+__all__ = ["current_device", "take_device"]
+
+
+def current_device() -> torch.device:
+    """The device that is this process's current one."""
+    accelerator: Any = get_accelerator()  # DeepSpeed declares no types of it
+    return torch.device(accelerator.current_device_name())
 
 
 def take_device(args: Any = None) -> torch.device:
@@ -19,11 +25,11 @@ def take_device(args: Any = None) -> torch.device:
     Args:
         args: what `deepspeed.initialize` was given; its `device_rank`, where it has one, comes before LOCAL_RANK.
     """
-    accelerator = get_accelerator()
     index = getattr(args, "device_rank", None)
     if index is None:
         index = int(os.environ["LOCAL_RANK"])
     if index < 0:
-        return torch.device(accelerator.current_device_name())
+        return current_device()
+    accelerator: Any = get_accelerator()
     accelerator.set_device(index)
     return torch.device(accelerator.device_name(index))

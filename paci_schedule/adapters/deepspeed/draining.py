@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,9 +37,12 @@ class DrainingEngine(StageLocalEngine):
     _deferred: DeferredState
     _prediction: Prediction | None
     _reporter: Reporter | None
-    _runner: StageRunner | None
+    _runner: StageRunner
     _ties: Ties
     _timeout: timedelta
+
+    _drains_at_the_end = False
+    """Whether `destroy` drains: only an engine that has its runner, and that is not merely forgotten."""
 
     def drain(self) -> torch.Tensor:
         """Finish the outstanding backwards; every rank calls it."""
@@ -54,7 +57,9 @@ class DrainingEngine(StageLocalEngine):
         everyone = range(dist.get_world_size())
         with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
             # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.
-            dist.barrier(async_op=True).wait(self._timeout)
+            barrier = dist.barrier(async_op=True)
+            assert barrier is not None  # this rank is in the default group
+            barrier.wait(self._timeout)
             return super().eval_batch(*args, **kwargs)
 
     def save_checkpoint(
@@ -64,7 +69,7 @@ class DrainingEngine(StageLocalEngine):
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
-    ) -> bool:
+    ) -> Literal[True]:
         """As DeepSpeed's, after a `drain`, with the stage's deferred state (`runtime.deferred`)."""
         self.drain()
         self._average_pending_sums()
@@ -137,7 +142,7 @@ class DrainingEngine(StageLocalEngine):
 
     def destroy(self) -> None:
         """As DeepSpeed's, after a `drain`; it does not drain while an exception propagates."""
-        if self._runner is not None and not self._runner.interrupted and sys.exc_info()[0] is None:
+        if self._drains_at_the_end and not self._runner.interrupted and sys.exc_info()[0] is None:
             self.drain()
         super().destroy()
 

@@ -40,7 +40,6 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.norms import NormGroup
-from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import DATA
 from paci_schedule.runtime.waiting import shorten_timeout, waiting
 
@@ -65,16 +64,15 @@ class PaciPipelineEngine(DrainingEngine):
     def __init__(
         self, has_bool_tensors: bool = False, *args: Any, config_class: DeepSpeedConfig, **kwargs: Any
     ) -> None:
-        self._runner: StageRunner | None = None
         self._options = options = PaciOptions.read(config_class._param_dict)
         self._schedule = read_schedule(config_class._param_dict)
         self._timeout = timeout = timedelta(seconds=options.timeout)
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
         check_supported(self._schedule, config_class, options, module)
-        grid = module.mpu()
+        grid: Any = module.mpu()  # Any for the same reason as in StageMpu
         spec = PipelineSpec(
-            stages=module.num_stages,
+            stages=grid.get_pipe_parallel_world_size(),
             accumulation=config_class.gradient_accumulation_steps,
             extra_in_flight=options.extra_in_flight,
         )
@@ -122,6 +120,7 @@ class PaciPipelineEngine(DrainingEngine):
         )
         self._deferred = self._assembly.deferred
         self._runner = self._assembly.runner
+        self._drains_at_the_end = True
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -263,7 +262,7 @@ class PaciPipelineEngine(DrainingEngine):
         self._ties.post_sum(number, self._runner.at)
 
     def __del__(self) -> None:
-        self._runner = None  # a stage that is merely forgotten does not wait for its neighbours
+        self._drains_at_the_end = False  # a stage that is merely forgotten does not wait for its neighbours
         super().__del__()
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:

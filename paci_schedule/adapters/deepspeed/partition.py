@@ -12,16 +12,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
-from paci_schedule.adapters.deepspeed.device import take_device
+from paci_schedule.adapters.deepspeed.device import current_device, take_device
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, PaciError
 from paci_schedule.measure.profile import Runnable, profile_layers
@@ -31,6 +30,8 @@ from paci_schedule.plan.partition import Partition, balance, check_bounds, memor
 __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
 
 logger = logging.getLogger(__name__)
+
+_FoundT = TypeVar("_FoundT")
 
 
 class CutPipelineModule(PipelineModule):
@@ -43,6 +44,8 @@ class CutPipelineModule(PipelineModule):
     Raises:
         ConfigError: the bounds do not cut these layers into these stages.
     """
+
+    num_stages: int
 
     def _partition_layers(self, method: str | Partition | Sequence[int] = "uniform") -> None:
         if isinstance(method, str):
@@ -93,7 +96,7 @@ def balanced_cut(
             of another model.
         PaciError: on the other ranks, when one could not measure.
     """
-    stages = num_stages if topology is None else topology.get_dim("pipe")
+    stages: Any = num_stages if topology is None else topology.get_dim("pipe")  # the spec refuses None
     spec = PipelineSpec(stages=stages, accumulation=1, extra_in_flight=extra_in_flight)
     memories = memory_of_stages(spec, bytes_per_parameter=bytes_per_parameter, memory_limit=memory_limit)
     take_device()
@@ -102,7 +105,7 @@ def balanced_cut(
         costs = layer_costs(layers, micro_batch, loss_fn=loss_fn, **measuring)
         return balance(costs, memories, recompute_every=activation_checkpoint_interval)
 
-    cut = None if file is None else _shared(lambda: _read(Path(file), len(layers), stages), [0])
+    cut = None if file is None else _shared(lambda: _read(Path(file), len(layers), spec.stages), [0])
     if cut is None:
         cut = _shared(measure, _measuring_ranks(topology))
         if file is not None and dist.get_rank() == 0:
@@ -132,7 +135,7 @@ def layer_costs(
         ConfigError: a layer fails on the micro-batch.
     """
     specs = list(layers)
-    device = torch.device(get_accelerator().current_device_name())
+    device = current_device()
     inputs, labels = micro_batch
     if loss_fn is not None:
         labels = tuple(one.to(device) for one in labels) if isinstance(labels, (tuple, list)) else labels.to(device)
@@ -191,15 +194,15 @@ def _measuring_ranks(topology: ProcessTopology | None) -> list[int]:
     return topology.filter_match(**{axis: 0 for axis in topology.get_axis_names() if axis in ("pipe", "data")})
 
 
-def _shared(find: Callable[[], Partition | None], ranks: Sequence[int]) -> Partition | None:
+def _shared(find: Callable[[], _FoundT], ranks: Sequence[int]) -> _FoundT:
     """What the first of `ranks` found, handed to every rank; if one of `ranks` failed, an error on every rank."""
-    found: tuple[Partition | None, Exception | None] = None, None
+    found: tuple[_FoundT | None, Exception | None] = None, None
     if dist.get_rank() in ranks:
         try:
             found = find(), None
         except Exception as error:
             found = None, error
-    gathered: list[tuple[Partition | None, str | None]] = [(None, None)] * dist.get_world_size()
+    gathered: list[tuple[Any, str | None]] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(gathered, (found[0], None if found[1] is None else str(found[1])))
     if found[1] is not None:
         raise found[1]

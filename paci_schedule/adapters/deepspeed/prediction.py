@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from paci_schedule.adapters.deepspeed.adam import stepped_as, why_not_ahead
 from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
 from paci_schedule.adapters.deepspeed.working import MasterWeights
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.core.spec import PipelineSpec
@@ -24,7 +25,7 @@ __all__ = ["build_prediction", "check_spec", "note_update"]
 
 
 def build_prediction(
-    engine: PipelineEngine,
+    engine: StageLocalEngine,
     options: PaciOptions,
     spec: PipelineSpec,
     deferred: Collection[torch.nn.Parameter],
@@ -57,18 +58,18 @@ def build_prediction(
     return Prediction(weights, interval, options.prediction_reach)
 
 
-def check_spec(engine: PipelineEngine, spec: PipelineSpec) -> None:
+def check_spec(engine: StageLocalEngine, spec: PipelineSpec) -> None:
     """Raises UnsupportedError where predictions that this job has cannot go on with another spec."""
     reasons = list(why_not_ahead(engine.basic_optimizer, spec))
     if reasons:
         raise UnsupportedError("; ".join(reasons))
 
 
-def note_update(engine: PipelineEngine, prediction: Prediction) -> None:
+def note_update(engine: StageLocalEngine, prediction: Prediction) -> None:
     """Let the next predictions clip as this update did, unless it was skipped."""
     limit, optimizer = engine.gradient_clipping(), engine.optimizer
     if limit > 0 and not getattr(optimizer, "overflow", False):
-        norm = engine.get_global_grad_norm()
+        norm: Any = engine.get_global_grad_norm()  # a tensor, though DeepSpeed declares a float
         # To the bit as each of them scales.
         if isinstance(optimizer, BF16_Optimizer):
             prediction.factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
@@ -78,7 +79,7 @@ def note_update(engine: PipelineEngine, prediction: Prediction) -> None:
             prediction.factor = clip_factor(limit, norm)
 
 
-def _reasons(engine: PipelineEngine, options: PaciOptions, spec: PipelineSpec) -> Iterator[str]:
+def _reasons(engine: StageLocalEngine, options: PaciOptions, spec: PipelineSpec) -> Iterator[str]:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         if optimizer.dtype == torch.float16:

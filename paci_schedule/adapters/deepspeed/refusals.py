@@ -21,6 +21,7 @@ def check_supported(name: str, config: DeepSpeedConfig, options: PaciOptions, mo
 
     Every rank calls it: what one stage cannot run, all of them refuse, so that none is left waiting.
     """
+    assert module.num_stages is not None  # its constructor has worked it out
     found = chain(
         reasons(_CONFIG, config._param_dict),
         _timer_reasons(config, module.num_stages),

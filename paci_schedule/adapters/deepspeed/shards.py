@@ -101,7 +101,7 @@ def _places(
 ) -> Iterator[tuple[torch.nn.Parameter, int]]:
     """The parameters of which elements lie in the shard, and where their first element lies or would lie."""
     for parameter in parameters:
-        begin = parameter.storage_offset() - working.storage_offset()
+        begin = int(parameter.storage_offset() - working.storage_offset())
         if -parameter.numel() < begin < working.numel():
             yield parameter, begin
 

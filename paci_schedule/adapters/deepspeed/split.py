@@ -71,7 +71,7 @@ class SplitBackward:
         self,
         micro_batch: int,
         outputs: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor] | None,
+        gradients: list[torch.Tensor] | None,
         inputs: Sequence[torch.Tensor],
     ) -> None:
         """Give the `inputs` of a micro-batch their gradients.
@@ -144,8 +144,9 @@ def _leaves(output: torch.Tensor) -> set[int]:
     seen, leaves = set(todo), {id(output)} if output.grad_fn is None else set()
     while todo:
         node = todo.pop()
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
         fresh = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= fresh
         todo += fresh

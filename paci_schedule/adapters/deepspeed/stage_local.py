@@ -14,7 +14,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
@@ -36,8 +38,9 @@ class StageMpu:
     """
 
     def __init__(self, grid: PipelineParallelGrid, model_parallel: dist.ProcessGroup | None = None) -> None:
-        self._grid = grid
-        self._model_parallel = model_parallel or grid.get_slice_parallel_group()
+        # Any, because pyright infers from DeepSpeed's code that a group is ProcessGroup | int | None.
+        self._grid: Any = grid
+        self._model_parallel = model_parallel or self._grid.get_slice_parallel_group()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -64,6 +67,16 @@ class StageLocalEngine(PipelineEngine):
     Args:
         stage_mpu: the grid as the stage's optimizer sees it.
     """
+
+    # DeepSpeed declares no types of its attributes; these are what a training engine's constructor leaves in them.
+    basic_optimizer: torch.optim.Optimizer
+    device: torch.device
+    dp_world_size: int
+    grid: PipelineParallelGrid
+    loss: torch.Tensor
+    module: PipelineModule
+    optimizer: Any
+    """`basic_optimizer`, or one of DeepSpeed's classes that wrap it, which have no interface in common."""
 
     def __init__(self, *args: Any, stage_mpu: StageMpu, **kwargs: Any) -> None:
         self._stage_mpu = stage_mpu
@@ -92,8 +105,8 @@ class StageLocalEngine(PipelineEngine):
         taken = {0} if self.is_first_stage() else set()
         if self.is_last_stage():
             taken.add(1)
-        parts = enumerate(super()._next_batch())
-        return [upload(part, self.device) if number in taken else part for number, part in parts]
+        batch: Any = super()._next_batch()
+        return [upload(part, self.device) if number in taken else part for number, part in enumerate(batch)]
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
@@ -112,19 +125,19 @@ class StageLocalEngine(PipelineEngine):
 
     def clip_fp32_gradients(self) -> None:
         first_slice = self._stage_mpu.get_model_parallel_rank() == 0
-        with_gradient = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        gradients = [(each, each.grad) for each in self.module.parameters() if each.grad is not None]
         norms = [
-            parameter.grad.norm()
-            for parameter in with_gradient
+            gradient.norm()
+            for parameter, gradient in gradients
             # Once: not again for the copies of a tied weight, nor for what the tensor-parallel ranks all hold.
-            if not parameter.ds_pipe_replicated and (first_slice or is_model_parallel_parameter(parameter))
+            if not getattr(parameter, PIPE_REPLICATED) and (first_slice or is_model_parallel_parameter(parameter))
         ]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         deepspeed.comm.all_reduce(square, group=self._stage_mpu.get_model_parallel_group())
         self._global_grad_norm = square.sqrt()
         scale = clip_factor(self.gradient_clipping(), self._global_grad_norm)
-        for parameter in with_gradient:
-            parameter.grad.mul_(scale)
+        for _, gradient in gradients:
+            gradient.mul_(scale)
 
     def _exec_reduce_grads(self) -> None:
         shares = any(len(comm["ranks"]) > 1 for comm in self.module.tied_comms.values())

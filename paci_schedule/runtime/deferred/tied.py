@@ -21,7 +21,7 @@ what overflows in its gradients, or in a sum, counts as zero (`drop_overflow`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -62,9 +62,7 @@ class TiedGradient:
         delay: j, in updates.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, stages: Collection[int], spec: PipelineSpec, timeout: timedelta
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, stages: Sequence[int], spec: PipelineSpec, timeout: timedelta) -> None:
         self.stages = stages
         self.respec(spec)
         self.ranks = dist.get_process_group_ranks(group)
