@@ -78,7 +78,9 @@ class DeferredState:
         Returns:
             the names of the tied weights whose sums were left out.
         """
-        tied = state["tied"] if isinstance(state["tied"], Mapping) else dict.fromkeys(self.tied, state["tied"])
+        tied: Mapping[str, Any] = state["tied"]
+        if not isinstance(tied, Mapping):
+            tied = dict.fromkeys(self.tied, tied)
         if self.norms is not None:
             self.norms.load_state([row for row in state["norms"] if len(row) == self.norms.stages])
         if self._prediction is not None:
