@@ -78,9 +78,8 @@ class DeferredState:
         Returns:
             the names of the tied weights whose sums were left out.
         """
-        tied: Mapping[str, Any] = state["tied"]
-        if not isinstance(tied, Mapping):
-            tied = dict.fromkeys(self.tied, tied)
+        saved = state["tied"]
+        tied = saved if isinstance(saved, Mapping) else {name: saved for name in self.tied}
         if self.norms is not None:
             self.norms.load_state([row for row in state["norms"] if len(row) == self.norms.stages])
         if self._prediction is not None:
