@@ -79,7 +79,7 @@ class DeferredState:
             the names of the tied weights whose sums were left out.
         """
         saved = state["tied"]
-        tied = saved if isinstance(saved, Mapping) else {name: saved for name in self.tied}
+        tied = saved if isinstance(saved, Mapping) else dict(zip(self.tied, [saved], strict=False))
         if self.norms is not None:
             self.norms.load_state([row for row in state["norms"] if len(row) == self.norms.stages])
         if self._prediction is not None:
