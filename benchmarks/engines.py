@@ -16,9 +16,9 @@ from deepspeed.pipe import LayerSpec
 import paci_schedule
 from paci_schedule.adapters.deepspeed import CutPipelineModule
 
-__all__ = ["SCHEDULES", "Race", "engine_for", "milliseconds", "race"]
+__all__ = ["COMPARED", "Race", "engine_for", "milliseconds", "race"]
 
-SCHEDULES = ("1f1b", "paci")
+COMPARED = ("1f1b", "paci")
 
 
 def engine_for(

@@ -21,7 +21,7 @@ from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import SCHEDULES, engine_for
+from benchmarks.engines import COMPARED, engine_for
 from paci_schedule.measure.live_bytes import LiveBytes
 from testing.ranks import run_ranks
 
@@ -50,7 +50,7 @@ def peaks(accumulation: int, samples: int, peak_of: Callable[[Callable[[], None]
     stages = torch.distributed.get_world_size()
     shape = samples, _TOKENS, _WIDTH
     found: dict[str, Any] = {}
-    for schedule in SCHEDULES:
+    for schedule in COMPARED:
         layers = [LayerSpec(Block)] * (4 * stages)
         engine = engine_for(layers, schedule, accumulation=accumulation, micro_batch=samples)
         data = itertools.repeat((torch.ones(shape), torch.zeros(shape)))

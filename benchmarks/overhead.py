@@ -16,7 +16,7 @@ from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
+from benchmarks.engines import COMPARED, Race, engine_for, milliseconds, race
 from testing.ranks import run_ranks
 
 
@@ -24,7 +24,7 @@ def _worker(accumulation: int, batches: int) -> Race:
     stages = torch.distributed.get_world_size()
     engines = {
         schedule: engine_for([LayerSpec(torch.nn.Linear, 8, 8)] * stages, schedule, accumulation=accumulation)
-        for schedule in SCHEDULES
+        for schedule in COMPARED
     }
     data = itertools.repeat((torch.ones(1, 8), torch.zeros(1, 8)))
     return race(engines, data, turns=5, batches=batches)

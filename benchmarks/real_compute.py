@@ -17,7 +17,7 @@ from deepspeed.pipe import LayerSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import SCHEDULES, Race, engine_for, milliseconds, race
+from benchmarks.engines import COMPARED, Race, engine_for, milliseconds, race
 from testing.ranks import run_ranks
 
 _STAGES = 2
@@ -33,7 +33,7 @@ def _worker(accumulation: int, blocks: int, turns: int, batches: int) -> Race:
             accumulation=accumulation,
             micro_batch=_SAMPLES,
         )
-        for schedule in SCHEDULES
+        for schedule in COMPARED
     }
     values = torch.randn(_SAMPLES, _TOKENS, _WIDTH)
     return race(engines, itertools.repeat((values, values.roll(1))), turns=turns, batches=batches)

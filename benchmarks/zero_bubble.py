@@ -33,7 +33,7 @@ THEIRS = {"1F1B, torch": "Schedule1F1B", "ZB-H1, torch": "ScheduleInterleavedZer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Comparison:
     """One table; times in seconds."""
 
     stages: int
@@ -67,7 +67,7 @@ class SplitLayer(nn.Module):
 class TorchPipeline:
     """A pipeline of torch.distributed.pipelining over all ranks, with what `race` calls."""
 
-    def __init__(self, job: Job, schedule: str) -> None:
+    def __init__(self, job: Comparison, schedule: str) -> None:
         self._rank, self._job = torch.distributed.get_rank(), job
         layer = SplitLayer(job.forward, job.backward, job.weight)
         self._optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
@@ -86,7 +86,7 @@ class TorchPipeline:
         self._optimizer.zero_grad()
 
 
-def _worker(job: Job) -> Race:
+def _worker(job: Comparison) -> Race:
     pace = job.forward, job.backward, job.weight
     engines: dict[str, Any] = {}
     for name, schedule in OURS.items():
@@ -97,7 +97,7 @@ def _worker(job: Job) -> Race:
     return race(engines, data, turns=job.turns, batches=job.batches)
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: Comparison) -> list[dict[str, Any]]:
     """Run one job: for each engine the median milliseconds per micro-batch, beside the ideal."""
     count = len(OURS | THEIRS) * (3 + job.turns * (job.batches + 1))
     races: list[Race] = run_ranks(_worker, job.stages, (job,), timeout=120 + 2 * count * job.ideal("1F1B"))
@@ -135,7 +135,7 @@ def main() -> None:
     rows = []
     for stages in arguments.stages:
         for accumulation in arguments.accumulation or [2 * stages]:
-            job = Job(
+            job = Comparison(
                 stages=stages,
                 accumulation=accumulation,
                 forward=arguments.forward / 1e3,

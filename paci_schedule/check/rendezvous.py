@@ -133,8 +133,8 @@ class _Run:
                 )
         for tie, counts in self.summed.items():
             if len(set(counts.values())) > 1:
-                said = ", ".join(f"stage {stage} {count}" for stage, count in counts.items())
-                raise self._fault(f"the sums of tied weight {tie} end with other numbers of postings: {said}")
+                listed = ", ".join(f"stage {stage} {count}" for stage, count in counts.items())
+                raise self._fault(f"the sums of tied weight {tie} end with other numbers of postings: {listed}")
 
     def _advance(self, stage: int) -> bool:
         """Run a stage until it has to wait; returns whether it did anything."""

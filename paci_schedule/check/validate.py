@@ -116,7 +116,7 @@ def check_messages(
         calls: those of a training loop, from an empty pipe to an empty pipe.
         ties: as in `Lowering`.
         early_receives: as in `Lowering`.
-        synchronising: what waits for its stage's whole device; everything, unless said.
+        synchronising: what waits for its stage's whole device; by default every op does.
 
     Raises:
         ScheduleError: see `check_rendezvous`.

@@ -15,12 +15,12 @@ ONCE = 0  # the interval of "window"
 FARTHEST = 4
 
 
-def interval_of(prediction: object, said: str | None = None) -> int | None:
+def interval_of(prediction: object, written: str | None = None) -> int | None:
     """How many stale forwards share a prediction: None for "off", 0 for one prediction a window.
 
     Args:
         prediction: what the user asked for.
-        said: how the user wrote it, for the error.
+        written: how the user wrote it, for the error.
 
     Raises:
         ConfigError: the value is none of "off", "window", "every" and the whole numbers of at least 1.
@@ -31,29 +31,29 @@ def interval_of(prediction: object, said: str | None = None) -> int | None:
     if isinstance(prediction, int) and not isinstance(prediction, bool) and prediction >= 1:
         return prediction
     raise ConfigError(
-        f"{said or f'prediction={prediction!r}'}: must be 'off', 'window' (once a window), 'every' (at every stale "
+        f"{written or f'prediction={prediction!r}'}: must be 'off', 'window' (once a window), 'every' (at every stale "
         "forward) or a whole number k of at least 1 (at every k-th)"
     )
 
 
-def check_reach(reach: object, prediction: str | int, said: str | None = None) -> None:
+def check_reach(reach: object, prediction: str | int, written: str | None = None) -> None:
     """Raises ConfigError where predictions cannot reach so far.
 
     Args:
         reach: how far along the expected updates predicted weights lie; 1 is where these end.
         prediction: as `interval_of` takes it.
-        said: how the user wrote the reach, for the error.
+        written: how the user wrote the reach, for the error.
     """
-    said = said or f"prediction_reach={reach!r}"
+    written = written or f"prediction_reach={reach!r}"
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= FARTHEST:
-        raise ConfigError(f"{said}: must be a number above 0 and at most {FARTHEST}, where 1 is the next weights")
+        raise ConfigError(f"{written}: must be a number above 0 and at most {FARTHEST}, where 1 is the next weights")
     interval = interval_of(prediction)
     if reach != 1 and interval is None:
-        raise ConfigError(f"{said}: has no effect without a prediction; take prediction='every', or leave it out")
+        raise ConfigError(f"{written}: has no effect without a prediction; take prediction='every', or leave it out")
     if reach != 1 and interval != 1:
         raise ConfigError(
-            f"{said} with prediction={prediction!r}: backwards, too, would run on weights that no update leaves; take "
-            "prediction='every', where only forwards do, or a reach of 1"
+            f"{written} with prediction={prediction!r}: backwards, too, would run on weights that no update leaves; "
+            "take prediction='every', where only forwards do, or a reach of 1"
         )
 
 

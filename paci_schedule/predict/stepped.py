@@ -72,7 +72,7 @@ class SteppedWeights:
         self, entries: Sequence[tuple[torch.Tensor, torch.Tensor, Any]], scale: float, factor: torch.Tensor | None
     ) -> dict[torch.Tensor, torch.Tensor]:
         """The gradients that are there, scaled to a whole window and clipped, by the entries of `pieces`."""
-        held = [(known, of.grad[cut]) for known, of, cut in entries if of.grad is not None and of not in self._deferred]
+        held = [(known, of.grad[at]) for known, of, at in entries if of.grad is not None and of not in self._deferred]
         if not (scale and held):
             return {}
         parts = torch._foreach_mul([gradient for _, gradient in held], scale)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, nearest
 from paci_schedule.rehearse import gpt
 from paci_schedule.rehearse.masters import with_masters
-from paci_schedule.rehearse.run import rehearse
+from paci_schedule.rehearse.run import REHEARSABLE, rehearse
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.variant import Variant
 
@@ -114,7 +115,8 @@ def run(settings: Settings, text: Text, variant: Variant, updates: int, tick: Ca
     )
     stages = [stage.to(settings.device, _DTYPES[settings.dtype]) for stage in stages]
     optimizers = [_optimizers(settings, stage) for stage in stages]
-    per_batch = settings.accumulation if variant.schedule == "pipedream" else 1
+    spec = PipelineSpec(stages=settings.stages, accumulation=settings.accumulation)
+    per_batch = spec.accumulation // REHEARSABLE[variant.schedule].schedule.micro_batches_per_update(spec)
     share = _share(updates * per_batch, settings.warm_up * per_batch // settings.accumulation)
     schedulers = [[torch.optim.lr_scheduler.LambdaLR(each, share) for each in several] for several in optimizers]
     losses, drift = [], [0] * settings.stages

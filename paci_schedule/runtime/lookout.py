@@ -112,8 +112,8 @@ class Lookout:
             self._report(oldest)
 
     def _report(self, wait: _Wait) -> None:
-        said = no_answer(self._stage, wait.doing, f"stage {wait.peer_stage}", [wait.peer], self._timeout)
-        line = f"{said}  The newest ops of this stage that send or receive: {', '.join(self._newest)}"
+        error = no_answer(self._stage, wait.doing, f"stage {wait.peer_stage}", [wait.peer], self._timeout)
+        line = f"{error}  The newest ops of this stage that send or receive: {', '.join(self._newest)}"
         logger.error(line)
         if self._folder is not None:
             path = Path(self._folder, f"lost-stage{self._stage}-rank{dist.get_rank()}.txt")

@@ -124,34 +124,34 @@ class _Sweep:
                 self._backwards(level, slice(bottom, high + 1, 2))
         return Marks(starts[0], self.free, self.busy, starts, free, busy_before)
 
-    def _forwards(self, level: int, cut: slice) -> np.ndarray:
+    def _forwards(self, level: int, row: slice) -> np.ndarray:
         """The forwards of one level; returns when they start."""
-        starts = np.maximum(self.free[cut], self.activation[cut])
-        takes = self.forward.of(cut, lambda: (level - self.stage[cut]) // 2)
-        ends = self.free[cut] = starts + takes
-        self.busy[cut] += takes
+        starts = np.maximum(self.free[row], self.activation[row])
+        takes = self.forward.of(row, lambda: (level - self.stage[row]) // 2)
+        ends = self.free[row] = starts + takes
+        self.busy[row] += takes
         if self.transfer:
-            ends = self.down_free[cut] = np.maximum(ends, self.down_free[cut]) + self.transfer
-        self.activation[cut.start + 1 : cut.stop + 1 : 2] = ends + self.latency[cut]
+            ends = self.down_free[row] = np.maximum(ends, self.down_free[row]) + self.transfer
+        self.activation[row.start + 1 : row.stop + 1 : 2] = ends + self.latency[row]
         return starts
 
-    def _backwards(self, level: int, cut: slice) -> None:
+    def _backwards(self, level: int, row: slice) -> None:
         """The backwards of one level, and the updates after them."""
-        micro_batch = (level - 1 - self.stage[cut]) // 2 - self.ahead[cut]
-        comes, goes = slice(cut.start + 1, cut.stop + 1, 2), cut
+        micro_batch = (level - 1 - self.stage[row]) // 2 - self.ahead[row]
+        comes, goes = slice(row.start + 1, row.stop + 1, 2), row
         if self.depth > 1:
             slot = micro_batch % self.depth
-            comes, goes = (slot, self.stage[cut] + 1), (slot, self.stage[cut])
-        takes = self.backward.of(cut, lambda: micro_batch)
-        ends = self.free[cut] = np.maximum(self.free[cut], self.gradient[comes]) + takes
-        self.busy[cut] += takes
+            comes, goes = (slot, self.stage[row] + 1), (slot, self.stage[row])
+        takes = self.backward.of(row, lambda: micro_batch)
+        ends = self.free[row] = np.maximum(self.free[row], self.gradient[comes]) + takes
+        self.busy[row] += takes
         if self.steps:
-            update = self.step[cut] * ((micro_batch + 1) % self.update_every == 0)
-            self.free[cut] += update
-            self.busy[cut] += update
+            update = self.step[row] * ((micro_batch + 1) % self.update_every == 0)
+            self.free[row] += update
+            self.busy[row] += update
         if self.transfer:
-            ends = self.up_free[cut] = np.maximum(ends, self.up_free[cut]) + self.transfer
-        self.gradient[goes] = ends + self.latency_up[cut]
+            ends = self.up_free[row] = np.maximum(ends, self.up_free[row]) + self.transfer
+        self.gradient[goes] = ends + self.latency_up[row]
 
 
 class _Durations:
@@ -163,13 +163,13 @@ class _Durations:
         self.blocks = -(-reach // _BLOCK) + 1
         self.kept = np.empty((self.blocks * _BLOCK if noise else 0, len(base)))
 
-    def of(self, cut: slice, micro_batches: Callable[[], np.ndarray]) -> np.ndarray:
-        """The durations of one op of each stage in `cut`, whose micro-batches the function returns."""
+    def of(self, row: slice, micro_batches: Callable[[], np.ndarray]) -> np.ndarray:
+        """The durations of one op of each stage in `row`, whose micro-batches the function returns."""
         if self.noise is None:
-            return self.base[cut]
+            return self.base[row]
         wanted = micro_batches()
         while self.drawn <= max(wanted[0], wanted[-1]):
             at = self.drawn % len(self.kept)
             self.kept[at : at + _BLOCK] = self.noise.rows(_BLOCK)
             self.drawn += _BLOCK
-        return self.base[cut] * self.kept[wanted % len(self.kept), self.stage[cut]]
+        return self.base[row] * self.kept[wanted % len(self.kept), self.stage[row]]

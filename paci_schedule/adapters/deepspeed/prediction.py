@@ -47,8 +47,8 @@ def build_prediction(
     interval = interval_of(options.prediction)
     if interval is None:
         return None
-    said = f'"paci": {{"prediction": {options.prediction!r}}} cannot run with this job'
-    refuse_together(_reasons(engine, options, spec), f'{said}; change what follows, or use "off"')
+    option = f'"paci": {{"prediction": {options.prediction!r}}} cannot run with this job'
+    refuse_together(_reasons(engine, options, spec), f'{option}; change what follows, or use "off"')
     optimizer = engine.optimizer
     if optimizer is engine.basic_optimizer:
         # A stage with a tied weight counts what is not finite as zero; any other is lost with it, predicted or not.

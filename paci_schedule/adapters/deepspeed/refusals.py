@@ -107,9 +107,9 @@ _MODULE = (
 def _timer_reasons(config: DeepSpeedConfig, stages: int) -> Iterator[str]:
     if config.wall_clock_breakdown and stages > 1:
         raw = config._param_dict
-        said = '"wall_clock_breakdown": true' if raw.get("wall_clock_breakdown") else '"flops_profiler"'
+        option = '"wall_clock_breakdown": true' if raw.get("wall_clock_breakdown") else '"flops_profiler"'
         yield (
-            f"{said}: DeepSpeed starts the same timer twice on every stage but the last, "
+            f"{option}: DeepSpeed starts the same timer twice on every stage but the last, "
             "under 1F1B too; switch it off, engine.pipeline_stats() says where the time goes"
         )
 
@@ -127,11 +127,11 @@ def _tie_reasons(config: DeepSpeedConfig, options: PaciOptions, module: Pipeline
 def _receive_reasons(config: DeepSpeedConfig, options: PaciOptions) -> Iterator[str]:
     if not options.early_receives:
         return
-    said = '"paci": {"early_receives": true}'
-    yield from launch_blocking(said)
+    option = '"paci": {"early_receives": true}'
+    yield from launch_blocking(option)
     if _at("activation_checkpointing", "synchronize_checkpoint_boundary")(config._param_dict):
         yield (
-            f'{said} with "activation_checkpointing": {{"synchronize_checkpoint_boundary": true}}: every checkpointed '
-            "layer would wait for receives posted before it, and stages for each other in a circle; switch one of the "
-            "two off"
+            f'{option} with "activation_checkpointing": {{"synchronize_checkpoint_boundary": true}}: every '
+            "checkpointed layer would wait for receives posted before it, and stages for each other in a circle; "
+            "switch one of the two off"
         )

@@ -7,7 +7,7 @@ accumulated between two updates lies
 * under `BF16_Optimizer` in one flat tensor for the group, of which the replica's part is a view;
 * under ZeRO stage 1 (`DeepSpeedZeroOptimizer`) where autograd leaves it, in the whole `.grad` of every parameter, in
   the parameter's dtype, or in `.grad_accum`, where sums have another one: in a pipeline `overlap_comm` is off, and
-  buckets are filled, reduced and cut into shards only in `reduce_gradients`, at the update.
+  buckets are filled, reduced and divided into shards only in `reduce_gradients`, at the update.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def shards_of(
     wanted = {id(parameter) for parameter in deferred}
     for parameters, working, master, part in _groups(optimizer):
         places = _places((parameter for parameter in parameters if id(parameter) in wanted), working)
-        cuts = [slice(max(begin, 0), min(begin + parameter.numel(), working.numel())) for parameter, begin in places]
-        yield Shard(working, master, part, cuts)
+        deferred_places = [
+            slice(max(begin, 0), min(begin + parameter.numel(), working.numel())) for parameter, begin in places
+        ]
+        yield Shard(working, master, part, deferred_places)
 
 
 def _groups(
@@ -112,8 +114,8 @@ class _FlatPart:
     def __init__(self, total: torch.Tensor) -> None:
         self._total = total
 
-    def __call__(self, cut: slice) -> torch.Tensor:
-        return self._total[cut].to(torch.float32, copy=True)
+    def __call__(self, at: slice) -> torch.Tensor:
+        return self._total[at].to(torch.float32, copy=True)
 
 
 class _ScatteredPart:
@@ -128,11 +130,11 @@ class _ScatteredPart:
     ) -> None:
         self._optimizer, self._master, self._places = optimizer, master, list(_places(parameters, working))
 
-    def __call__(self, cut: slice) -> torch.Tensor:
-        part = torch.zeros_like(self._master[cut], requires_grad=False)
+    def __call__(self, at: slice) -> torch.Tensor:
+        part = torch.zeros_like(self._master[at], requires_grad=False)
         for parameter, begin in self._places:
             gradient = self._optimizer.get_gradient_for_reduction(parameter)
-            first, last = max(cut.start, begin), min(cut.start + part.numel(), begin + parameter.numel())
+            first, last = max(at.start, begin), min(at.start + part.numel(), begin + parameter.numel())
             if gradient is not None and first < last:
-                part[first - cut.start : last - cut.start] = gradient.flatten()[first - begin : last - begin]
+                part[first - at.start : last - at.start] = gradient.flatten()[first - begin : last - begin]
         return part

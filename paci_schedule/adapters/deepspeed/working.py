@@ -56,11 +56,11 @@ class MasterWeights:
         shards = shards_of(self._optimizer, self._deferred)
         for group, shard in zip(self._stepped.param_groups, shards, strict=True):
             for start in range(0, shard.master.numel(), PIECE):
-                cut = slice(start, start + PIECE)
-                piece = piece_of(self._stepped, group, shard.master, cut)
-                part = _part(shard.part(cut), scale, factor) if scale else None
-                predicted = _next(piece, part, _within(cut, shard.deferred), windows, reach)
-                shard.working.data[cut].copy_(predicted.to(shard.working.dtype))
+                at = slice(start, start + PIECE)
+                piece = piece_of(self._stepped, group, shard.master, at)
+                part = _part(shard.part(at), scale, factor) if scale else None
+                predicted = _next(piece, part, _within(at, shard.deferred), windows, reach)
+                shard.working.data[at].copy_(predicted.to(shard.working.dtype))
         with self._gathering():
             gather(self._optimizer)
         self._is_predicted = True
@@ -83,9 +83,9 @@ class MasterWeights:
             self.restore()
 
 
-def _within(cut: slice, places: list[slice]) -> list[slice]:
-    """What of these places lies in the cut, counted from its start."""
-    moved = [slice(max(place.start, cut.start) - cut.start, min(place.stop, cut.stop) - cut.start) for place in places]
+def _within(at: slice, places: list[slice]) -> list[slice]:
+    """The part of these places that lies at this one, counted from its start."""
+    moved = [slice(max(place.start, at.start) - at.start, min(place.stop, at.stop) - at.start) for place in places]
     return [place for place in moved if place.start < place.stop]
 
 

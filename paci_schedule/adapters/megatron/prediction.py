@@ -47,20 +47,20 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
     """Why this job cannot have the predictions that it asks for."""
     if interval_of(options.prediction) is None:
         return
-    said = f"config.paci = {{'prediction': {options.prediction!r}}} (--paci-prediction)"
+    option = f"config.paci = {{'prediction': {options.prediction!r}}} (--paci-prediction)"
     if owner_of(config) is None:
-        yield f"{said} needs the optimizer: set config.grad_scale_func = optimizer.scale_loss, or prediction to 'off'"
+        yield f"{option} needs the optimizer: set config.grad_scale_func = optimizer.scale_loss, or prediction to 'off'"
     if any(isinstance(chain, LayerWiseDistributedOptimizer) for chain in chains(config)):
         yield (
-            f"{said} with LayerWiseDistributedOptimizer: a replica could predict only its own share of the weights; "
+            f"{option} with LayerWiseDistributedOptimizer: a replica could predict only its own share of the weights; "
             "use one that every replica has whole (--optimizer muon without --use-distributed-optimizer), or 'off'"
         )
     for optimizer in optimizers(config):
         for reason in _reasons_of(optimizer, options.prediction_reach):
-            yield f"{said} with {reason}"
+            yield f"{option} with {reason}"
     averaged = (getattr(each, "average_gradients_across_tp_domain", False) for each in model.parameters())
     if parallel_state.get_tensor_model_parallel_world_size() > 1 and any(averaged):
-        yield f"{said} with gradients that are averaged over tensor-parallel ranks: not tried yet; use 'off'"
+        yield f"{option} with gradients that are averaged over tensor-parallel ranks: not tried yet; use 'off'"
 
 
 def _reasons_of(optimizer: Any, reach: float) -> Iterator[str]:

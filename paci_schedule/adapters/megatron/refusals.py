@@ -1,4 +1,4 @@
-"""What PACI refuses on Megatron, said before the first micro-batch: the flag, the reason, the remedy."""
+"""What PACI refuses on Megatron before the first micro-batch: the flag, the reason, the remedy."""
 
 from __future__ import annotations
 

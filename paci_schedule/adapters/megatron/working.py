@@ -70,7 +70,7 @@ class WorkingWeights:
             self._real = copied([each.working for each in self._without_master])
         for optimizer in self._wrapped:
             for stepping, group, entries in pieces(optimizer):
-                owned = {stepped: (self._owned[whole], cut) for stepped, whole, cut in entries}
+                owned = {stepped: (self._owned[whole], at) for stepped, whole, at in entries}
                 values = {stepped: stepped.detach().clone() for stepped in owned}
                 gradients = self._parts(owned, scale, factor) if scale else {}
                 for stepped, (each, _) in owned.items():
@@ -78,7 +78,7 @@ class WorkingWeights:
                         gradients[stepped] = expected_gradient(stepping, group, stepped, values[stepped])
                 known = {stepped: gradient for stepped, gradient in gradients.items() if gradient is not None}
                 advance(stepping, values, known, windows, reach)
-                write([each.working[cut] for each, cut in owned.values()], list(values.values()))
+                write([each.working[at] for each, at in owned.values()], list(values.values()))
         self._gather()
         self._is_predicted = True
 
@@ -101,8 +101,8 @@ class WorkingWeights:
     ) -> dict[torch.Tensor, torch.Tensor | None]:
         """What is there of the gradients, as the mean that stands for the whole window's, clipped; copies."""
         there = {
-            stepped: total[cut]
-            for stepped, (each, cut) in owned.items()
+            stepped: total[at]
+            for stepped, (each, at) in owned.items()
             if each.parameter not in self._deferred and (total := each.total()) is not None
         }
         if not there:
