@@ -34,7 +34,7 @@ def first_steps(args):
     """What this rank's engine does until its norms are made: devices that it sets, collectives, where the norms are."""
     import deepspeed
 
-    from paci_schedule.adapters.deepspeed import engine
+    from paci_schedule.runtime import assembly
 
     seen = []
 
@@ -47,7 +47,7 @@ def first_steps(args):
             stock(args=args, **arguments)
 
     stock = deepspeed.initialize
-    with mock.patch.object(deepspeed, "initialize", initialize), mock.patch.object(engine, "CarriedNorms", norms), \
+    with mock.patch.object(deepspeed, "initialize", initialize), mock.patch.object(assembly, "CarriedNorms", norms), \
             pytest.raises(ReachedError):  # fmt: skip
         deepspeed_job.build(JOB)
     return seen
