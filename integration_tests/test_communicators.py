@@ -116,7 +116,7 @@ def relay(jobs, uneven):
     ranks = next(ranks for ranks in jobs if rank in ranks)
     stage, spec = ranks.index(rank), PipelineSpec(stages=len(ranks), accumulation=1)
     for start in (100.0, 200.0):
-        links = Links(spec, jobs, CPU, TIMEOUT)
+        links = Links(jobs, CPU, TIMEOUT)
         number = torch.tensor([start + 10 * ranks[0]])
         if stage > 0:
             links.expect_activation(op)

@@ -102,13 +102,19 @@ def test_torchrun_runs_the_script_with_the_schedule(tmp_path):
 def test_deepspeeds_launcher_runs_the_script_with_the_schedule(tmp_path):
     """It puts --local_rank before the script's name."""
     script = tmp_path / "train.py"
-    script.write_text("import deepspeed, sys\nprint('ran', sys.argv[1:], deepspeed.PipelineEngine.__module__)\n")
+    script.write_text(
+        "import deepspeed, json, os, pathlib, sys\n"
+        "told = {'argv': sys.argv[1:], 'module': deepspeed.PipelineEngine.__module__}\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(json.dumps(told))\n"
+    )
     done = launch(
         "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "paci_schedule.launch", str(script), "--steps", "3"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
-        assert f"ran ['--local_rank={rank}', '--steps', '3'] paci_schedule." in done.stdout
+        told = json.loads((tmp_path / str(rank)).read_text())
+        assert told["argv"] == [f"--local_rank={rank}", "--steps", "3"]
+        assert told["module"].startswith("paci_schedule.")
 
 
 @pytest.mark.parametrize("arguments", [[], ["missing.py"], ["--steps", "3"]], ids=["nothing", "no file", "no script"])

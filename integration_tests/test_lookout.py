@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.lookout import Lookout
 from testing.ranks import gather_outcomes, on_gpus
@@ -33,7 +32,6 @@ class AtOnce(dist.Work):
 def lose_the_gradient(folder):
     """Stage 0's transport waits at once; the gradient of micro-batch 1 never comes, and the process is aborted."""
     links = Links(
-        PipelineSpec(stages=2, accumulation=1),
         [[0, 1]],
         torch.device("cpu"),
         timedelta(seconds=1.0),
@@ -133,7 +131,7 @@ def test_the_device_is_not_asked_while_the_host_goes_on(lookout):
 
 
 def default_links():
-    links = Links(PipelineSpec(stages=2, accumulation=1), [[0, 1]], torch.device("cpu"), timedelta(seconds=20))
+    links = Links([[0, 1]], torch.device("cpu"), timedelta(seconds=20))
     return links._lookout is None
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from paci_schedule.core.ops import Op, OpKind
-from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime import shared_gpu
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.waiting import shorten_timeout
@@ -33,7 +32,7 @@ def exchange():
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    links = Links(PipelineSpec(stages=2, accumulation=1), [[0, 1]], torch.device("cpu"), timedelta(seconds=20))
+    links = Links([[0, 1]], torch.device("cpu"), timedelta(seconds=20))
     for index in range(COUNT):
         payload, rider = torch.full((3, 7), float(index + 10 * stage)), torch.tensor([float(index)])
         forward = Op(OpKind.FORWARD, index)

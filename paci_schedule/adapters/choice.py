@@ -30,11 +30,11 @@ def check_choice(name: Any, written: str, valid: Sequence[str] = RUNNABLE) -> st
         ConfigError: an unknown name, with the nearest valid one.
         UnsupportedError: a schedule that cannot be run there, with the reason.
     """
-    if isinstance(name, str) and name in valid:
-        return name
     listed = nearest(str(name), valid)
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ConfigError(f"{written}: unknown; valid are {listed}")
+    if name in valid:
+        return name
     reason = schedule(name).cannot_run or (
         "is not among the schedules of this framework, whose training loop steps the optimizer itself, and it has no "
         "calls that lead"

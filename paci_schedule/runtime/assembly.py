@@ -90,9 +90,7 @@ class Assembly:
         """
         early_receives, records = self._early_receives, self._record is not None
         self.deferred = DeferredState(self._device, self.norms, tied, prediction)
-        self.links = Links(
-            self._spec, pipelines, self._device, self._timeout, early_receives=early_receives, record=self._record
-        )
+        self.links = Links(pipelines, self._device, self._timeout, early_receives=early_receives, record=self._record)
         self.stopwatch = Stopwatch(self._device, records=records)
         self.runner = StageRunner(
             self._spec,

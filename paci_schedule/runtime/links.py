@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 
 from paci_schedule.core.ops import Op
-from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
@@ -205,7 +204,6 @@ class Links:
     Every rank of the job constructs its own at the same time; construction sets up the communicators.
 
     Args:
-        spec: the pipeline.
         pipelines: for every pipeline of the job, the global rank of each stage, in stage order; the same on every rank.
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
@@ -221,7 +219,6 @@ class Links:
 
     def __init__(
         self,
-        spec: PipelineSpec,
         pipelines: Sequence[Sequence[int]],
         device: torch.device,
         timeout: timedelta,
@@ -258,14 +255,14 @@ class Links:
                 self._outboxes[_ANNOUNCEMENT] = announced = _Outbox(announcements, 1)
             else:
                 self._inboxes[_ACTIVATION] = activations = _Inbox(down)
-                self._outboxes[_GRADIENT] = gradients = _Outbox(up, spec.gradients_on_wire(stage))
+                self._outboxes[_GRADIENT] = gradients = _Outbox(up, 1)
                 self._inboxes[_ANNOUNCEMENT] = announced = _Inbox(announcements)
             order += [activations, gradients, announced]
         for box in order:
             box.warm_up()
 
     def limit_gradients(self, on_wire: int) -> None:
-        """Let at most so many gradients be on the way to the stage before this one; the pipe must be empty."""
+        """Let at most so many gradients be on the way to the stage before this one, where the pipe is empty; else 1."""
         if _GRADIENT in self._outboxes:
             self._outboxes[_GRADIENT].on_wire = on_wire
 

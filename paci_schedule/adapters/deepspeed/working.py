@@ -104,7 +104,7 @@ def _next(
 ) -> torch.Tensor:
     """Where the optimizer's next steps take its only parameter, from this part or from what its momentum expects.
 
-    Late elements go where the momentum expects; where it expects nothing, they stay.
+    Deferred elements go where the momentum expects; where it expects nothing, they stay.
     """
     (group,) = piece.param_groups
     (weight,) = group["params"]

@@ -39,9 +39,6 @@ class OneFOneB(Schedule):
     def batch(self, spec: PipelineSpec, stage: int) -> Iterator[Op]:
         return (op for op in batch(spec).ops(stage) if op.kind is not OpKind.STEP)
 
-    def call(self, spec: PipelineSpec, taken: int = 0, finished: int = 0, last: int | None = None) -> paci.Segment:
-        return batch(spec)
-
     def gradients_on_wire(self, spec: PipelineSpec, stage: int) -> int:
         return spec.gradients_on_wire(stage)
 
