@@ -110,7 +110,10 @@ class Reference:
             batches = [[next(data) for data in self.data] for _ in range(pipeline.accumulation)]
             losses = [_mean(stage) for stage in pipeline.train(batches, flush=self._flushes())]
         else:  # whatever else a training loop does comes to an empty pipe
-            pipeline.drain()
+            if name == "drain":
+                pipeline.drain()
+            else:
+                pipeline.empty()
             if name == "eval":
                 losses = [self._evaluate()] * len(self.stages)
             elif name == "accumulate":

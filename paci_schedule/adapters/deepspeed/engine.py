@@ -70,7 +70,7 @@ class PaciPipelineEngine(DrainingEngine):
         self._timeout = timeout = timedelta(seconds=options.timeout)
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
-        check_supported(self._schedule, config_class, options, module)
+        check_supported(self._schedule, config_class, options, module, type(self))
         grid: Any = module.mpu()  # Any for the same reason as in StageMpu
         spec = PipelineSpec(
             stages=grid.get_pipe_parallel_world_size(),
@@ -134,10 +134,11 @@ class PaciPipelineEngine(DrainingEngine):
         Returns:
             float32[], on the device, without waiting for it: the mean loss over the micro-batches that this stage
             *finished* in this call, averaged over the data-parallel replicas.  That is this batch's loss at the last
-            stage, and d_s micro-batches late at stage s.  NaN as long as a stage has finished none.
+            stage, and d_s micro-batches late at stage s.  A drain by another method than `drain` returns no losses, so
+            what it has finished counts here.  NaN as long as a stage has finished none.
 
         Raises:
-            ConfigError: `data_iter` is no iterator; raised before anything is run.
+            ConfigError: `data_iter` is no iterator, or there is none; raised before anything is run.
             DataEndedError: the iterator ended before a whole batch.  The pipe has been drained; save and stop.
             LinkError: a neighbouring stage or a replica did not answer in time.
         """
@@ -145,6 +146,12 @@ class PaciPipelineEngine(DrainingEngine):
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        if self.data_iterator is None and self.batch_fn is None and (self.is_first_stage() or self.is_last_stage()):
+            raise ConfigError(
+                "train_batch() without an iterator: the engine has no training data; call train_batch(iterator) with "
+                "one iterator for all batches, or give deepspeed.initialize(training_data=...) a data set"
+            )
+        self._note_batch()
         self._assembly.stopwatch.start()
         self._choose_schedule()
         source, pulled = self.data_iterator, []
@@ -204,7 +211,7 @@ class PaciPipelineEngine(DrainingEngine):
         """
         self._check_schedule(check_choice(schedule, f"schedule={schedule!r}"), self._runner.spec)
         self._schedule = schedule
-        self.drain()
+        self._drain_for("set_pipeline_schedule")
 
     def drain(self) -> torch.Tensor:
         """Finish the outstanding backwards; call it on every rank.
@@ -212,16 +219,10 @@ class PaciPipelineEngine(DrainingEngine):
         Afterwards the pipe is empty and every stage has the same version.
 
         Returns:
-            float32[]: the mean loss over the micro-batches finished in this call, as in `train_batch`.
+            float32[]: the mean loss over the micro-batches that no call has told of, as in `train_batch`.
         """
-        if self._runner.admitted:
-            self.module.train()
-        losses = self._runner.drain()
-        if self._reporter is not None:
-            self._reporter.flush()
-        if self._stage_mpu.get_model_parallel_rank() == 0:
-            self._assembly.write_recording(self.grid.get_data_parallel_id())
-        return self._aggregate(losses)
+        self._empty()
+        return self._aggregate(self._runner.take_losses())
 
     def pipeline_stats(self) -> dict[str, Any]:
         """What this stage has done, counted as it happened.
@@ -268,6 +269,15 @@ class PaciPipelineEngine(DrainingEngine):
     def __del__(self) -> None:
         self._drains_at_the_end = False  # a stage that is merely forgotten does not wait for its neighbours
         super().__del__()
+
+    def _empty(self) -> None:
+        if self._runner.admitted:
+            self.module.train()
+        self._runner.drain()
+        if self._reporter is not None:
+            self._reporter.flush()
+        if self._stage_mpu.get_model_parallel_rank() == 0:
+            self._assembly.write_recording(self.grid.get_data_parallel_id())
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,

@@ -10,7 +10,6 @@ from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
 from paci_schedule.adapters.versions import DEEPSPEED
 
 __all__ = [
-    "ENGINES",
     "SPLIT_HOOKS",
     "TESTED",
     "check_installed",
@@ -19,14 +18,14 @@ __all__ = [
 
 TESTED = SpecifierSet(DEEPSPEED)
 
-ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
-"""The classes that ``deepspeed.initialize`` builds, by their names in ``deepspeed``."""
-
 _ENGINE = "deepspeed.runtime.pipe.engine:PipelineEngine"
 _HOOKS = {
     "deepspeed:initialize": (),
-    **{f"deepspeed:{name}": () for name in ENGINES},
+    "deepspeed.runtime.engine:DeepSpeedEngine.__init__": ("model", "config_class"),
     _ENGINE: (),
+    f"{_ENGINE}._INSTRUCTION_MAP": (),
+    f"{_ENGINE}._exec_schedule": ("pipe_schedule",),
+    "deepspeed.runtime.pipe.schedule:TrainSchedule.steps": (),
     f"{_ENGINE}._exec_load_micro_batch": ("buffer_id",),
     f"{_ENGINE}._next_batch": (),
     f"{_ENGINE}._exec_forward_pass": ("buffer_id",),
