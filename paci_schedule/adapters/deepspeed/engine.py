@@ -27,13 +27,14 @@ from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
 from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
-from paci_schedule.adapters.deepspeed.prediction import build_prediction, note_update
+from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied_bytes, note_update
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
 from paci_schedule.adapters.deepspeed.stage_local import StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
 from paci_schedule.adapters.refusal import refuse_together
+from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
@@ -121,6 +122,9 @@ class PaciPipelineEngine(DrainingEngine):
         self._deferred = self._assembly.deferred
         self._runner = self._assembly.runner
         self._drains_at_the_end = True
+        clip, copied = config_class.gradient_clipping, copied_bytes(self, options, spec)
+        chosen = schedule(self._schedule)
+        say(start_line(chosen, spec, options, framework="DeepSpeed", clip=clip, copied_bytes=copied))
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
