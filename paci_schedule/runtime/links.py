@@ -233,6 +233,8 @@ class Links:
         rank = dist.get_rank()
         stage = next(ranks.index(rank) for ranks in pipelines if rank in ranks)
         pairs = connect(pipelines, device, timeout)
+        self._timeout = timeout
+        self._pipeline = None
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
         self._lookout = Lookout(stage, device, timeout, record) if pairs and looks_out else None
@@ -248,6 +250,7 @@ class Links:
             )
             down = end(group=pair.down, content=_ACTIVATION, device=device, lookout=self._lookout)
             up = end(group=pair.up, content=_GRADIENT, device=device, lookout=self._lookout)
+            self._pipeline = next(ranks for ranks in pipelines if rank in ranks), pair.announcements
             announcements = end(group=pair.announcements, content=_ANNOUNCEMENT, device=_HOST, lookout=None)
             if above:
                 self._outboxes[_ACTIVATION] = activations = _Outbox(down, 1)
@@ -295,6 +298,17 @@ class Links:
         if after is not None:
             after.send(next_op, is_whole)
         return bool(is_whole)
+
+    def tell_from_last(self, values: torch.Tensor) -> None:
+        """Put what the last stage of the pipeline has in `values`, on the host, into every stage's, and wait for it."""
+        if self._pipeline is None:
+            return
+        ranks, group = self._pipeline
+        last = f"stage {len(ranks) - 1}"
+        with waiting(
+            ranks.index(dist.get_rank()), "shared the first batch's loss with", last, [ranks[-1]], self._timeout
+        ):
+            dist.broadcast(values, ranks[-1], group=group)
 
     def reset_shapes(self) -> None:
         """Forget the shapes of the messages; the next ones bring theirs.  The pipe must be empty, on every rank."""
