@@ -33,7 +33,7 @@ from paci_schedule import ConfigError, register
 from paci_schedule.adapters.frameworks import exists
 from paci_schedule.adapters.options import Options, flag_options, parse
 
-__all__ = ["main"]
+__all__ = ["main", "without_reruns"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     is_megatron = exists("megatron.training") and not any(word.startswith("--deepspeed") for word in rest)
     ours, rest = _our_flags().parse_known_args(rest) if is_megatron else (argparse.Namespace(), rest)
     if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
-        rest += _without_reruns(rest)
+        rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.shared_gpu import share_gpus
@@ -69,10 +69,12 @@ def main(argv: list[str] | None = None) -> None:
 
         options = {name.removeprefix("paci_"): value for name, value in vars(ours).items() if name.startswith("paci_")}
         megatron.register(getattr(ours, "pipeline_schedule", None), options)
+        if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+            megatron.look_at_arguments()
     runpy.run_path(script, run_name="__main__")
 
 
-def _without_reruns(arguments: list[str]) -> list[str]:
+def without_reruns(arguments: list[str]) -> list[str]:
     """The arguments that keep Megatron-LM from re-running iterations, unless the user chose a mode of re-runs.
 
     Its default, validate_results, cannot repeat an iteration whose micro-batches are in flight.

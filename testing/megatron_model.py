@@ -42,6 +42,9 @@ class GptJob:
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     align_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    per_token: bool = False
+    """The loss is the mean over the tokens of an update, whose number changes from one micro-batch to the next."""
     deallocate: bool = True
     recompute: str | None = None
     optimizer: str = "adam"
