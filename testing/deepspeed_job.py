@@ -58,13 +58,20 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
     return settings
 
 
-def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = None, **module_options: Any) -> Any:
+def build(
+    job: Job,
+    schedule: str | None = "paci",
+    layers: list[Any] | None = None,
+    training_data: Any = None,
+    **module_options: Any,
+) -> Any:
     """The engine of this rank.  Registers the schedules unless `schedule` is "stock".
 
     Args:
         job: what to train.
         schedule: as of `config`.
         layers: of the model; None for those that the job names.
+        training_data: what the engine's own loader reads; None for no such loader.
         module_options: for the PipelineModule.
     """
     import deepspeed
@@ -83,6 +90,7 @@ def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = No
         optimizer=None if "optimizer" in job.config else jobs.optimizer(job),
         model_parameters=jobs.parameter_groups(job, parameters) if parameters else parameters,
         lr_scheduler=jobs.schedule(job),
+        training_data=training_data,
         config=config(job, schedule),
     )
     if job.marked:

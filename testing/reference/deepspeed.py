@@ -137,6 +137,10 @@ class Reference:
             ],
         )
 
+    def forget_losses(self) -> None:
+        """Know no loss of an earlier call, as an engine does that has only loaded the rest."""
+        self._newest = [math.nan] * len(self.stages)
+
     def factors(self) -> list[float]:
         """clip / norm, for all stages and updates that clip."""
         return [factor for stage in self.stages for factor in stage.updater.factors]

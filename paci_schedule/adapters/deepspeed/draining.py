@@ -67,6 +67,7 @@ class DrainingEngine(StageLocalEngine):
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
         self.drain()
+        self.total_loss = self.total_additional_losses = None  # an evaluation without loss would add its outputs
         everyone = range(dist.get_world_size())
         with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
             # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.

@@ -20,7 +20,6 @@ __all__ = ["Ending"]
 logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(seconds=60)
-_EXCEPTION = "an exception was on its way"
 
 
 class _Drainable(Protocol):
@@ -53,7 +52,7 @@ class Ending:
 
     def destroyed(self, engine: _Drainable) -> None:
         """Every rank destroys its engine."""
-        self._end(engine, _EXCEPTION if sys.exc_info()[0] is not None else _interruption(engine))
+        self._end(engine, _trouble(engine, sys.exc_info()[1]))
 
     def forgotten(self, engine: _Drainable) -> None:
         """Nothing refers to the engine any more: it does not wait for its neighbours, which may still have theirs."""
@@ -63,11 +62,7 @@ class Ending:
         engine = self._engine()
         if engine is None or not (engine._runner.admitted or engine._runner.interrupted):
             return
-        trouble = _interruption(engine)
-        if getattr(sys, "last_value", None) is not None:
-            trouble = _EXCEPTION
-        elif not dist.is_initialized():
-            trouble = "the script destroyed the process group first"
+        trouble = _trouble(engine, getattr(sys, "last_value", None))
         self._end(engine, self._departure.trouble(trouble, self._patience))
 
     def _end(self, engine: _Drainable, trouble: str | None) -> None:
@@ -87,5 +82,10 @@ class Ending:
             )
 
 
-def _interruption(engine: _Drainable) -> str | None:
-    return "an error interrupted the pipe" if engine._runner.interrupted else None
+def _trouble(engine: _Drainable, error: BaseException | None) -> str | None:
+    """What keeps this rank from draining; None for nothing."""
+    if error is not None:
+        return "an exception was on its way"
+    if engine._runner.interrupted:
+        return "an error interrupted the pipe"
+    return None if dist.is_initialized() else "the script destroyed the process group first"
