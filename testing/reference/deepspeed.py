@@ -93,7 +93,7 @@ class Reference:
             prediction=options.get("prediction", "off"),
         )
         self.data: list[Iterator[Any]] = [
-            jobs.data(job.model, job.of_replica(replica).first_micro_batch) for replica in range(replicas)
+            jobs.data(job.model, job.of_replica(replica).first_micro_batch, job.shapes) for replica in range(replicas)
         ]
         self._schedule = "paci"
 
@@ -109,7 +109,7 @@ class Reference:
         if name == "train":
             batches = [[next(data) for data in self.data] for _ in range(pipeline.accumulation)]
             losses = [_mean(stage) for stage in pipeline.train(batches, flush=self._flushes())]
-        else:  # whatever else a training loop does comes to an empty pipe
+        elif name != "reset":  # whatever else a training loop does comes to an empty pipe
             pipeline.drain()
             if name == "eval":
                 losses = [self._evaluate()] * len(self.stages)
