@@ -1,4 +1,4 @@
-"""What a training loop does beside training: other shapes, losses beside the loss, data that disagrees, the end."""
+"""What a training loop does beside training: losses beside the loss, data that disagrees, the end."""
 
 import dataclasses
 import re
@@ -92,47 +92,6 @@ def test_what_is_trained_may_change_while_the_pipe_is_empty():
     last = [truth.act(action) for action in ("train", "train", "train", "drain")][-1]
     for stage, weights in enumerate(ranks.run_ranks(unfreeze, 3, (job,))):
         assert all(torch.equal(weights[name], value) for name, value in last.weights[stage].items())
-
-
-# ---- shapes ---------------------------------------------------------------------------------------------------------
-
-
-def narrow(first):
-    """Micro-batches of two samples, not three."""
-    for inputs, labels in jobs.data("words", first):
-        yield inputs[:2], labels[:2]
-
-
-def change_shape(job, announced):
-    """Two batches of one shape, one of another."""
-    engine = deepspeed_job.build(job)
-    feed = jobs.data(job.model)
-    for _ in range(2):
-        engine.train_batch(feed)
-    if announced:
-        engine.reset_activation_shape()
-    engine.train_batch(narrow(4))
-    engine.drain()
-    return deepspeed_job.weights(engine)
-
-
-def test_shapes_may_change_between_batches_when_announced():
-    truth = reference.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
-    truth.run()
-    truth.data = [narrow(4)]
-    truth.act("train")
-    truth = truth.act("drain")
-    for stage, weights in enumerate(ranks.run_ranks(change_shape, 3, (JOB, True))):
-        assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
-
-
-@NAMED
-def test_an_unannounced_shape_is_an_error_that_says_what_to_do():
-    job = dataclasses.replace(JOB, config={"paci": {"timeout": 5}})
-    outcomes = ranks.gather_outcomes(change_shape, 3, (job, False), timeout=60)
-    assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "LinkError"]
-    for words in ("micro-batch 4", "drop_last=True", "reset_activation_shape"):
-        assert words in outcomes[0].error
 
 
 # ---- data that the first and the last stage do not share ------------------------------------------------------------

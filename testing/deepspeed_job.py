@@ -83,6 +83,7 @@ def build(
         paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     options = {"num_stages": job.stages, "partition_method": "uniform", "loss_fn": jobs.loss, **module_options}
+    options.setdefault("dynamic_shape", bool(job.shapes))
     module = PipelineModule(jobs.layers(job.model, tied_spec) if layers is None else layers, **options)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
@@ -145,6 +146,8 @@ def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None =
         engine.set_train_batch_size(int(value) * engine.train_micro_batch_size_per_gpu())
     elif name == "schedule":
         engine.set_pipeline_schedule(value)
+    elif name == "reset":
+        engine.reset_activation_shape()
     else:
         engine.drain()
     return math.nan
@@ -181,7 +184,7 @@ def follow(engine: Any, job: Job, folder: str | None = None) -> dict[str, Any]:
         "stage"; "moments": this stage's part of every `Moment`, with the engine's own counters in "stats"; "pulled":
         after every action, the micro-batches pulled from the iterator so far.
     """
-    feed = Feed(jobs.data(job.model, job.first_micro_batch))
+    feed = Feed(jobs.data(job.model, job.first_micro_batch, job.shapes))
     moments, pulled = [], []
     for action in job.actions():
         moments.append(_moment(engine, action, act(engine, job, action, feed, folder)))

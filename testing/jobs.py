@@ -57,7 +57,8 @@ class Job:
         stages: P.
         accumulation: a, at the start.
         script: what the training loop calls, in order: "train", "drain", "eval", "save", "accumulate=N" (N micro-
-            batches an update from here on, by set_train_batch_size), "schedule=NAME"; "train x3" is three of them.
+            batches an update from here on, by set_train_batch_size), "schedule=NAME", "reset" (of the activations'
+            shape); "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
             between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
             parameters), "frozen" (like "words", only the last third trained), "matrices" (like "words", only matrices
@@ -78,6 +79,7 @@ class Job:
         poison: (stage, micro-batch, parameter): the gradient of that micro-batch, counted from 0 where training starts,
             has an infinite element, in that parameter of that stage, by number; None for no such gradient.
         marked: every parameter is marked `model_parallel`, as if it were a slice.
+        shapes: samples and length of the micro-batches to train on, over and over again; empty where all are whole.
     """
 
     stages: int
@@ -92,6 +94,7 @@ class Job:
     first_micro_batch: int = 0
     poison: tuple[int, int, int] | None = None
     marked: bool = False
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class _Embed(nn.Module):
         self.places = nn.Parameter(0.3 * torch.randn(_LENGTH, width))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.words(ids) + self.places
+        return self.words(ids) + self.places[: ids.shape[-1]]
 
 
 class _Mix(nn.Module):
@@ -311,12 +314,17 @@ def micro_batch(model: str, index: int) -> tuple[Any, Any]:
     return (numbers, ids), (labels, torch.rand(_SAMPLES, generator=generator) + 0.5)
 
 
-def data(model: str, first: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Micro-batches without end, from index `first` on."""
-    index = first
-    while True:
-        yield micro_batch(model, index)
-        index += 1
+def data(model: str, first: int = 0, shapes: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """Micro-batches without end, from index `first` on; `shapes` as of `Job`, from index 0 on."""
+    for index in itertools.count(first):
+        whole = micro_batch(model, index)
+        yield _cropped(whole, *shapes[index % len(shapes)]) if shapes else whole
+
+
+def _cropped(tensors: Any, samples: int, length: int) -> Any:
+    if isinstance(tensors, tuple):
+        return tuple(_cropped(each, samples, length) for each in tensors)
+    return tensors[:samples, :length] if tensors.ndim > 1 else tensors[:samples]
 
 
 # ---- optimizers and schedules: factories, because every stage has its own --------------------------------------------

@@ -94,7 +94,7 @@ class Reference:
             prediction=options.get("prediction", "off"),
         )
         self.data: list[Iterator[Any]] = [
-            jobs.data(job.model, job.of_replica(replica).first_micro_batch) for replica in range(replicas)
+            jobs.data(job.model, job.of_replica(replica).first_micro_batch, job.shapes) for replica in range(replicas)
         ]
         self._schedule = "paci"
         self._newest = [math.nan] * job.stages
@@ -112,7 +112,7 @@ class Reference:
             batches = [[next(data) for data in self.data] for _ in range(pipeline.accumulation)]
             finished = pipeline.train(batches, flush=self._flushes())
             losses = self._newest = self._known(finished, _mean(finished[-1]))
-        else:  # whatever else a training loop does comes to an empty pipe
+        elif name != "reset":  # whatever else a training loop does comes to an empty pipe
             self._newest = self._known(pipeline.drain(), math.nan)
             if name == "eval":
                 losses = [self._evaluate()] * len(self.stages)

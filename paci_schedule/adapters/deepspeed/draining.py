@@ -152,10 +152,13 @@ class DrainingEngine(StageLocalEngine):
         self.reset_activation_shape()
 
     def reset_activation_shape(self) -> None:
-        """As DeepSpeed's, after a `drain`: the next micro-batch may have another shape."""
-        self.drain()
+        """As DeepSpeed's; not needed where the shapes of what stages send follow from those of the inputs.
+
+        Where the pipe is empty, shapes that stages have learnt are forgotten; else nothing happens: no drain.
+        """
         super().reset_activation_shape()
-        self._assembly.links.reset_shapes()
+        if not self._runner.admitted:
+            self._shape_numbers.forget()
 
     def destroy(self) -> None:
         """As DeepSpeed's, after a `drain`; it does not drain while an exception propagates."""

@@ -152,35 +152,16 @@ class PaciPipelineEngine(DrainingEngine):
             self.set_dataiterator(data_iter)
         self._assembly.stopwatch.start()
         self._choose_schedule()
-        source, pulled = self.data_iterator, []
-
-        def pull() -> bool:
-            with suppress(StopIteration):
-                while source is not None and len(pulled) < self.micro_batches:
-                    pulled.append(next(source))
-            return source is None or len(pulled) == self.micro_batches
-
-        if not self._assembly.links.announce(Op(OpKind.FORWARD, self._runner.admitted), pull):
-            self.drain()
-            raise DataEndedError(
-                f"the first stage's data iterator ended before it gave {self.micro_batches} micro-batches of a batch; "
-                "the pipe is drained and every stage stands at the same version: save a checkpoint and stop, or wrap "
-                "the loader in deepspeed.utils.RepeatingLoader"
-            )
-        if not self.is_first_stage() and not pull():
-            raise DataEndedError(
-                f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
-                "the first stage's did not: give both the same data"
-            )
-        self._assembly.stopwatch.lap(DATA)
-        self.module.train()
-        self._compute_loss = True  # an evaluation may have done without
-        self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
-        self.data_iterator = source if source is None else iter(pulled)
+        source = self.data_iterator
         try:
+            self._read_batch(source)
+            self._assembly.stopwatch.lap(DATA)
+            self.module.train()
+            self._compute_loss = True  # an evaluation may have done without
+            self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
             losses = self._runner.train_batch()
         finally:
-            self.data_iterator = source
+            self.data_iterator, self._read_ahead = source, None
         if self._newest_losses is None:
             losses = self._first_losses(losses)
         return self._aggregate(losses)
@@ -279,6 +260,34 @@ class PaciPipelineEngine(DrainingEngine):
         if self._ending is not None:
             self._ending.forgotten(self)
         super().__del__()
+
+    def _read_batch(self, source: Iterator[Any] | None) -> None:
+        """Take a whole batch from the data before anything is computed, and announce it to the other stages."""
+        pulled: list[Any] = []
+
+        def pull() -> bool:
+            with suppress(StopIteration):
+                while source is not None and len(pulled) < self.micro_batches:
+                    pulled.append(next(source))
+            self.data_iterator = None if source is None else iter(pulled)
+            return source is None or len(pulled) == self.micro_batches
+
+        def read() -> list[int] | None:
+            return self.number_shapes(pulled) if pull() else None
+
+        next_op = Op(OpKind.FORWARD, self._runner.admitted)
+        if not self._assembly.links.announce(next_op, self.micro_batches, read):
+            self.drain()
+            raise DataEndedError(
+                f"the first stage's data iterator ended before it gave {self.micro_batches} micro-batches of a batch; "
+                "the pipe is drained and every stage stands at the same version: save a checkpoint and stop, or wrap "
+                "the loader in deepspeed.utils.RepeatingLoader"
+            )
+        if not self.is_first_stage() and not pull():
+            raise DataEndedError(
+                f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
+                "the first stage's did not: give both the same data"
+            )
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,

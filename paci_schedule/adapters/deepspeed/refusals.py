@@ -96,11 +96,6 @@ _CONFIG = (
 
 _MODULE = (
     Refusal(
-        lambda module: module.dynamic_shape,
-        "PipelineModule(dynamic_shape=True)",
-        "PACI posts receives before their sizes are sent; pad to one shape",
-    ),
-    Refusal(
         lambda module: any(isinstance(part, MoE) for part in module.modules()),
         "deepspeed.moe.MoE layers",
         "they reduce over groups that span stages; use dense layers",
