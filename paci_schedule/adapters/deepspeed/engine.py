@@ -263,7 +263,7 @@ class PaciPipelineEngine(DrainingEngine):
 
     def __del__(self) -> None:
         self._drains_at_the_end = False  # a stage that is merely forgotten does not wait for its neighbours
-        super().__del__()
+        getattr(super(), "__del__", bool)()  # which the oldest supported versions have not
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,
