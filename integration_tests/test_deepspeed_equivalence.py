@@ -7,6 +7,7 @@ import pytest
 from testing import deepspeed_job
 from testing.jobs import Job
 from testing.reference.deepspeed import Reference
+from testing.reference.versions import where_gradients_are_divided
 
 STEADY = ("train x6",)
 MIXED = ("train x3", "drain", "train x2", "eval", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
@@ -126,6 +127,7 @@ def test_two_runs_of_a_job_are_equal_to_the_bit(name):
             assert all((before["weights"][key] == after["weights"][key]).all() for key in before["weights"])
 
 
+@pytest.mark.skipif(where_gradients_are_divided() != "loss", reason="the limits are chosen for the newest DeepSpeed")
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.clip])
 def test_jobs_that_clip_do_so_at_some_updates_and_not_at_others(name):
     reference = Reference(JOBS[name])

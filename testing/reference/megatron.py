@@ -56,6 +56,7 @@ class MegatronStage:
     """
 
     loss_scale = 1.0
+    divides = "loss"
 
     def __init__(self, job: GptJob, number: int) -> None:
         self.job, self.is_last = job, number == job.stages - 1

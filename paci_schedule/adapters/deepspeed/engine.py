@@ -259,7 +259,7 @@ class PaciPipelineEngine(DrainingEngine):
     def __del__(self) -> None:
         if self._ending is not None:
             self._ending.forgotten(self)
-        super().__del__()
+        getattr(super(), "__del__", bool)()  # which the oldest supported versions have not
 
     def _read_batch(self, source: Iterator[Any] | None) -> None:
         """Take a whole batch from the data before anything is computed, and announce it to the other stages."""
