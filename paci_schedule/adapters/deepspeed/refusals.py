@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
+from paci_schedule.adapters.deepspeed.experts import expert_reasons
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.refusal import Refusal, launch_blocking, reasons, refuse_together
 
@@ -25,7 +25,7 @@ def check_supported(name: str, config: DeepSpeedConfig, options: PaciOptions, mo
     found = chain(
         reasons(_CONFIG, config._param_dict),
         _timer_reasons(config, module.num_stages),
-        reasons(_MODULE, module),
+        expert_reasons(config, options, module),
         _tie_reasons(config, options, module),
         _receive_reasons(config, options),
     )
@@ -87,14 +87,6 @@ _CONFIG = (
         'the legacy block "curriculum_learning"',
         'it changes the sequence length inside the engine; use "data_efficiency": {"data_sampling": ...} or change the '
         "data",
-    ),
-)
-
-_MODULE = (
-    Refusal(
-        lambda module: any(isinstance(part, MoE) for part in module.modules()),
-        "deepspeed.moe.MoE layers",
-        "they reduce over groups that span stages; use dense layers",
     ),
 )
 
