@@ -195,38 +195,13 @@ def build_dual(job):
     )
 
 
-def build_experts(job):
-    import deepspeed
-    from deepspeed.moe.layer import MoE
-    from deepspeed.pipe import PipelineModule
-
-    import paci_schedule
-
-    paci_schedule.register("deepspeed")
-    deepspeed.init_distributed(verbose=False)
-    experts = MoE(hidden_size=8, expert=nn.Linear(8, 8), num_experts=2)
-    module = PipelineModule(
-        [nn.Linear(8, 8), experts, nn.Linear(8, 8), nn.Linear(8, 8)],
-        num_stages=2,
-        loss_fn=jobs.loss,
-        partition_method="uniform",
-    )
-    deepspeed.initialize(
-        model=module,
-        optimizer=jobs.optimizer(job),
-        model_parameters=list(module.parameters()),
-        config=deepspeed_job.config(job, "paci"),
-    )
-
-
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        (build_experts, ["MoE"]),
         (build_without_stages, ["class Linear", "a DeepSpeedEngine", "PipelineModule"]),
         (build_dual, ["class DualPipeVModule", "a DualPipeVEngine", "PipelineModule"]),
     ],
-    ids=["mixture of experts", "no pipeline", "DualPipeV"],
+    ids=["no pipeline", "DualPipeV"],
 )
 def test_models_that_cannot_run_are_refused(target, says):
     assert_refused("UnsupportedError", target=target, says=says)

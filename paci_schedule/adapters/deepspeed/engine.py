@@ -28,6 +28,7 @@ from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.diagnostics import switch_off_diagnostics
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
 from paci_schedule.adapters.deepspeed.ending import Ending
+from paci_schedule.adapters.deepspeed.experts import make_expert_groups
 from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied_bytes, note_update
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
@@ -73,6 +74,7 @@ class PaciPipelineEngine(DrainingEngine):
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
         check_supported(self._schedule, config_class, options, module)
+        make_expert_groups(config_class, module)
         grid: Any = module.mpu()  # Any for the same reason as in StageMpu
         switch_off_diagnostics(config_class, grid.get_pipe_parallel_world_size(), warns=grid.get_global_rank() == 0)
         spec = PipelineSpec(

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
+from paci_schedule.adapters.deepspeed.experts import expert_reasons
 from paci_schedule.adapters.deepspeed.options import PaciOptions
 from paci_schedule.adapters.refusal import Refusal, launch_blocking, reasons, refuse_together
 
@@ -23,7 +23,7 @@ def check_supported(name: str, config: DeepSpeedConfig, options: PaciOptions, mo
     """
     found = chain(
         reasons(_CONFIG, config._param_dict),
-        reasons(_MODULE, module),
+        expert_reasons(config, options, module),
         _tie_reasons(config, options, module),
         _receive_reasons(config, options),
     )
@@ -91,14 +91,6 @@ _CONFIG = (
         '"autotuning"',
         "DeepSpeed's autotuner measures engine.step(), which no pipeline engine runs; switch it off, and search the "
         "micro-batch size and the stages with `paci plan`",
-    ),
-)
-
-_MODULE = (
-    Refusal(
-        lambda module: any(isinstance(part, MoE) for part in module.modules()),
-        "deepspeed.moe.MoE layers",
-        "they reduce over groups that span stages; use dense layers",
     ),
 )
 
