@@ -157,10 +157,6 @@ def test_legacy_curriculum_is_refused_by_deepspeed_already():
     assert_refused("DeepSpeedConfigError", {"curriculum_learning": {"enabled": True}}, says=["curriculum_learning"])
 
 
-def build_dynamic(job):
-    deepspeed_job.build(job, dynamic_shape=True)
-
-
 def build_without_stages(job):
     """A model that is no pipeline: DeepSpeed's own engine without the key."""
     import deepspeed
@@ -226,12 +222,11 @@ def build_experts(job):
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        (build_dynamic, ["dynamic_shape"]),
         (build_experts, ["MoE"]),
         (build_without_stages, ["class Linear", "a DeepSpeedEngine", "PipelineModule"]),
         (build_dual, ["class DualPipeVModule", "a DualPipeVEngine", "PipelineModule"]),
     ],
-    ids=["dynamic shapes", "mixture of experts", "no pipeline", "DualPipeV"],
+    ids=["mixture of experts", "no pipeline", "DualPipeV"],
 )
 def test_models_that_cannot_run_are_refused(target, says):
     assert_refused("UnsupportedError", target=target, says=says)

@@ -19,14 +19,18 @@ from paci_schedule.adapters.megatron.ends import JobEnds, PlannedEnds
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
-from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
+from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded, optimizers, owner_of
 from paci_schedule.adapters.megatron.ties import Ties
+from paci_schedule.adapters.megatron.working import copied_bytes
+from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.assembly import Assembly
 
-__all__ = ["ModelStream"]
+__all__ = ["FRAMEWORK", "ModelStream"]
+
+FRAMEWORK = "Megatron-core"
 
 
 class ModelStream:
@@ -101,6 +105,11 @@ class ModelStream:
         self._data: Any = None
         self._calls = self._resumed_at = 0
         self._between_calls = ExitStack()
+        owner = owner_of(self._config)
+        clip = None if owner is None else owner.config.clip_grad
+        copied = 0 if prediction is None else copied_bytes(optimizers(self._config))
+        line = start_line(schedule(name), spec, options, framework=FRAMEWORK, clip=clip, copied_bytes=copied)
+        say(line)
         if args is not None:
             job.make_local(args, self._config, self._reports)
             keep_deferred(args, self._model, self._deferred, self.settle, sharded=is_sharded(self._config))
