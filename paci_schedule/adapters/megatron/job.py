@@ -96,11 +96,10 @@ def _own_times(timers: Any, names: list[str], reset: bool, barrier: bool) -> tor
 def _carry(training: Any, carried: CarriedReports) -> None:
     """Let the norm of the parameters and the metrics of the log line be summed over the stages by what is carried."""
     state: Any = parallel_state
-    experts = state.get_expert_tensor_and_model_parallel_group()
     norm = {
         "_MODEL_PARALLEL_GROUP": ReportGroup(carried, state.get_model_parallel_group(), groups.tensor_parallel()),
         "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": ReportGroup(
-            carried, state.get_expert_tensor_model_pipeline_parallel_group(), experts
+            carried, state.get_expert_tensor_model_pipeline_parallel_group(), groups.experts()
         ),
     }
     metrics = {"_PIPELINE_MODEL_PARALLEL_GROUP": ReportGroup(carried, groups.pipeline(), None)}

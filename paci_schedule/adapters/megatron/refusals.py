@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
+from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import TESTED, loaded
 from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.options import PaciOptions
@@ -98,11 +99,24 @@ def _reasons(
     for first in settings[:1]:
         yield from reasons(OPTIMIZER, first)
     clips = any(each.clip_grad > 0 for each in settings)
-    ties, _ = tied_embedding(chunks[0])
+    ties, embedding = tied_embedding(chunks[0])
     if clips and options.clip == "stage" and ties:
         yield (
             "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
             "different norms; use 'global', or --untie-embeddings-and-output-weights"
+        )
+    layer_wise = any(isinstance(chain, LayerWiseDistributedOptimizer) for chain in chains(config))
+    if layer_wise and getattr(ddp, "overlap_param_gather", False):
+        yield "--overlap-param-gather with LayerWiseDistributedOptimizer: not tried yet; leave it off"
+    if embedding is not None and not _is_at_an_end():
+        yield (
+            "--mtp-num-layers in a stage of its own, which has a third copy of the embedding: not tried yet; put these "
+            "layers into the last stage (--pipeline-model-parallel-layout)"
+        )
+    if options.early_receives and getattr(args, "timing_log_level", 0):
+        yield (
+            "--timing-log-level with config.paci = {'early_receives': True}: its timers wait for the whole device, and "
+            "so for receives posted before them; use 0, or leave the option out"
         )
     if options.early_receives:
         yield from launch_blocking("config.paci = {'early_receives': True}")
@@ -110,11 +124,16 @@ def _reasons(
         yield "an encoder-decoder model: PACI runs decoder-only and encoder-only models"
     if call.get("adjust_tensor_shapes_fn") is not None:
         yield "adjust_tensor_shapes_fn (distillation): not tried yet"
-    groups = call.get("pg_collection")
-    if groups is not None and getattr(groups, "pp", None) is not _pipeline():
+    of_call = call.get("pg_collection")
+    if of_call is not None and getattr(of_call, "pp", None) is not _pipeline():
         yield "a pg_collection with groups of its own: not tried yet; use parallel_state's"
     if call.get("collect_non_loss_data"):
         yield "collect_non_loss_data in training: collect in evaluation"
+
+
+def _is_at_an_end() -> bool:
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), groups.pipeline().size()
+    return stage in (0, stages - 1)
 
 
 def _pipeline() -> object:
