@@ -40,17 +40,12 @@ def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
 
 
 REFUSED = {
-    "--calculate-per-token-loss": {"changes": {"calculate_per_token_loss": True}},
     "--variable-seq-lengths": {"changes": {"variable_seq_lengths": True}},
     "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
-    "--num-experts": {"changes": {"num_moe_experts": 4}},
-    "--context-parallel-size": {"changes": {"context_parallel_size": 2}},
-    "--num-layers-per-virtual-pipeline-stage": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
+    "virtual pipeline stages": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
     "--fp8-format": {"changes": {"fp8": "e4m3"}},
     "--fp16": {"changes": {"fp16": True}},
-    "--overlap-param-gather": {"changes": {"overlap_param_gather": True}},
     "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
-    "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be one of 'global', 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},

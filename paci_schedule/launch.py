@@ -34,7 +34,7 @@ from paci_schedule import ConfigError, register
 from paci_schedule.adapters.options import Options, flag_options, parse
 from paci_schedule.adapters.probing import found_in
 
-__all__ = ["main"]
+__all__ = ["main", "without_reruns"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     framework = _framework_of(rest)
     ours, rest = _our_flags().parse_known_args(rest) if framework == "megatron" else (argparse.Namespace(), rest)
     if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
-        rest += _without_reruns(rest)
+        rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.build_lock import watch_build_locks
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
         options = {name.removeprefix("paci_"): value for name, value in vars(ours).items() if name.startswith("paci_")}
         megatron.register(getattr(ours, "pipeline_schedule", None), options)
+        if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+            megatron.look_at_arguments()
     runpy.run_path(script, run_name="__main__")
 
 
@@ -85,7 +87,7 @@ def _framework_of(arguments: list[str]) -> str:
     return "megatron" if os.path.isdir(found_in("megatron.training") or "") else ""
 
 
-def _without_reruns(arguments: list[str]) -> list[str]:
+def without_reruns(arguments: list[str]) -> list[str]:
     """The arguments that keep Megatron-LM from re-running iterations, unless the user chose a mode of re-runs.
 
     Its default, validate_results, cannot repeat an iteration whose micro-batches are in flight.

@@ -16,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockEngine
 
 from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
-from paci_schedule.adapters.deepspeed.hooks import check_installed
+from paci_schedule.adapters.deepspeed.hooks import check_installed, warn_if_untested
 from paci_schedule.adapters.deepspeed.options import read_schedule
 from paci_schedule.errors import UnsupportedError
 
@@ -27,6 +27,7 @@ def install() -> None:
     """Put the hooks into DeepSpeed's engines.  Raises UnsupportedError if what they rely on is missing."""
     check_installed()
     if DeepSpeedEngine.__new__ is not _new:
+        warn_if_untested()
         DeepSpeedEngine.__new__ = staticmethod(_new)
         StockEngine._exec_schedule = _refusing(StockEngine._exec_schedule)
 

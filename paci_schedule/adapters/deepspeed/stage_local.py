@@ -22,9 +22,12 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from paci_schedule.predict import clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from paci_schedule.runtime.shapes import ShapeNumbers
 from paci_schedule.runtime.upload import upload
 
 __all__ = ["StageLocalEngine", "StageMpu"]
+
+_NEXT_TO_ZERO = 2.0**-63
 
 
 class StageMpu:
@@ -73,6 +76,7 @@ class StageLocalEngine(PipelineEngine):
     device: torch.device
     dp_world_size: int
     grid: PipelineParallelGrid
+    micro_batches: int
     loss: torch.Tensor
     module: PipelineModule
     optimizer: Any
@@ -80,6 +84,8 @@ class StageLocalEngine(PipelineEngine):
 
     def __init__(self, *args: Any, stage_mpu: StageMpu, **kwargs: Any) -> None:
         self._stage_mpu = stage_mpu
+        self._shape_numbers = ShapeNumbers()
+        self._read_ahead: list[Any] | None = None  # the next micro-batch, on its way to the device
         super().__init__(*args, **kwargs)
         # DeepSpeed's slicing of messages over tensor-parallel ranks is its own protocol; our links send them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
@@ -100,8 +106,25 @@ class StageLocalEngine(PipelineEngine):
         """Start the next sum of this stage's tied weight with this number."""
         raise NotImplementedError
 
+    def number_shapes(self, batch: list[Any]) -> list[int]:
+        """At the first stage: the numbers that announce a batch (`runtime.links.Links.announce`).
+
+        Args:
+            batch: its micro-batches as the data iterator gave them, which are also what it gives next; empty on a rank
+                that has no data iterator.
+        """
+        inputs = [data[0] for data in batch] if self.batch_fn is None else batch or [None] * self.micro_batches
+        if self.batch_fn is not None:
+            # It may change the shapes, and moves its results to the device: it is not asked for more than is due.
+            self._read_ahead = self._next_batch()
+        numbers = self._shape_numbers
+        return [numbers.lowest, *(numbers.number(each, self._read_ahead) for each in inputs)]
+
     def _next_batch(self) -> list[Any]:
         """The next micro-batch; what this stage takes of it, inputs or labels, is on its way to the device."""
+        if self._read_ahead is not None:
+            batch, self._read_ahead = self._read_ahead, None
+            return batch
         taken = {0} if self.is_first_stage() else set()
         if self.is_last_stage():
             taken.add(1)
@@ -111,8 +134,8 @@ class StageLocalEngine(PipelineEngine):
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             # A stage of pure functions or frozen layers still needs an optimizer to build, step and save.
-            dtype = next(dtype for dtype in (self._mixed_precision_dtypes()[0], torch.float32) if dtype is not None)
-            nothing = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=self.device))
+            low = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+            nothing = torch.nn.Parameter(torch.zeros(1, dtype=low or torch.float32, device=self.device))
             self.param_names[nothing] = "no_parameters_in_this_stage"
             model_parameters = [nothing]
         grid, self.mpu = self.mpu, self._stage_mpu
@@ -121,7 +144,15 @@ class StageLocalEngine(PipelineEngine):
         finally:
             self.mpu = grid
         if isinstance(self.optimizer, BF16_Optimizer):
-            self.optimizer.get_grads_for_norm = partial(_or_a_zero, self.optimizer.get_grads_for_norm, self.device)
+            self.optimizer.get_grads_for_norm = partial(_or_nearly_zero, self.optimizer.get_grads_for_norm, self.device)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        # As 0.18.5 and newer do by themselves; 0.18.3 and 0.18.4 take a stage's backward for a user's, and refuse it.
+        self._running_engine_backward = True
+        try:
+            super()._exec_backward_pass(buffer_id)
+        finally:
+            self._running_engine_backward = False
 
     def clip_fp32_gradients(self) -> None:
         first_slice = self._stage_mpu.get_model_parallel_rank() == 0
@@ -154,7 +185,8 @@ class StageLocalEngine(PipelineEngine):
         return (gradient for gradient in every if gradient is not None)
 
 
-def _or_a_zero(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
-    """The gradients, or a zero for none: BF16_Optimizer takes no norm of nothing, as where all weights are frozen."""
+def _or_nearly_zero(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
+    """The gradients, or next to a zero for none, as where all weights are frozen: BF16_Optimizer takes no norm of
+    nothing, and older ones assert that a norm is above 0.  The number's square is the smallest normal one in fp32."""
     found = gradients(for_clipping)
-    return found if for_clipping or found[0] else ([torch.zeros(1, device=device)], *found[1:])
+    return found if for_clipping or found[0] else ([torch.full((1,), _NEXT_TO_ZERO, device=device)], *found[1:])

@@ -122,7 +122,7 @@ class WorkingWeights:
     def _gather(self) -> None:
         """Let the replicas have each other's shards, as after an update."""
         for chunk in self._gathered:
-            chunk.start_param_sync()
+            chunk.start_param_sync(force_sync=True)
 
 
 @dataclass(frozen=True)
