@@ -29,14 +29,14 @@ def watch_build_locks() -> None:
     FileBaton.wait = _wait
 
 
-def _wait(baton: FileBaton) -> None:
+def _wait(self: FileBaton) -> None:
     """Wait until a build has ended.
 
     Raises:
         PaciError: no process of this machine builds, and the folder has not changed for `_IDLE` seconds, as it
             would if another machine that shares it did.
     """
-    lock, unheld = Path(baton.lock_file_path).resolve(), 0
+    lock, unheld = Path(self.lock_file_path).resolve(), 0
     while lock.exists():
         unheld = 0 if _is_held(lock) else unheld + 1
         if unheld > 1:  # not once only: a builder that ends closes the file before it removes it
