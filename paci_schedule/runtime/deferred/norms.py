@@ -204,10 +204,15 @@ class NormGroup(dist.ProcessGroup):
         norms: of this stage.
         tensor_parallel: group of the ranks that share this stage's layers.
         model_parallel: group of all ranks of this pipeline.
+        least: what a completed sum is at least, for an optimizer that takes no 0.
     """
 
     def __init__(
-        self, norms: CarriedNorms, tensor_parallel: dist.ProcessGroup, model_parallel: dist.ProcessGroup
+        self,
+        norms: CarriedNorms,
+        tensor_parallel: dist.ProcessGroup,
+        model_parallel: dist.ProcessGroup,
+        least: float = 0.0,
     ) -> None:
         # The large group's size, as ZeRO asks no group of one for a sum.  Else torch knows it as the group of those who
         # take part: for whoever records collectives, and for torch's log when one of them fails.
@@ -223,7 +228,7 @@ class NormGroup(dist.ProcessGroup):
         for table in tables:
             table[self] = table[tensor_parallel]
         self.flushing = False
-        self._norms = norms
+        self._norms, self._least = norms, least
         self._tensor_parallel, self._model_parallel = tensor_parallel, model_parallel
 
     def getBackendName(self) -> str:
@@ -243,6 +248,8 @@ class NormGroup(dist.ProcessGroup):
         if is_sum:
             _order(work)
             self._norms.complete(tensors[0])
+            if self._least:
+                tensors[0].clamp_(min=self._least)
         return work
 
 
