@@ -59,7 +59,7 @@ def config(folder, schedule, **settings):
     """A DeepSpeed config in a file; the key is the whole difference between the schedules."""
     path = folder / f"{schedule}.json"
     key = {} if schedule == "1f1b" else {"pipeline_schedule": schedule}
-    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, **settings, **key}))
+    path.write_text(json.dumps({**settings, **key}))
     return path
 
 
@@ -97,9 +97,10 @@ def test_alexnet_of_deepspeed_examples_trains_as_under_1f1b(tmp_path):
     program = checkout("DEEPSPEED_EXAMPLES_CHECKOUT") / "training" / "pipeline_parallelism"
     (tmp_path / "torchvision.py").write_text(TORCHVISION)
     adam = {"type": "Adam", "params": {"lr": 3e-4, "torch_adam": True}}
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     losses = {}
     for schedule in ("1f1b", "paci"):
-        settings = config(tmp_path, schedule, gradient_accumulation_steps=4, steps_per_print=5, optimizer=adam)
+        settings = config(tmp_path, schedule, **sizes, steps_per_print=5, optimizer=adam)
         said = started(
             program / "train.py",
             f"--deepspeed_config={settings} -p 2 --steps=30 --backend gloo",
@@ -114,7 +115,7 @@ def test_alexnet_of_deepspeed_examples_trains_as_under_1f1b(tmp_path):
 
 TINY_GPT = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
-    --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0.01
+    --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0.01
     --clip-grad 1.0 --attention-dropout 0 --hidden-dropout 0 --bf16 --eval-iters 2 --eval-interval 10 --log-interval 1
     --data-impl mmap --split 80,10,10 --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 1
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion
@@ -141,6 +142,7 @@ def test_pretrain_gpt_of_megatron_deepspeed_trains_evaluates_saves_and_resumes(t
         settings = config(
             tmp_path,
             schedule,
+            train_micro_batch_size_per_gpu=1,
             gradient_accumulation_steps=4,
             steps_per_print=10,
             gradient_clipping=1.0,
