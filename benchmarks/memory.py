@@ -60,7 +60,9 @@ def peaks(accumulation: int, samples: int, peak_of: Callable[[Callable[[], None]
                 engine.train_batch(data)
 
         train(2)  # gradients and optimizer states come into being
-        engine.reset_activation_shape()  # so that both make their message buffers anew, under the counter
+        engine.reset_activation_shape()  # so that 1F1B makes its message buffers anew, under the counter, as PACI does
+        if schedule == "paci":
+            engine.drain()
         found[schedule] = peak_of(functools.partial(train, 3))
         if schedule == "paci":
             found["peak_in_flight"] = engine.pipeline_stats()["peak_in_flight"]

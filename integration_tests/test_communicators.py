@@ -129,7 +129,7 @@ def relay(jobs, uneven):
         seen.append(number.item())
         if stage > 0:
             links.send_gradient(op, number + 1, ())
-        assert links.announce(op, lambda: True)
+        assert links.announce(op, 1, lambda: [0, 0])
         links.finish()
     groups = sum("paci" in name for name in dist.distributed_c10d._world.pg_names.values())
     return seen, groups

@@ -16,7 +16,7 @@ from testing.jobs import Job
 def steady_calls(job, schedule, warm_up, count):
     """What runs in `count` train_batch calls after the first `warm_up`: (name, ranks of the group, who called)."""
     engine = deepspeed_job.build(job, schedule)
-    feed = jobs.data(job.model)
+    feed = jobs.data(job.model, shapes=job.shapes)
     for _ in range(warm_up):
         engine.train_batch(feed)
     seen = []
@@ -55,6 +55,9 @@ JOBS = {
         },
     ),
     "tuples": Job(stages=3, accumulation=1, script=(), model="pairs"),
+    "shapes that change": Job(
+        stages=3, accumulation=2, script=(), model="pairs", clip=0.1, shapes=((3, 5), (2, 3), (3, 2))
+    ),
 }
 JOBS["with a monitor and a report of every step"] = Job(
     stages=3,

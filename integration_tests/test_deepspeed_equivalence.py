@@ -55,6 +55,10 @@ JOBS = {
     "a frozen stage, bf16, clipping": Job(
         stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16", clip=0.4, config=BY_STAGE
     ),
+    "adapters, and a last stage without": Job(stages=3, accumulation=2, script=MIXED, model="lora", optimizer="sgd"),
+    "adapters, bf16, clipping": Job(
+        stages=2, accumulation=3, script=STEADY, model="lora", precision="bf16", clip=0.4, config=BY_STAGE
+    ),
     "accumulation changes on the way": Job(
         stages=3, accumulation=2, script=("train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")
     ),

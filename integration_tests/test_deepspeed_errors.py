@@ -157,10 +157,6 @@ def test_legacy_curriculum_is_refused_by_deepspeed_already():
     assert_refused("DeepSpeedConfigError", {"curriculum_learning": {"enabled": True}}, says=["curriculum_learning"])
 
 
-def build_dynamic(job):
-    deepspeed_job.build(job, dynamic_shape=True)
-
-
 def build_without_stages(job):
     """A model that is no pipeline: DeepSpeed's own engine without the key."""
     import deepspeed
@@ -199,39 +195,13 @@ def build_dual(job):
     )
 
 
-def build_experts(job):
-    import deepspeed
-    from deepspeed.moe.layer import MoE
-    from deepspeed.pipe import PipelineModule
-
-    import paci_schedule
-
-    paci_schedule.register("deepspeed")
-    deepspeed.init_distributed(verbose=False)
-    experts = MoE(hidden_size=8, expert=nn.Linear(8, 8), num_experts=2)
-    module = PipelineModule(
-        [nn.Linear(8, 8), experts, nn.Linear(8, 8), nn.Linear(8, 8)],
-        num_stages=2,
-        loss_fn=jobs.loss,
-        partition_method="uniform",
-    )
-    deepspeed.initialize(
-        model=module,
-        optimizer=jobs.optimizer(job),
-        model_parameters=list(module.parameters()),
-        config=deepspeed_job.config(job, "paci"),
-    )
-
-
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        (build_dynamic, ["dynamic_shape"]),
-        (build_experts, ["MoE"]),
         (build_without_stages, ["class Linear", "a DeepSpeedEngine", "PipelineModule"]),
         (build_dual, ["class DualPipeVModule", "a DualPipeVEngine", "PipelineModule"]),
     ],
-    ids=["dynamic shapes", "mixture of experts", "no pipeline", "DualPipeV"],
+    ids=["no pipeline", "DualPipeV"],
 )
 def test_models_that_cannot_run_are_refused(target, says):
     assert_refused("UnsupportedError", target=target, says=says)

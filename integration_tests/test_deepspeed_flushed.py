@@ -20,6 +20,9 @@ JOBS = {
     "P=3 a=2, a stage without parameters": Job(stages=3, accumulation=2, script=TRAINED, model="hollow", config=ADAMW),
     "P=3 a=3, a frozen stage": Job(stages=3, accumulation=3, script=TRAINED, model="frozen", optimizer="sgd"),
     "P=3 a=2, tied": Job(stages=3, accumulation=2, script=TRAINED, model="tied"),
+    "P=3 a=3, tuples of changing shapes": Job(
+        stages=3, accumulation=3, script=TRAINED, model="pairs", shapes=((3, 5), (2, 3), (3, 1), (1, 5), (2, 2))
+    ),
 }
 CHANGES = ("train", "schedule=zb-h1", "train x2", "schedule=paci", "train", "schedule=gpipe", "train")
 

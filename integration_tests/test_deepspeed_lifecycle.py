@@ -1,4 +1,4 @@
-"""What a training loop does beside training: other shapes, losses beside the loss, data that disagrees, the end."""
+"""What a training loop does beside training: losses beside the loss, data that disagrees, the end."""
 
 import dataclasses
 import re
@@ -55,45 +55,43 @@ def test_an_evaluation_without_a_loss_does_not_take_it_from_training():
         assert all(torch.equal(weights[name], value) for name, value in unseen.items())
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+# ---- what is trained ------------------------------------------------------------------------------------------------
 
 
-def narrow(first):
-    """Micro-batches of two samples, not three."""
-    for inputs, labels in jobs.data("words", first):
-        yield inputs[:2], labels[:2]
-
-
-def change_shape(job, announced):
-    """Two batches of one shape, one of another."""
+def unfreeze(job):
+    """The first layer of every stage is frozen, until the fourth batch."""
     engine = deepspeed_job.build(job)
     feed = jobs.data(job.model)
-    for _ in range(2):
+    first = engine.module.forward_funcs[0]
+    first.requires_grad_(False)
+    for _ in range(3):
         engine.train_batch(feed)
-    if announced:
-        engine.reset_activation_shape()
-    engine.train_batch(narrow(4))
+    with engine.drained():
+        first.requires_grad_(True)
+    for _ in range(3):
+        engine.train_batch(feed)
     engine.drain()
     return deepspeed_job.weights(engine)
 
 
-def test_shapes_may_change_between_batches_when_announced():
-    truth = reference.Reference(dataclasses.replace(JOB, script=("train x2", "drain")))
+def test_what_is_trained_may_change_while_the_pipe_is_empty():
+    job = dataclasses.replace(JOB, script=("train x3", "drain"), optimizer="sgd")
+    truth = reference.Reference(job)
+    firsts = [next(stage.module.children()) for stage in truth.stages]
+    before = [[weight.detach().clone() for weight in first.parameters()] for first in firsts]
+    for first in firsts:
+        first.requires_grad_(False)
     truth.run()
-    truth.data = [narrow(4)]
-    truth.act("train")
-    truth = truth.act("drain")
-    for stage, weights in enumerate(ranks.run_ranks(change_shape, 3, (JOB, True))):
-        assert all(torch.equal(weights[name], value) for name, value in truth.weights[stage].items())
-
-
-@NAMED
-def test_an_unannounced_shape_is_an_error_that_says_what_to_do():
-    job = dataclasses.replace(JOB, config={"paci": {"timeout": 5}})
-    outcomes = ranks.gather_outcomes(change_shape, 3, (job, False), timeout=60)
-    assert [outcome.raised[0] for outcome in outcomes] == ["ConfigError", "LinkError", "LinkError"]
-    for words in ("micro-batch 4", "drop_last=True", "reset_activation_shape"):
-        assert words in outcomes[0].error
+    assert all(
+        torch.equal(weight, old)
+        for first, weights in zip(firsts, before, strict=True)
+        for weight, old in zip(first.parameters(), weights, strict=True)
+    )
+    for first in firsts:
+        first.requires_grad_(True)
+    last = [truth.act(action) for action in ("train", "train", "train", "drain")][-1]
+    for stage, weights in enumerate(ranks.run_ranks(unfreeze, 3, (job,))):
+        assert all(torch.equal(weights[name], value) for name, value in last.weights[stage].items())
 
 
 # ---- data that the first and the last stage do not share ------------------------------------------------------------

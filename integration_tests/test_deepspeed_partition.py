@@ -261,7 +261,7 @@ def predict_and_count(bounds, every):
     )
     feed = itertools.repeat(micro_batch)
     engine.train_batch(feed)
-    engine.reset_activation_shape()  # drained; message buffers are made anew, under the counter
+    engine.drain()
     engine.zero_grad()
     with LiveBytes() as counter:
         for _ in range(3):

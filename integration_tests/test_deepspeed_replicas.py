@@ -54,6 +54,13 @@ GLOBAL = {  # clipped by the norm over all stages
     "fp32, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, config=ZERO),
     "bf16": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, precision="bf16"),
     "bf16 sums, ZeRO-1": Job(stages=2, accumulation=3, script=MIXED, clip=0.4, precision="bf16-bf16", config=ZERO),
+    "shapes that differ": Job(
+        stages=2,
+        accumulation=2,
+        script=MIXED,
+        clip=0.4,
+        shapes=((3, 5), (2, 3), (3, 1), (1, 5), (2, 2), (3, 4), (1, 1)),
+    ),
     "tied": Job(stages=2, accumulation=1, script=MIXED, model="tied", clip=2.0),
     "tied, bf16": Job(stages=2, accumulation=2, script=STEADY, model="tied", clip=2.0, precision="bf16"),
 }

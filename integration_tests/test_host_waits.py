@@ -81,7 +81,7 @@ def waits_of_deepspeed(job):
     for schedule in ("stock", "paci"):
         engine = deepspeed_job.build(job, schedule)
         waits = HostWaits()
-        feed = waits.on_host(jobs.data(job.model))
+        feed = waits.on_host(jobs.data(job.model, shapes=job.shapes))
         for _ in range(4):
             engine.train_batch(feed)
         with waits:
@@ -95,7 +95,7 @@ def waits_of_deepspeed(job):
     ("name", "model", "readers"),
     [
         ("fp32, clipping", "words", {("engine.py", "_take_model_step")}),
-        ("tuples", "pairs", {("engine.py", "_take_model_step")}),
+        ("shapes that change", "pairs", {("engine.py", "_take_model_step")}),
         (
             "bf16, clipping",
             "tied",
@@ -124,8 +124,10 @@ def test_deepspeed_s_host_waits_nowhere_that_stock_s_does_not_and_no_more_for_th
         reads = {(READS, *reader) for reader in readers}
         loads = {(UPLOADS, "engine.py", "_exec_load_micro_batch")} if stage in (0, job.stages - 1) else set()
         own = {wait for wait in stock if wait[1] == "jobs.py"}  # the model's
-        assert stock == reads | loads | own
-        assert paci == reads | {(READS, "links.py", "announce")} | own
+        shapes = {wait for wait in stock if wait[2] == "_recv_tensor_meta"}
+        assert bool(shapes) == bool(job.shapes and stage)
+        assert stock == reads | loads | own | shapes
+        assert paci == reads | {("downloads and waits", "links.py", "announce")} | own
 
 
 @pytest.mark.parametrize("name", ["fp32, clipping", "bf16, clipping", "ZeRO-1, clipping"])

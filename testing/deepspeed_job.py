@@ -60,13 +60,20 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
     return settings
 
 
-def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = None, **module_options: Any) -> Any:
+def build(
+    job: Job,
+    schedule: str | None = "paci",
+    layers: list[Any] | None = None,
+    training_data: Any = None,
+    **module_options: Any,
+) -> Any:
     """The engine of this rank.  Registers the schedules unless `schedule` is "stock".
 
     Args:
         job: what to train.
         schedule: as of `config`.
         layers: of the model; None for those that the job names.
+        training_data: what the engine's own loader reads; None for no such loader.
         module_options: for the PipelineModule.
     """
     import deepspeed
@@ -78,6 +85,7 @@ def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = No
         paci_schedule.register("deepspeed")
     deepspeed.init_distributed(verbose=False)
     options = {"num_stages": job.stages, "partition_method": "uniform", "loss_fn": jobs.loss, **module_options}
+    options.setdefault("dynamic_shape", bool(job.shapes))
     module = PipelineModule(jobs.layers(job.model, tied_spec) if layers is None else layers, **options)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
@@ -85,6 +93,7 @@ def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = No
         optimizer=None if "optimizer" in job.config else jobs.optimizer(job),
         model_parameters=jobs.parameter_groups(job, parameters) if parameters else parameters,
         lr_scheduler=jobs.schedule(job),
+        training_data=training_data,
         config=config(job, schedule),
     )
     if job.marked:
@@ -139,6 +148,8 @@ def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None =
         engine.set_train_batch_size(int(value) * engine.train_micro_batch_size_per_gpu())
     elif name == "schedule":
         engine.set_pipeline_schedule(value)
+    elif name == "reset":
+        engine.reset_activation_shape()
     else:
         engine.drain()
     return math.nan
@@ -175,7 +186,7 @@ def follow(engine: Any, job: Job, folder: str | None = None) -> dict[str, Any]:
         "stage"; "moments": this stage's part of every `Moment`, with the engine's own counters in "stats"; "pulled":
         after every action, the micro-batches pulled from the iterator so far.
     """
-    feed = Feed(jobs.data(job.model, job.first_micro_batch))
+    feed = Feed(jobs.data(job.model, job.first_micro_batch, job.shapes))
     moments, pulled = [], []
     for action in job.actions():
         moments.append(_moment(engine, action, act(engine, job, action, feed, folder)))

@@ -57,7 +57,8 @@ class Job:
         stages: P.
         accumulation: a, at the start.
         script: what the training loop calls, in order: "train", "drain", "eval", "save", "accumulate=N" (N micro-
-            batches an update from here on, by set_train_batch_size), "schedule=NAME"; "train x3" is three of them.
+            batches an update from here on, by set_train_batch_size), "schedule=NAME", "reset" (of the activations'
+            shape); "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
             between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
             parameters), "frozen" (like "words", only the last third trained), "matrices" (like "words", only matrices
@@ -65,7 +66,8 @@ class Job:
             (the embedding is the output layer as well, and layer 3 shares its matrix with layer 8), "copies" (like
             "tied", but the last third has no weights of its own), "thrice" (three layers share a matrix), "still"
             (like "tied" with a frozen embedding) and "deaf" (like "thrice", but the second of the three layers gets no
-            gradient).
+            gradient); "lora" (like "words", everything frozen but adapters beside the linear layers of the first two
+            thirds).
         precision: "fp32", "bf16" (fp32 gradient accumulation, ZeRO stage 1) or "bf16-bf16" (bf16 accumulation,
             stage 0).
         optimizer: "adamw", "adam", "nadam", "sgd", "muon", "fused" (AdamW in one kernel), "groups" (AdamW with a group
@@ -77,6 +79,7 @@ class Job:
         poison: (stage, micro-batch, parameter): the gradient of that micro-batch, counted from 0 where training starts,
             has an infinite element, in that parameter of that stage, by number; None for no such gradient.
         marked: every parameter is marked `model_parallel`, as if it were a slice.
+        shapes: samples and length of the micro-batches to train on, over and over again; empty where all are whole.
     """
 
     stages: int
@@ -91,6 +94,7 @@ class Job:
     first_micro_batch: int = 0
     poison: tuple[int, int, int] | None = None
     marked: bool = False
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -132,7 +136,7 @@ class _Embed(nn.Module):
         self.places = nn.Parameter(0.3 * torch.randn(_LENGTH, width))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.words(ids) + self.places
+        return self.words(ids) + self.places[: ids.shape[-1]]
 
 
 class _Mix(nn.Module):
@@ -156,6 +160,29 @@ class _Squeeze(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x) * 0.9
+
+
+class _Adapted(nn.Module):
+    """A frozen linear layer and, beside it, two thin matrices that are trained, as peft builds them for LoRA."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)) * 4.0
+
+
+def _adapt(module: nn.Module) -> None:
+    """Freeze the module, and put adapters beside its linear layers."""
+    module.requires_grad_(False)
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, _Adapted(child))
 
 
 def _Head(width: int) -> nn.Linear:
@@ -257,6 +284,8 @@ def layers(model: str, shared: Callable[[str, bool, bool], Any] = Shared) -> lis
             else:
                 built.append(mix(widths[number], widths[number + 1]))
             built[-1].requires_grad_(model != "frozen" or number >= middle.stop)
+            if model == "lora":
+                _adapt(built[-1]) if number < middle.stop else built[-1].requires_grad_(False)
             if model == "matrices":
                 for parameter in built[-1].parameters():
                     parameter.requires_grad_(parameter.ndim == 2)
@@ -285,12 +314,17 @@ def micro_batch(model: str, index: int) -> tuple[Any, Any]:
     return (numbers, ids), (labels, torch.rand(_SAMPLES, generator=generator) + 0.5)
 
 
-def data(model: str, first: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Micro-batches without end, from index `first` on."""
-    index = first
-    while True:
-        yield micro_batch(model, index)
-        index += 1
+def data(model: str, first: int = 0, shapes: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """Micro-batches without end, from index `first` on; `shapes` as of `Job`, from index 0 on."""
+    for index in itertools.count(first):
+        whole = micro_batch(model, index)
+        yield _cropped(whole, *shapes[index % len(shapes)]) if shapes else whole
+
+
+def _cropped(tensors: Any, samples: int, length: int) -> Any:
+    if isinstance(tensors, tuple):
+        return tuple(_cropped(each, samples, length) for each in tensors)
+    return tensors[:samples, :length] if tensors.ndim > 1 else tensors[:samples]
 
 
 # ---- optimizers and schedules: factories, because every stage has its own --------------------------------------------

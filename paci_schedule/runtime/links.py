@@ -10,16 +10,16 @@ memory, so no transfer reads or writes what another tensor has got.  torch recor
 buffers return only as the device gets to them, and memory holds the messages by which the host has run ahead: a launch
 queue's worth.  A ring of buffers would not change that, and would copy what is now a view.
 
-A third link for each pair, on the host, carries one announcement a batch from the first stage downwards.  So a stage
-learns that the data has ended before it waits for activations that will never come.
+A third link for each pair, on the host, carries one announcement a batch from the first stage downwards.  It says
+whether there is another batch, so that no stage waits for activations that will never come, and for each micro-batch
+the number that stands for the shapes of its inputs (`shapes`).  A stage that has sent or received a message of a
+micro-batch with the same number knows the layout of the next one and posts its receive at once.  The first one brings
+its layout in a header, which also goes from host to host: no device is waited for.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -27,175 +27,16 @@ import torch
 import torch.distributed as dist
 
 from paci_schedule.core.ops import Op
-from paci_schedule.errors import ConfigError
+from paci_schedule.runtime.boxes import End, Inbox, Outbox
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
-from paci_schedule.runtime.message import HEADER, Layout, Payload, Riders
+from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["Links"]
 
-_HOST = torch.device("cpu")
-_ACTIVATION, _GRADIENT, _ANNOUNCEMENT = "activation", "gradient", "announcement"
-
-
-@dataclass(frozen=True)
-class _End:
-    """One end of a one-way link.
-
-    Attributes:
-        group: the process group of this direction, of two ranks.
-        peer: global rank at the other end.
-        stage: this end's stage.
-        peer_stage: the other end's stage.
-        content: what travels: "activation", "gradient" or "announcement".
-        device: where the messages live.
-        timeout: how long the other end may take.
-        lookout: what reports that a message does not come, where waiting for it returns at once; None for nothing.
-    """
-
-    group: dist.ProcessGroup
-    peer: int
-    stage: int
-    peer_stage: int
-    content: str
-    device: torch.device
-    timeout: timedelta
-    lookout: Lookout | None
-
-    def during(self, doing: str) -> AbstractContextManager[None]:
-        """Name who waited for what."""
-        return waiting(self.stage, doing, f"stage {self.peer_stage}", [self.peer], self.timeout)
-
-    def note(self, op: Op) -> None:
-        if self.lookout is not None:
-            self.lookout.note(op)
-
-    def wait(self, work: dist.Work, doing: str) -> None:
-        """Wait for a message; on NCCL it is the current stream that does."""
-        if self.lookout is not None:
-            self.lookout.expect(doing, self.peer_stage, self.peer, work)
-        with self.during(doing):
-            work.wait()
-
-
-class _Inbox:
-    """The receiving end of a link; with `early`, receives are posted before their messages can be on the way."""
-
-    def __init__(self, end: _End, early: bool = False) -> None:
-        self._end, self._early = end, early
-        self._layout: Layout | None = None
-        self._header: tuple[dist.Work, torch.Tensor] | None = None
-        self._expected = 0
-        self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
-
-    def warm_up(self) -> None:
-        with self._end.during(f"set up the {self._end.content} link from"):
-            dist.recv(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
-
-    def expect(self, op: Op) -> None:
-        """Post the receive for the next message; before the layout is known, the one for the header that brings it.
-
-        Where receives are posted early, what the first message is made of may need an op of this stage that comes after
-        this one: waiting for the header is then left to `receive`.
-        """
-        self._end.note(op)
-        self._expected += 1
-        layout = self._layout
-        if layout is None:
-            if self._header is None:
-                with self._end.during(f"posted the receive {op} of the shapes of the {self._end.content}s from"):
-                    self._header = self._begin(torch.empty(HEADER, dtype=torch.uint8, device=self._end.device))
-            if self._early:
-                return
-            layout = self._learn_layout(op)
-        self._post(op, layout)
-
-    def receive(self, op: Op) -> tuple[Payload, Riders]:
-        """The oldest expected message, once it has arrived (on CUDA: for what the current stream does next)."""
-        self._end.note(op)
-        layout = self._layout
-        if layout is None:
-            layout = self._learn_layout(op)
-            self._post(op, layout)
-        work, buffer = self._posted.popleft()
-        self._end.wait(work, f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from")
-        return layout.unpack(buffer)
-
-    def _learn_layout(self, op: Op) -> Layout:
-        assert self._header is not None, "`expect` has posted it"
-        work, header = self._header
-        doing = f"waited ({op}) for the shapes of the {self._end.content}s from"
-        self._end.wait(work, doing)
-        with self._end.during(doing):
-            self._layout = layout = Layout.from_header(header)
-        self._header = None
-        return layout
-
-    def _post(self, op: Op, layout: Layout) -> None:
-        with self._end.during(f"posted the receive {op} of the {self._end.content} of micro-batch {op.index} from"):
-            for _ in range(self._expected):
-                self._posted.append(self._begin(layout.empty(self._end.device)))
-        self._expected = 0
-
-    def _begin(self, buffer: torch.Tensor) -> tuple[dist.Work, torch.Tensor]:
-        return begun(dist.irecv(buffer, self._end.peer, group=self._end.group)), buffer
-
-    def forget_layout(self) -> None:
-        self._layout = None
-
-
-class _Outbox:
-    """The sending end of a link."""
-
-    def __init__(self, end: _End, on_wire: int) -> None:
-        self._end = end
-        self.on_wire = on_wire
-        self._layout: Layout | None = None
-        self._header: tuple[dist.Work, torch.Tensor] | None = None
-        self._sending: deque[tuple[dist.Work, torch.Tensor, str]] = deque()
-
-    def warm_up(self) -> None:
-        with self._end.during(f"set up the {self._end.content} link to"):
-            dist.send(torch.zeros(1, device=self._end.device), self._end.peer, group=self._end.group)
-
-    def send(self, op: Op, payload: Payload, riders: Riders = ()) -> None:
-        """Start sending; first make sure that no more than `on_wire` messages are under way."""
-        self._end.note(op)
-        layout = Layout.of(payload, riders)
-        doing = f"sent ({op}) the {self._end.content} of micro-batch {op.index} to"
-        with self._end.during(doing):
-            if self._layout is None:
-                header = layout.header(self._end.device)
-                self._header = self._begin(header)
-                self._layout = layout
-            elif layout != self._layout:
-                raise ConfigError(
-                    f"micro-batch {op.index} makes stage {self._end.stage} send {layout} where the micro-batches "
-                    f"before it made it send {self._layout}: all micro-batches must have the same shapes; drop or pad "
-                    "the odd one (drop_last=True), or call engine.reset_activation_shape() on every rank when the "
-                    "shape changes"
-                )
-            self._settle(self.on_wire - 1)
-            self._sending.append((*self._begin(layout.pack(payload, riders)), doing))
-
-    def finish(self) -> None:
-        """Wait until every message has left."""
-        self._settle(0)
-
-    def forget_layout(self) -> None:
-        self._layout = None
-
-    def _begin(self, buffer: torch.Tensor) -> tuple[dist.Work, torch.Tensor]:
-        return begun(dist.isend(buffer, self._end.peer, group=self._end.group)), buffer
-
-    def _settle(self, remaining: int) -> None:
-        while len(self._sending) > remaining:
-            work, _, doing = self._sending.popleft()
-            if self._header is not None:  # it left before them
-                self._end.wait(self._header[0], doing)
-                self._header = None
-            self._end.wait(work, doing)
+_ACTIVATION, _GRADIENT = "activation", "gradient"
+_ENDED = -1  # the first number of an announcement that there is no other batch
 
 
 class Links:
@@ -228,36 +69,45 @@ class Links:
         looks_out: bool | None = None,
     ) -> None:
         # By what they carry.  A stage at an end of the pipeline has none beyond it, and no op that needs one.
-        self._inboxes: dict[str, _Inbox] = {}
-        self._outboxes: dict[str, _Outbox] = {}
+        self._inboxes: dict[str, Inbox] = {}
+        self._outboxes: dict[str, Outbox] = {}
+        self._above: End | None = None
+        self._below: End | None = None
+        self._announced: tuple[dist.Work, torch.Tensor] | None = None
+        self._shapes: dict[int, int] = {}  # of the micro-batches of which there are messages to come
+        self._lowest = 0
         rank = dist.get_rank()
         stage = next(ranks.index(rank) for ranks in pipelines if rank in ranks)
         pairs = connect(pipelines, device, timeout)
+        self._timeout = timeout
+        self._pipeline = None
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
         self._lookout = Lookout(stage, device, timeout, record) if pairs and looks_out else None
-        order: list[_Inbox | _Outbox] = []
+        order: list[Inbox | Outbox] = []
         for pair in pairs:
             above = rank == pair.ranks[0]
             end = partial(
-                _End,
+                End,
+                host=pair.announcements,
                 peer=pair.ranks[above],
                 stage=stage,
                 peer_stage=stage + 1 if above else stage - 1,
+                device=device,
                 timeout=timeout,
+                lookout=self._lookout,
             )
-            down = end(group=pair.down, content=_ACTIVATION, device=device, lookout=self._lookout)
-            up = end(group=pair.up, content=_GRADIENT, device=device, lookout=self._lookout)
-            announcements = end(group=pair.announcements, content=_ANNOUNCEMENT, device=_HOST, lookout=None)
+            down, up = end(group=pair.down, content=_ACTIVATION), end(group=pair.up, content=_GRADIENT)
+            self._pipeline = next(ranks for ranks in pipelines if rank in ranks), pair.announcements
             if above:
-                self._outboxes[_ACTIVATION] = activations = _Outbox(down, 1)
-                self._inboxes[_GRADIENT] = gradients = _Inbox(up, early_receives)
-                self._outboxes[_ANNOUNCEMENT] = announced = _Outbox(announcements, 1)
+                self._below = down
+                self._outboxes[_ACTIVATION] = activations = Outbox(down, 1)
+                self._inboxes[_GRADIENT] = gradients = Inbox(up, early_receives)
             else:
-                self._inboxes[_ACTIVATION] = activations = _Inbox(down)
-                self._outboxes[_GRADIENT] = gradients = _Outbox(up, 1)
-                self._inboxes[_ANNOUNCEMENT] = announced = _Inbox(announcements)
-            order += [activations, gradients, announced]
+                self._above = down
+                self._inboxes[_ACTIVATION] = activations = Inbox(down)
+                self._outboxes[_GRADIENT] = gradients = Outbox(up, 1)
+            order += [activations, gradients]
         for box in order:
             box.warm_up()
 
@@ -267,41 +117,81 @@ class Links:
             self._outboxes[_GRADIENT].on_wire = on_wire
 
     def expect_activation(self, op: Op) -> None:
-        self._inboxes[_ACTIVATION].expect(op)
+        self._inboxes[_ACTIVATION].expect(op, self._shapes_of(op))
 
     def recv_activation(self, op: Op) -> tuple[Payload, Riders]:
         return self._inboxes[_ACTIVATION].receive(op)
 
     def send_activation(self, op: Op, payload: Payload, riders: Riders) -> None:
-        self._outboxes[_ACTIVATION].send(op, payload, riders)
+        self._outboxes[_ACTIVATION].send(op, self._shapes_of(op), payload, riders)
 
     def expect_gradient(self, op: Op) -> None:
-        self._inboxes[_GRADIENT].expect(op)
+        self._inboxes[_GRADIENT].expect(op, self._shapes_of(op, last=self._above is None))
 
     def recv_gradient(self, op: Op) -> tuple[Payload, Riders]:
         return self._inboxes[_GRADIENT].receive(op)
 
     def send_gradient(self, op: Op, payload: Payload, riders: Riders) -> None:
-        self._outboxes[_GRADIENT].send(op, payload, riders)
+        self._outboxes[_GRADIENT].send(op, self._shapes_of(op, last=True), payload, riders)
 
-    def announce(self, next_op: Op, whole_batch: Callable[[], bool]) -> bool:
-        """Whether the batch that begins with `next_op` is whole: the first stage asks and tells the next one."""
-        before, after = self._inboxes.get(_ANNOUNCEMENT), self._outboxes.get(_ANNOUNCEMENT)
-        if before is None:
-            is_whole = torch.tensor([whole_batch()])
+    def announce(self, next_op: Op, micro_batches: int, read: Callable[[], Sequence[int] | None]) -> bool:
+        """Learn whether there is another batch, and of which shapes; the first stage finds out and tells the others.
+
+        Args:
+            next_op: the forward of the batch's first micro-batch.
+            micro_batches: of the batch.
+            read: asked at the first stage: the lowest number of shapes that is still in use, and the number of each
+                micro-batch; None where there is no whole batch.  The lowest number may change only while the pipe is
+                empty.
+
+        Returns:
+            Whether there is.
+        """
+        above, below = self._above, self._below
+        if above is None:
+            numbers = read()
+            message = torch.tensor([_ENDED] * (1 + micro_batches) if numbers is None else numbers)
         else:
-            before.expect(next_op)
-            is_whole, _ = before.receive(next_op)
-        if after is not None:
-            after.send(next_op, is_whole)
-        return bool(is_whole)
+            message = torch.empty(1 + micro_batches, dtype=torch.int64)
+            with above.during(f"waited ({next_op}) for the announcement of micro-batch {next_op.index} from"):
+                dist.recv(message, above.peer, group=above.host)
+        if below is not None:
+            with below.during(f"announced micro-batch {next_op.index} to"):
+                if self._announced is not None:
+                    self._announced[0].wait()
+                self._announced = begun(dist.isend(message, below.peer, group=below.host)), message
+        lowest, *shapes = message.tolist()
+        if lowest == _ENDED:
+            return False
+        if self._inboxes:
+            self._shapes.update(enumerate(shapes, next_op.index))
+        if lowest != self._lowest:
+            self._lowest = lowest
+            for box in (*self._inboxes.values(), *self._outboxes.values()):
+                box.forget(lowest)
+        return True
 
-    def reset_shapes(self) -> None:
-        """Forget the shapes of the messages; the next ones bring theirs.  The pipe must be empty, on every rank."""
-        for box in (*self._inboxes.values(), *self._outboxes.values()):
-            box.forget_layout()
+    def tell_from_last(self, values: torch.Tensor) -> None:
+        """Put what the last stage of the pipeline has in `values`, on the host, into every stage's, and wait for it."""
+        if self._pipeline is None:
+            return
+        ranks, group = self._pipeline
+        last = f"stage {len(ranks) - 1}"
+        with waiting(
+            ranks.index(dist.get_rank()), "shared the first batch's loss with", last, [ranks[-1]], self._timeout
+        ):
+            dist.broadcast(values, ranks[-1], group=group)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
         for box in self._outboxes.values():
             box.finish()
+
+    def _shapes_of(self, op: Op, *, last: bool = False) -> int:
+        """The number of the shapes of a micro-batch; 0 where none was announced.
+
+        Args:
+            op: one that its message needs.
+            last: whether this stage has no other message of the micro-batch to come.
+        """
+        return (self._shapes.pop if last else self._shapes.get)(op.index, 0)

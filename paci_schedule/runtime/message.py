@@ -47,10 +47,10 @@ class Layout:
     @classmethod
     def from_header(cls, header: torch.Tensor) -> Layout:
         """The layout that such a header holds."""
-        return pickle.loads(header.cpu().numpy().tobytes())  # pickle ignores the bytes after its end
+        return pickle.loads(header.numpy().tobytes())  # pickle ignores the bytes after its end
 
-    def header(self, device: torch.device) -> torch.Tensor:
-        """This layout as uint8[HEADER] on `device`.
+    def header(self) -> torch.Tensor:
+        """This layout as uint8[HEADER], on the host.
 
         Raises:
             UnsupportedError: it does not fit.
@@ -62,7 +62,7 @@ class Layout:
                 f"{HEADER}; pack them into fewer tensors"
             )
         padded = bytearray(pickled.ljust(HEADER, b"\0"))
-        return torch.frombuffer(padded, dtype=torch.uint8).to(device)
+        return torch.frombuffer(padded, dtype=torch.uint8)
 
     def __str__(self) -> str:
         payload = self.parts[: len(self.parts) - self.riders]

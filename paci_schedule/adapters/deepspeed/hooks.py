@@ -52,6 +52,11 @@ _HOOKS = {
     f"{_ENGINE}.set_train_micro_batch_size": ("micro_batch_size",),
     f"{_ENGINE}.destroy": (),
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
+    "deepspeed.utils.groups:_create_expert_and_data_parallel": (
+        "expert_parallel_size_",
+        "use_data_before_expert_parallel_",
+    ),
+    "deepspeed.utils.groups:_get_expert_parallel_group_dict": (),
     "deepspeed.runtime.utils:is_model_parallel_parameter": ("p",),
     "deepspeed.runtime.utils:all_gather_dp_groups": ("groups_flat", "partitioned_param_groups", "dp_process_group"),
     "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.get_grads_for_norm": ("for_clipping",),

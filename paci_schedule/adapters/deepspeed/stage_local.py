@@ -22,6 +22,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from paci_schedule.predict import clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from paci_schedule.runtime.shapes import ShapeNumbers
 from paci_schedule.runtime.upload import upload
 
 __all__ = ["LEAST_SQUARE", "StageLocalEngine", "StageMpu"]
@@ -77,6 +78,7 @@ class StageLocalEngine(PipelineEngine):
     device: torch.device
     dp_world_size: int
     grid: PipelineParallelGrid
+    micro_batches: int
     loss: torch.Tensor
     module: PipelineModule
     optimizer: Any
@@ -84,6 +86,8 @@ class StageLocalEngine(PipelineEngine):
 
     def __init__(self, *args: Any, stage_mpu: StageMpu, **kwargs: Any) -> None:
         self._stage_mpu = stage_mpu
+        self._shape_numbers = ShapeNumbers()
+        self._read_ahead: list[Any] | None = None  # the next micro-batch, on its way to the device
         super().__init__(*args, **kwargs)
         # DeepSpeed's slicing of messages over tensor-parallel ranks is its own protocol; our links send them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
@@ -104,8 +108,25 @@ class StageLocalEngine(PipelineEngine):
         """Start the next sum of this stage's tied weight with this number."""
         raise NotImplementedError
 
+    def number_shapes(self, batch: list[Any]) -> list[int]:
+        """At the first stage: the numbers that announce a batch (`runtime.links.Links.announce`).
+
+        Args:
+            batch: its micro-batches as the data iterator gave them, which are also what it gives next; empty on a rank
+                that has no data iterator.
+        """
+        inputs = [data[0] for data in batch] if self.batch_fn is None else batch or [None] * self.micro_batches
+        if self.batch_fn is not None:
+            # It may change the shapes, and moves its results to the device: it is not asked for more than is due.
+            self._read_ahead = self._next_batch()
+        numbers = self._shape_numbers
+        return [numbers.lowest, *(numbers.number(each, self._read_ahead) for each in inputs)]
+
     def _next_batch(self) -> list[Any]:
         """The next micro-batch; what this stage takes of it, inputs or labels, is on its way to the device."""
+        if self._read_ahead is not None:
+            batch, self._read_ahead = self._read_ahead, None
+            return batch
         taken = {0} if self.is_first_stage() else set()
         if self.is_last_stage():
             taken.add(1)
