@@ -86,7 +86,7 @@ def module(name, **values):
     vars(found).update(values)
     return found
 
-step = lambda *_: None
+step = lambda *_, **__: None
 transforms = module("transforms", Resize=step, CenterCrop=step, ToTensor=step, Normalize=step, Compose=step)
 models = module("models", AlexNet=AlexNet, vgg19=None)
 datasets = module("datasets", CIFAR10=CIFAR10)
@@ -127,7 +127,7 @@ TINY_GPT = """
 def test_pretrain_gpt_of_megatron_deepspeed_trains_evaluates_saves_and_resumes(tmp_path):
     """Tied, ZeRO-1, bf16, clipped globally."""
     program = checkout("MEGATRON_DEEPSPEED_CHECKOUT")
-    if find_spec("deepspeed.compression") is None:
+    if not Path(find_spec("deepspeed").origin).with_name("compression").is_dir():
         pytest.skip("the program imports deepspeed.compression, which this DeepSpeed has not")
     images = tmp_path / "torchvision"  # which it imports for other models
     images.mkdir()
