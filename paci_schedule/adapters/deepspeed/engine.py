@@ -34,7 +34,7 @@ from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
-from paci_schedule.adapters.deepspeed.stage_local import StageMpu
+from paci_schedule.adapters.deepspeed.stage_local import LEAST_SQUARE, StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.adapters.start_line import say, start_line
@@ -96,7 +96,7 @@ class PaciPipelineEngine(DrainingEngine):
         self._norm_group = None
         if self._assembly.norms is not None:
             slices, stages = grid.get_slice_parallel_group(), grid.get_model_parallel_group()
-            self._norm_group = NormGroup(self._assembly.norms, slices, stages)
+            self._norm_group = NormGroup(self._assembly.norms, slices, stages, LEAST_SQUARE)
         stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
         self._check_schedule(self._schedule, spec)
