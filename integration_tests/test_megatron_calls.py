@@ -41,7 +41,6 @@ def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
 
 REFUSED = {
     "--calculate-per-token-loss": {"changes": {"calculate_per_token_loss": True}},
-    "--variable-seq-lengths": {"changes": {"variable_seq_lengths": True}},
     "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
     "--num-experts": {"changes": {"num_moe_experts": 4}},
     "--context-parallel-size": {"changes": {"context_parallel_size": 2}},

@@ -64,7 +64,6 @@ _CONFIG = (
     _flag("context_parallel_size", "--context-parallel-size", "not tried yet; use 1", _at_most_one),
     _flag("num_moe_experts", "--num-experts", "MoE reduces its metrics over the pipeline; use dense layers"),
     _flag("mtp_num_layers", "--mtp-num-layers", "it shares the embedding with the last stage; leave it off"),
-    _flag("variable_seq_lengths", "--variable-seq-lengths", "receives are posted before their sizes are known; pad"),
     _flag(
         "cuda_graph_impl",
         "--cuda-graph-impl",
