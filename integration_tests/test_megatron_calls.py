@@ -40,7 +40,6 @@ def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
 
 
 REFUSED = {
-    "--variable-seq-lengths": {"changes": {"variable_seq_lengths": True}},
     "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
     "virtual pipeline stages": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
     "--fp8-format": {"changes": {"fp8": "e4m3"}},

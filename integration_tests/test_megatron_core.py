@@ -49,6 +49,15 @@ def test_every_way_to_compute_a_stage_trains_as_the_reference():
 
 
 @EXACT
+def test_sequences_whose_lengths_vary_train_as_the_reference():
+    plain = GptJob(
+        stages=3, accumulation=2, calls=4, lengths=(6, 3, 5), changes={"variable_seq_lengths": True}, clip_grad=0.2
+    )
+    tied = {"tied": True, "paci": {"early_receives": True, "drain_interval": 2}}
+    assert_as_reference([plain, dataclasses.replace(plain, **tied)])
+
+
+@EXACT
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_tied_embeddings_and_global_clipping_train_as_the_reference(stages):
     """The two copies are one weight, to the bit, though no stage waits for the other's gradient."""

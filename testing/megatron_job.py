@@ -75,7 +75,7 @@ def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor
     if parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage():
         batch = next(data).cuda()
         tokens, labels = batch[:, :-1], batch[:, 1:]
-        positions = torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     loss = partial(token_loss, labels) if model.config.calculate_per_token_loss else mean_loss
     return model(tokens, positions, None, labels=labels), loss
 
@@ -134,7 +134,7 @@ def train(
     seen = Trained()
     accumulations = job.accumulations or (job.accumulation,) * job.calls
     count = sum(accumulations) + (job.stages if "train_iters" not in job.paci else 0)
-    data = Counted(micro_batch(index, replica) for index in range(count - job.missing))
+    data = Counted(micro_batch(index, replica, lengths=job.lengths) for index in range(count - job.missing))
     validation = (micro_batch(10_000 + index, replica) for index in range(2 * len(job.evaluate_after)))
     shape = {"seq_length": SEQUENCE, "micro_batch_size": 2}
     for call, accumulation in enumerate(accumulations):

@@ -72,6 +72,8 @@ class GptJob:
     """Attributes to set on the config of the model or of its DDP once it is built, whatever they mean."""
     paci: dict[str, Any] = field(default_factory=dict)
     """Options of the schedule."""
+    lengths: tuple[int, ...] = (SEQUENCE,)
+    """Of the sequences of the micro-batches to train on, over and over again."""
 
 
 def import_megatron() -> None:
@@ -93,10 +95,12 @@ def set_up(job: GptJob) -> None:
     model_parallel_cuda_manual_seed(7)
 
 
-def micro_batch(index: int, replica: int, vocabulary: int = VOCABULARY) -> torch.Tensor:
-    """Tokens of micro-batch `index` of a replica: int64[2, SEQUENCE + 1]."""
+def micro_batch(
+    index: int, replica: int, vocabulary: int = VOCABULARY, lengths: tuple[int, ...] = (SEQUENCE,)
+) -> torch.Tensor:
+    """Tokens of micro-batch `index` of a replica: int64[2, 1 + the length of its sequences]."""
     generator = torch.Generator().manual_seed(1000 * replica + index)
-    return torch.randint(vocabulary, (2, SEQUENCE + 1), generator=generator)
+    return torch.randint(vocabulary, (2, SEQUENCE + 1), generator=generator)[:, : lengths[index % len(lengths)] + 1]
 
 
 def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:

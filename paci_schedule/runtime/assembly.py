@@ -37,6 +37,7 @@ class Assembly:
         shares_weights: the model ties weights across stages.
         timeout: how long a neighbouring stage may take to answer.
         early_receives: post the receives of gradients one op earlier (`core.lower`).
+        varying_shapes: shapes change from micro-batch to micro-batch without being announced (`runtime.links`).
         record: the folder to record runs in; None for none.
 
     Attributes:
@@ -61,12 +62,13 @@ class Assembly:
         timeout: timedelta,
         early_receives: bool,
         record: str | None,
+        varying_shapes: bool = False,
     ) -> None:
         self.norms = None
         if carries_norms:
             self.norms = CarriedNorms(spec, stage, pipeline, device, agrees=shares_weights, timeout=timeout)
         self._spec, self._stage, self._device, self._timeout = spec, stage, device, timeout
-        self._early_receives, self._record = early_receives, record
+        self._early_receives, self._record, self._varying_shapes = early_receives, record, varying_shapes
 
     def connect(
         self,
@@ -93,7 +95,14 @@ class Assembly:
         """
         early_receives, records = self._early_receives, self._record is not None
         self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports)
-        self.links = Links(pipelines, self._device, self._timeout, early_receives=early_receives, record=self._record)
+        self.links = Links(
+            pipelines,
+            self._device,
+            self._timeout,
+            early_receives=early_receives,
+            varying_shapes=self._varying_shapes,
+            record=self._record,
+        )
         self.stopwatch = Stopwatch(self._device, records=records)
         self.runner = StageRunner(
             self._spec,

@@ -178,8 +178,9 @@ class Outbox(_Box):
                 raise ConfigError(
                     f"micro-batch {op.index} makes stage {end.stage} send {layout}, where one whose inputs have the "
                     f"same shapes made it send {known}: what a stage sends must follow from the shapes of the inputs, "
-                    "so pad it; where it changes with something else than the inputs, call engine.drain() and "
-                    "engine.reset_activation_shape() on every rank before the change"
+                    "so pad it.  On DeepSpeed, where it changes with something else than the inputs, call "
+                    "engine.drain() and engine.reset_activation_shape() on every rank before the change; on Megatron, "
+                    "where nothing is known of the inputs, say --variable-seq-lengths"
                 )
             self._settle(self.on_wire - 1)
             buffer = layout.pack(payload, riders)

@@ -49,6 +49,8 @@ class Links:
         device: where activations and gradients live.
         timeout: how long a neighbour may take to answer.
         early_receives: whether the receives of gradients are posted before F (`core.lower`).
+        varying_shapes: whether shapes may change from micro-batch to micro-batch without being announced: every message
+            then has a header, for which the host waits.
         record: folder in which the lookout also writes which stage this one has waited for in vain; None for the log
             only.
         looks_out: whether a lookout reports messages that do not come, since waiting for one returns at once; None for
@@ -65,6 +67,7 @@ class Links:
         timeout: timedelta,
         *,
         early_receives: bool = False,
+        varying_shapes: bool = False,
         record: str | None = None,
         looks_out: bool | None = None,
     ) -> None:
@@ -75,7 +78,7 @@ class Links:
         self._below: End | None = None
         self._announced: tuple[dist.Work, torch.Tensor] | None = None
         self._shapes: dict[int, int] = {}  # of the micro-batches of which there are messages to come
-        self._lowest = 0
+        self._lowest, self._varying = 0, varying_shapes
         rank = dist.get_rank()
         stage = next(ranks.index(rank) for ranks in pipelines if rank in ranks)
         pairs = connect(pipelines, device, timeout)
@@ -187,11 +190,13 @@ class Links:
         for box in self._outboxes.values():
             box.finish()
 
-    def _shapes_of(self, op: Op, *, last: bool = False) -> int:
-        """The number of the shapes of a micro-batch; 0 where none was announced.
+    def _shapes_of(self, op: Op, *, last: bool = False) -> int | None:
+        """The number of the shapes of a micro-batch; 0 where none was announced, None where they vary.
 
         Args:
             op: one that its message needs.
             last: whether this stage has no other message of the micro-batch to come.
         """
+        if self._varying:
+            return None
         return (self._shapes.pop if last else self._shapes.get)(op.index, 0)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from testing.megatron_model import (
-    SEQUENCE,
     GptJob,
     build,
     import_megatron,
@@ -84,7 +83,7 @@ class MegatronStage:
         tokens, labels = batch[:, :-1], batch[:, 1:]
         if received is not None:
             self.model.module.set_input_tensor(received)
-        positions = torch.arange(SEQUENCE).expand_as(tokens)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         output = self.model(tokens, positions, None, labels=labels if self.is_last else None)
         if not self.is_last:
             return output
@@ -254,7 +253,8 @@ def _train(job: GptJob) -> list[Expected]:
 
 
 def _batches(job: GptJob, micros: range) -> list[list[torch.Tensor]]:
-    return [[micro_batch(micro, replica) for replica in range(job.data_parallel)] for micro in micros]
+    replicas = range(job.data_parallel)
+    return [[micro_batch(micro, replica, lengths=job.lengths) for replica in replicas] for micro in micros]
 
 
 def _between_drains(job: GptJob) -> Iterator[tuple[int, int, bool]]:

@@ -38,7 +38,6 @@ MODEL = (
         "PACI has no bubble that interleaving could shrink; build one chunk for each stage",
         _at_most_one,
     ),
-    _flag("variable_seq_lengths", "--variable-seq-lengths", "receives are posted before their sizes are known; pad"),
     _flag(
         "cuda_graph_impl",
         "--cuda-graph-impl",

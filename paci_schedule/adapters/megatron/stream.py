@@ -82,6 +82,7 @@ class ModelStream:
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
+            varying_shapes=self._config.variable_seq_lengths,
         )
         prediction = build_prediction(self._model, self._config, options)
         self._sums = StageSums(self._config, self._assembly.norms, warn=stage == 0)
