@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_experts_wait_for_their_stage_alone(checkout, tmp_path):
         stage = {rank - rank % 2, rank - rank % 2 + 1}
         assert steady.count(sorted(stage)) > 0
         assert all(set(ranks) <= stage for ranks in steady), steady
+
+
+@pytest.mark.slow
+def test_the_embedding_that_predicts_further_tokens_is_one_weight(checkout, tmp_path):
+    """Without a drain on the way, though no stage waits for the other's gradient."""
+    common = f"--lr 1e-2 --min-lr 1e-2 {UNTIED} --ckpt-format torch --save-interval 100 --train-iters 5"
+    pretrain(checkout, "paci", 2, common, KINDS["further tokens"][1], f"--save {tmp_path}")
+    first, last = (weights(f"{tmp_path}/iter_0000005/mp_rank_00_{rank:03}") for rank in range(2))
+    name = "embedding.word_embeddings.weight"
+    assert torch.equal(first[name], last[name])
+    assert not torch.equal(first[name], last["output_layer.weight"])
 
 
 def squares(folder, iteration, stages):
