@@ -120,7 +120,9 @@ DATA = Job(stages=2, accumulation=2, script=("train x3", "drain", "train"))
 
 def feed_in_other_ways(job):
     """What `train_on_own_loader`, `train_on_a_curriculum` and `infer` return."""
-    multiprocessing.current_process()._config["daemon"] = False  # DeepSpeed's loader has workers of its own
+    # DeepSpeed's loader has workers of its own; as children of this process they end with it.
+    multiprocessing.current_process()._config["daemon"] = False
+    multiprocessing.set_start_method("fork", force=True)
     return (
         train_on_own_loader(job),
         train_on_a_curriculum(job),
