@@ -7,6 +7,7 @@ from setuptools import setup
 
 VERSIONS = runpy.run_path(str(Path(__file__).resolve().parent / "paci_schedule" / "adapters" / "versions.py"))
 TORCH = "torch" + VERSIONS["TORCH"]
+TEST = ["pytest", "pytest-timeout", "pytest-xdist"]
 LAUNCH = ["datasets", "filelock", "tokenizers", "tqdm", "transformers>=5"]
 
 setup(
@@ -15,7 +16,7 @@ setup(
         "megatron": ["megatron-core" + VERSIONS["MEGATRON_CORE"], TORCH],
         "launch": LAUNCH,
         # six: imported by the tokenizers of Megatron-LM core_v0.16.1, which does not declare it.
-        "dev": [*LAUNCH, "coverage>=7.10", "pre-commit", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff", "six"],
+        "dev": [*LAUNCH, "coverage>=7.10", "pre-commit", "pyright[nodejs]", *TEST, "ruff", "six"],
         "docs": ["furo", "myst-parser", "sphinx", "sphinx-autoapi"],
         "release": ["build", "twine"],
     },

@@ -7,6 +7,7 @@ import pytest
 
 from testing import deepspeed_job, jobs, ranks
 from testing.jobs import Job
+from testing.reference.deepspeed import Reference
 from testing.reference.deepspeed import run as reference_of
 
 BY_STAGE = {"paci": {"clip": "stage"}}
@@ -94,8 +95,11 @@ def test_a_stock_checkpoint_loads_into_paci(name, tmp_path):
     saves, loads = with_script(job, "train x2", "save"), with_script(job, "train x3", "drain", done=2)
     folder = {"folder": str(tmp_path)}
     _, results = deepspeed_job.run_all((saves, "stock", folder), (loads, "paci", {**folder, "load": True}))
-    expected = reference_of(with_script(job, "train", "drain", "train", "drain", "train x3", "drain"))
-    deepspeed_job.assert_equal(results, expected[4:], counters=False)
+    truth = Reference(with_script(job, "train", "drain", "train", "drain"))
+    truth.run()
+    truth.forget_losses()  # a checkpoint of stock's has none
+    expected = [truth.act(action) for action in loads.actions()]
+    deepspeed_job.assert_equal(results, expected, counters=False)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "one stage"])

@@ -10,6 +10,7 @@ from integration_tests.test_deepspeed_collectives import spanning, steady_calls
 from testing import deepspeed_job, jobs, ranks
 from testing.jobs import Job
 from testing.reference.deepspeed import Reference
+from testing.reference.versions import where_gradients_are_divided
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {
@@ -90,7 +91,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", JOBS)
 def test_the_engine_clips_as_the_reference(name, runs):
     factors = deepspeed_job.assert_as_reference(JOBS[name], runs[name]).factors()
-    assert min(factors) < 1 < max(factors), "some updates shall be clipped, and some not"
+    if where_gradients_are_divided() == "loss":  # for which the limits are chosen
+        assert min(factors) < 1 < max(factors), "some updates shall be clipped, and some not"
 
 
 @pytest.mark.slow

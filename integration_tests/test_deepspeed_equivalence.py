@@ -7,6 +7,7 @@ import pytest
 from testing import deepspeed_job
 from testing.jobs import Job
 from testing.reference.deepspeed import Reference
+from testing.reference.versions import where_gradients_are_divided
 
 STEADY = ("train x6",)
 MIXED = ("train x3", "drain", "train x2", "eval", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
@@ -53,6 +54,10 @@ JOBS = {
     "a frozen stage": Job(stages=3, accumulation=2, script=MIXED, model="frozen", warmup=True),
     "a frozen stage, bf16, clipping": Job(
         stages=3, accumulation=3, script=MIXED, model="frozen", precision="bf16-bf16", clip=0.4, config=BY_STAGE
+    ),
+    "adapters, and a last stage without": Job(stages=3, accumulation=2, script=MIXED, model="lora", optimizer="sgd"),
+    "adapters, bf16, clipping": Job(
+        stages=2, accumulation=3, script=STEADY, model="lora", precision="bf16", clip=0.4, config=BY_STAGE
     ),
     "accumulation changes on the way": Job(
         stages=3, accumulation=2, script=("train x3", "accumulate=5", "train x2", "accumulate=1", "train x4", "drain")
@@ -122,6 +127,7 @@ def test_two_runs_of_a_job_are_equal_to_the_bit(name):
             assert all((before["weights"][key] == after["weights"][key]).all() for key in before["weights"])
 
 
+@pytest.mark.skipif(where_gradients_are_divided() != "loss", reason="the limits are chosen for the newest DeepSpeed")
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.clip])
 def test_jobs_that_clip_do_so_at_some_updates_and_not_at_others(name):
     reference = Reference(JOBS[name])

@@ -55,6 +55,45 @@ def test_an_evaluation_without_a_loss_does_not_take_it_from_training():
         assert all(torch.equal(weights[name], value) for name, value in unseen.items())
 
 
+# ---- what is trained ------------------------------------------------------------------------------------------------
+
+
+def unfreeze(job):
+    """The first layer of every stage is frozen, until the fourth batch."""
+    engine = deepspeed_job.build(job)
+    feed = jobs.data(job.model)
+    first = engine.module.forward_funcs[0]
+    first.requires_grad_(False)
+    for _ in range(3):
+        engine.train_batch(feed)
+    with engine.drained():
+        first.requires_grad_(True)
+    for _ in range(3):
+        engine.train_batch(feed)
+    engine.drain()
+    return deepspeed_job.weights(engine)
+
+
+def test_what_is_trained_may_change_while_the_pipe_is_empty():
+    job = dataclasses.replace(JOB, script=("train x3", "drain"), optimizer="sgd")
+    truth = reference.Reference(job)
+    firsts = [next(stage.module.children()) for stage in truth.stages]
+    before = [[weight.detach().clone() for weight in first.parameters()] for first in firsts]
+    for first in firsts:
+        first.requires_grad_(False)
+    truth.run()
+    assert all(
+        torch.equal(weight, old)
+        for first, weights in zip(firsts, before, strict=True)
+        for weight, old in zip(first.parameters(), weights, strict=True)
+    )
+    for first in firsts:
+        first.requires_grad_(True)
+    last = [truth.act(action) for action in ("train", "train", "train", "drain")][-1]
+    for stage, weights in enumerate(ranks.run_ranks(unfreeze, 3, (job,))):
+        assert all(torch.equal(weights[name], value) for name, value in last.weights[stage].items())
+
+
 # ---- data that the first and the last stage do not share ------------------------------------------------------------
 
 

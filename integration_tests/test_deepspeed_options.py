@@ -277,10 +277,13 @@ def test_whole_layers_are_the_reference(sliced):
     ("config", "says"),
     [
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["torch_autocast", "bfloat16"]),
-        ({"wall_clock_breakdown": True}, ["wall_clock_breakdown", "pipeline_stats"]),
-        ({"flops_profiler": {"enabled": True}}, ['* "flops_profiler": deepspeed', "pipeline_stats"]),
+        ({"autotuning": {"enabled": True}}, ["autotuning", "paci plan"]),
+        (
+            {"comms_logger": {"enabled": True}, "paci": {"early_receives": True}},
+            ["early_receives", "comms_logger", "switch one of the two off"],
+        ),
     ],
-    ids=["float16 autocast", "wall clock breakdown", "flops profiler, which switches it on"],
+    ids=["float16 autocast", "autotuning", "a logger that waits for the device, and receives posted before"],
 )
 def test_what_cannot_run_is_refused(config, says):
     assert_refused("UnsupportedError", config, says=says)

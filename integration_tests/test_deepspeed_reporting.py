@@ -1,9 +1,12 @@
 """What a training loop and rank 0's log and monitor are told, and that they speak of the update they name."""
 
 import csv
+import dataclasses
 import math
 import re
+import sys
 import time
+import types
 
 import pytest
 
@@ -247,3 +250,77 @@ def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
         assert recording.stage == stage
         assert len(recording.data) == 4
         assert [str(span.op) for span in row] == [str(op) for op in paci.stream(spec, stage, 4)]
+
+
+# ---- monitors and measurements of DeepSpeed's own -------------------------------------------------------------------
+
+
+def stand_ins(events):
+    """Modules in the place of the monitors' packages, which put what they are told into `events`."""
+
+    class Writer:
+        def __init__(self, log_dir):
+            pass
+
+        def add_scalar(self, name, value, step):
+            events.append(("tensorboard", name, value, step))
+
+        def flush(self):
+            pass
+
+    class Experiment:
+        def __internal_api__log_metric__(self, name, value, step, **source):
+            events.append(("comet", name, value, step))
+
+    def log(data, step, commit):
+        events.extend(("wandb", name, value, step) for name, value in data.items())
+
+    return {
+        "tensorboard": {},
+        "torch.utils.tensorboard": {"SummaryWriter": Writer},
+        "wandb": {"init": lambda **options: None, "log": log},
+        "comet_ml": {"__version__": "3.50.0", "start": lambda **options: Experiment()},
+    }
+
+
+DIAGNOSED = Job(
+    stages=2,
+    accumulation=2,
+    script=("train x3", "eval", "train x2", "drain"),
+    config={
+        "steps_per_print": 2,
+        "wall_clock_breakdown": True,
+        "flops_profiler": {"enabled": True, "profile_step": 1},
+        "comms_logger": {"enabled": True, "prof_all": True},
+        "wandb": {"enabled": True},
+        "comet": {"enabled": True, "samples_log_interval": 1},
+    },
+)
+
+
+def train_diagnosed(job):
+    """Train with every measurement and monitor that DeepSpeed has; what the monitors were told."""
+    events = []
+    for name, attributes in stand_ins(events).items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(attributes)
+    return deepspeed_job.train(job), events
+
+
+def test_every_monitor_runs_and_no_measurement_stops_a_job(tmp_path):
+    """The steps that a monitor is told never go back: wandb would drop what comes late."""
+    tensorboard = {"enabled": True, "output_path": str(tmp_path)}
+    job = dataclasses.replace(DIAGNOSED, config={**DIAGNOSED.config, "tensorboard": tensorboard})
+    outcomes = ranks.gather_outcomes(train_diagnosed, 2, (job,))
+    assert [outcome.ended for outcome in outcomes] == ["returned"] * 2, outcomes
+    reference = deepspeed_job.assert_as_reference(job, [outcome.value[0] for outcome in outcomes])
+    for monitor in ("tensorboard", "wandb", "comet"):
+        told = [event[1:] for event in outcomes[0].value[1] if event[0] == monitor]
+        steps = [step for _, _, step in told]
+        assert steps == sorted(steps), monitor
+        losses = [value for name, value, _ in told if name == "Train/Samples/train_loss"]
+        assert losses == pytest.approx(reference.window_losses()[0], rel=1e-6), monitor
+        assert len([name for name, _, _ in told if name == "Train/Samples/eval_loss"]) == 1, monitor
+    assert not outcomes[1].value[1]
+    for key in ("wall_clock_breakdown", "flops_profiler"):
+        assert [key in outcome.output.partition("switched off")[2] for outcome in outcomes] == [True, False]

@@ -230,6 +230,34 @@ def test_a_megatron_job_never_imports_deepspeed(tmp_path):
     assert "imported" in launch("paci_schedule.launch", str(tmp_path / "train.py"), "--deepspeed_config", "x").stderr
 
 
+COPIES = {
+    "a copy without a version": {
+        "megatron/__init__.py": "",
+        "megatron/training.py": "",
+        "megatron/core/__init__.py": "mpu = None\n",
+    },
+    "a copy that cannot be imported": {
+        "megatron/__init__.py": "raise RuntimeError('no GPU')\n",
+        "megatron/training.py": "",
+        "megatron/core/__init__.py": "",
+    },
+    "no core": {"megatron/__init__.py": "raise RuntimeError('no GPU')\n", "megatron/training.py": ""},
+}
+
+
+@pytest.mark.parametrize(
+    ("copy", "arguments"), [("a copy without a version", ["--deepspeed_config=x"]), *((copy, []) for copy in COPIES)]
+)
+def test_another_project_s_megatron_folder_stops_no_deepspeed_job(copy, arguments, tmp_path):
+    """Megatron-DeepSpeed and GPT-NeoX have such folders.  A script with a --deepspeed... never hears of them."""
+    write(tmp_path, {**COPIES[copy], "train.py": "import deepspeed; print(deepspeed.PipelineEngine is not None)"})
+    done = launch("paci_schedule.launch", str(tmp_path / "train.py"), *arguments)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["True"]), done.stderr[-3000:]
+    assert "pip install" not in done.stderr
+    told = str(tmp_path / "megatron" / "core") in done.stderr
+    assert told == (not arguments and copy != "no core")
+
+
 def test_an_error_of_the_script_is_the_script_s(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(7)\n")

@@ -15,7 +15,7 @@ from paci_schedule.core.schedules import paci
 from testing.megatron_cpu import shim
 from testing.megatron_job import refusals, train_all
 from testing.megatron_model import GptJob
-from testing.ranks import run_ranks
+from testing.ranks import gather_outcomes, run_ranks
 
 if not exists("megatron.core"):  # without an import, for which the CPU may have to play CUDA
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -40,16 +40,11 @@ def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
 
 
 REFUSED = {
-    "--calculate-per-token-loss": {"changes": {"calculate_per_token_loss": True}},
     "--cuda-graph-impl": {"changes": {"cuda_graph_impl": "local"}},
-    "--num-experts": {"changes": {"num_moe_experts": 4}},
-    "--context-parallel-size": {"changes": {"context_parallel_size": 2}},
-    "--num-layers-per-virtual-pipeline-stage": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
+    "virtual pipeline stages": {"changes": {"virtual_pipeline_model_parallel_size": 2}},
     "--fp8-format": {"changes": {"fp8": "e4m3"}},
     "--fp16": {"changes": {"fp16": True}},
-    "--overlap-param-gather": {"changes": {"overlap_param_gather": True}},
     "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
-    "--mtp-num-layers": {"changes": {"mtp_num_layers": 1}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be one of 'global', 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
@@ -82,11 +77,32 @@ def test_what_cannot_run_is_refused_on_every_rank_with_the_name_of_the_flag():
             assert said.startswith(("UnsupportedError", "ConfigError"))
 
 
-def test_a_pipeline_of_one_stage_is_the_stock_schedule():
+def told(outcome):
+    """What our lines in a rank's output say, without the version."""
+    assert outcome.ended == "returned", outcome.error
+    return [line.partition(": ")[2] for line in outcome.output.splitlines() if line.startswith("paci_schedule ")]
+
+
+def test_a_pipeline_of_one_stage_is_the_stock_schedule_and_says_so_once():
     job = GptJob(stages=1, accumulation=3, calls=3)
-    [[paci, stock]] = run_ranks(train_all, 1, ([job, dataclasses.replace(job, schedule="1f1b")],))
+    [outcome] = gather_outcomes(train_all, 1, ([job, dataclasses.replace(job, schedule="1f1b")],))
+    [line] = told(outcome)
+    assert line.startswith('Megatron-core runs the schedule "paci" on P = 1 stage, a = 3 micro-batches an update; one')
+    paci, stock = outcome.value
     assert_equal(paci.weights, stock.weights, "weight")
     assert paci.losses == stock.losses
+
+
+def test_rank_0_says_in_one_line_what_runs():
+    job = GptJob(stages=2, accumulation=1, calls=1, clip_grad=0.5, paci={"prediction": "every"})
+    first, last = gather_outcomes(train_all, 2, ([job, dataclasses.replace(job, schedule="1f1b")],))
+    [line] = told(first)
+    assert line.startswith(
+        'Megatron-core runs the schedule "paci" on P = 2 stages, a = 1 micro-batch an update; drift at most 1 update; '
+        "the global norm is clipped to 0.5, with norms of other stages that are up to 2 updates old; stale forwards "
+        "run on predicted weights ('every'), which costs stage 0 a copy of its weights, "
+    )
+    assert told(last) == []
 
 
 def register_late(alias):

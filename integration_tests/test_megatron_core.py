@@ -87,6 +87,9 @@ def test_a_stream_that_ends_before_the_pipe_is_full_trains_as_the_reference(stag
     )
 
 
+LATE_GATHER = {"overlap_grad_reduce": True, "distributed_optimizer": True, "overlap_param_gather": True}
+
+
 @EXACT
 def test_data_parallel_replicas_train_as_the_reference():
     plain = GptJob(stages=2, accumulation=3, calls=4, data_parallel=2)
@@ -100,6 +103,10 @@ def test_data_parallel_replicas_train_as_the_reference():
                 {"distributed_optimizer": True, "bf16": True},
                 {"overlap_grad_reduce": True},
                 {"overlap_grad_reduce": True, "align_grad_reduce": True, "distributed_optimizer": True},
+                {**LATE_GATHER, "paci": {"train_iters": 4}, "accumulation": 1, "tied": True, "clip_grad": 0.1},
+                {**LATE_GATHER, "bf16": True, "evaluate_after": (2,), "paci": {"prediction": "every"}},
+                {"per_token": True, "accumulation": 4, "tied": True, "clip_grad": 0.1},
+                {"per_token": True, "accumulation": 2, **LATE_GATHER, "bf16": True},
             )
         ]
     )
@@ -283,7 +290,7 @@ def test_an_evaluation_changes_nothing_and_sees_the_weights_of_all_stages_at_one
 
 
 @STOCK
-@pytest.mark.parametrize("change", [{}, {"distributed_optimizer": True}, {"overlap_grad_reduce": True}])
+@pytest.mark.parametrize("change", [{}, {"distributed_optimizer": True}, {**LATE_GATHER, "per_token": True}])
 def test_no_collective_of_a_steady_call_spans_stages(change):
     """Each is of one stage's replicas; the recorder does see those of the stock schedule that span stages."""
     job = GptJob(data_parallel=2, calls=3, clip_grad=1.0, **change)

@@ -4,10 +4,11 @@ torchrun --nproc-per-node 8 -m paci_schedule.launch train.py --deepspeed_config 
 deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.json
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
-DeepSpeed reads the schedule from its config.  Megatron-LM has no flag for it.  Where Megatron-LM is found, beside the
-script or on PYTHONPATH, and the script is given no --deepspeed..., the launcher registers only with Megatron-core, and
-takes the following flags out of the script's arguments.  With another schedule than 1f1b it adds --rerun-mode disabled,
-unless the user chose a mode.
+A script that is given --deepspeed... is a DeepSpeed job, and only DeepSpeed is registered with.  DeepSpeed reads the
+schedule from its config.  Any other script beside which, or on PYTHONPATH, the folder megatron/training of Megatron-LM
+is found is a Megatron-LM job, and only Megatron-core is registered with.  Megatron-LM has no flag for a schedule, so
+the launcher takes the following flags out of the script's arguments.  With another schedule than 1f1b it adds
+--rerun-mode disabled, unless the user chose a mode.  For every other script it registers with what is installed.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -30,10 +31,10 @@ from functools import partial
 from typing import Any
 
 from paci_schedule import ConfigError, register
-from paci_schedule.adapters.frameworks import exists
 from paci_schedule.adapters.options import Options, flag_options, parse
+from paci_schedule.adapters.probing import found_in
 
-__all__ = ["main"]
+__all__ = ["main", "without_reruns"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +55,37 @@ def main(argv: list[str] | None = None) -> None:
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
-    is_megatron = exists("megatron.training") and not any(word.startswith("--deepspeed") for word in rest)
-    ours, rest = _our_flags().parse_known_args(rest) if is_megatron else (argparse.Namespace(), rest)
+    framework = _framework_of(rest)
+    ours, rest = _our_flags().parse_known_args(rest) if framework == "megatron" else (argparse.Namespace(), rest)
     if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
-        rest += _without_reruns(rest)
+        rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.shared_gpu import share_gpus
 
     share_gpus()
-    register(*["megatron"] if is_megatron else [])
+    register(*[framework] if framework else [])
     if vars(ours):
         from paci_schedule.adapters import megatron
 
         options = {name.removeprefix("paci_"): value for name, value in vars(ours).items() if name.startswith("paci_")}
         megatron.register(getattr(ours, "pipeline_schedule", None), options)
+        if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+            megatron.look_at_arguments()
     runpy.run_path(script, run_name="__main__")
 
 
-def _without_reruns(arguments: list[str]) -> list[str]:
+def _framework_of(arguments: list[str]) -> str:
+    """Which framework the script trains with; "" where its arguments and what lies beside it do not tell.
+
+    Megatron-LM has a folder megatron/training.  Projects that DeepSpeed drives have a megatron/training.py.
+    """
+    if any(word.startswith("--deepspeed") for word in arguments):
+        return "deepspeed"
+    return "megatron" if os.path.isdir(found_in("megatron.training") or "") else ""
+
+
+def without_reruns(arguments: list[str]) -> list[str]:
     """The arguments that keep Megatron-LM from re-running iterations, unless the user chose a mode of re-runs.
 
     Its default, validate_results, cannot repeat an iteration whose micro-batches are in flight.

@@ -5,6 +5,7 @@ The functions that run on a rank import DeepSpeed themselves, so that the proces
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_clipping": job.clip,
-        "steps_per_print": None,
+        "steps_per_print": 10**9,  # older versions take no None
     }
     if job.precision != "fp32":
         settings["bf16"] = {"enabled": True}
@@ -50,7 +51,7 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
         settings["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
     if schedule not in (None, "stock"):
         settings["pipeline_schedule"] = schedule
-    for key, value in job.config.items():
+    for key, value in copy.deepcopy(job.config).items():  # older versions take options out of it
         both = isinstance(settings.get(key), dict) and isinstance(value, dict)
         settings[key] = {**settings[key], **value} if both else value
     if schedule in (None, "stock"):
@@ -58,13 +59,20 @@ def config(job: Job, schedule: str | None) -> dict[str, Any]:
     return settings
 
 
-def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = None, **module_options: Any) -> Any:
+def build(
+    job: Job,
+    schedule: str | None = "paci",
+    layers: list[Any] | None = None,
+    training_data: Any = None,
+    **module_options: Any,
+) -> Any:
     """The engine of this rank.  Registers the schedules unless `schedule` is "stock".
 
     Args:
         job: what to train.
         schedule: as of `config`.
         layers: of the model; None for those that the job names.
+        training_data: what the engine's own loader reads; None for no such loader.
         module_options: for the PipelineModule.
     """
     import deepspeed
@@ -84,6 +92,7 @@ def build(job: Job, schedule: str | None = "paci", layers: list[Any] | None = No
         optimizer=None if "optimizer" in job.config else jobs.optimizer(job),
         model_parameters=jobs.parameter_groups(job, parameters) if parameters else parameters,
         lr_scheduler=jobs.schedule(job),
+        training_data=training_data,
         config=config(job, schedule),
     )
     if job.marked:

@@ -66,7 +66,8 @@ class Job:
             (the embedding is the output layer as well, and layer 3 shares its matrix with layer 8), "copies" (like
             "tied", but the last third has no weights of its own), "thrice" (three layers share a matrix), "still"
             (like "tied" with a frozen embedding) and "deaf" (like "thrice", but the second of the three layers gets no
-            gradient).
+            gradient); "lora" (like "words", everything frozen but adapters beside the linear layers of the first two
+            thirds).
         precision: "fp32", "bf16" (fp32 gradient accumulation, ZeRO stage 1) or "bf16-bf16" (bf16 accumulation,
             stage 0).
         optimizer: "adamw", "adam", "nadam", "sgd", "muon", "fused" (AdamW in one kernel), "groups" (AdamW with a group
@@ -159,6 +160,29 @@ class _Squeeze(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x) * 0.9
+
+
+class _Adapted(nn.Module):
+    """A frozen linear layer and, beside it, two thin matrices that are trained, as peft builds them for LoRA."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)) * 4.0
+
+
+def _adapt(module: nn.Module) -> None:
+    """Freeze the module, and put adapters beside its linear layers."""
+    module.requires_grad_(False)
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, _Adapted(child))
 
 
 def _Head(width: int) -> nn.Linear:
@@ -260,6 +284,8 @@ def layers(model: str, shared: Callable[[str, bool, bool], Any] = Shared) -> lis
             else:
                 built.append(mix(widths[number], widths[number + 1]))
             built[-1].requires_grad_(model != "frozen" or number >= middle.stop)
+            if model == "lora":
+                _adapt(built[-1]) if number < middle.stop else built[-1].requires_grad_(False)
             if model == "matrices":
                 for parameter in built[-1].parameters():
                     parameter.requires_grad_(parameter.ndim == 2)

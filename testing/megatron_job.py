@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from testing.megatron_model import (
     mean_loss,
     micro_batch,
     set_up,
+    token_loss,
 )
 
 __all__ = ["Trained", "forward_step", "prepare", "refusals", "train", "train_all", "train_recorded", "wired"]
@@ -74,7 +76,8 @@ def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor
         batch = next(data).cuda()
         tokens, labels = batch[:, :-1], batch[:, 1:]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return model(tokens, positions, None, labels=labels), mean_loss
+    loss = partial(token_loss, labels) if model.config.calculate_per_token_loss else mean_loss
+    return model(tokens, positions, None, labels=labels), loss
 
 
 class Counted:
@@ -150,7 +153,8 @@ def train(
             **shape,
         )
         seen.losses.append([entry["lm loss"].item() for entry in reduced])
-        seen.kept.append(all(map(torch.equal, found, model.parameters())))
+        # The weights that are gathered late are those of the update before the call.
+        seen.kept.append(job.overlap_param_gather or all(map(torch.equal, found, model.parameters())))
         seen.gradients.append({name: p.main_grad.clone().cpu() for name, p in model.named_parameters()})
         ok, norm, zeros = optimizer.step()
         assert ok
@@ -172,12 +176,16 @@ def train(
             model.train()
             seen.evaluations.append([entry["lm loss"].item() for entry in reduced])
         if call + 1 == job.resume_after:
+            if job.overlap_param_gather:
+                model.start_param_sync(force_sync=True)
             saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), state_dict(model)))
             model, optimizer = build_stage(job)
             model.load_state_dict(saved[0])
             # By number: what the layer-wise optimizer takes, and any chain.
             optimizer.load_state_dict(dict(enumerate(saved[1])) if isinstance(saved[1], list) else saved[1])
             load_state_dict(model, saved[2])
+    if job.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
     seen.weights = {name: p.detach().clone().cpu() for name, p in model.module.named_parameters()}
     if job.schedule == "paci" and job.stages > 1:
         seen.stats = pipeline_stats(model)

@@ -20,6 +20,8 @@ __all__ = [
     "mean_loss",
     "micro_batch",
     "set_up",
+    "token_loss",
+    "tokens_of",
 ]
 
 VOCABULARY, SEQUENCE, HIDDEN = 24, 6, 16
@@ -42,6 +44,9 @@ class GptJob:
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     align_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    per_token: bool = False
+    """The loss is the mean over the tokens of an update, whose number changes from one micro-batch to the next."""
     deallocate: bool = True
     recompute: str | None = None
     optimizer: str = "adam"
@@ -130,6 +135,7 @@ def build(job: GptJob, stage: int, stages: int, layers: int) -> tuple[Any, Any]:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         deallocate_pipeline_outputs=job.deallocate,
+        calculate_per_token_loss=job.per_token,
         **recompute,
     )
     config.pipeline_schedule, config.paci = job.schedule, job.paci
@@ -179,6 +185,20 @@ class LayerNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+def tokens_of(index: int, replica: int) -> int:
+    """How many tokens of a micro-batch count under `token_loss`."""
+    return int((micro_batch(index, replica)[:, 1:] % 3 > 0).sum())
+
+
+def token_loss(
+    labels: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum of the losses of the tokens that count, their number, and what is reported of it."""
+    mask = labels % 3 > 0
+    loss = (output.float() * mask).sum()
+    return loss, mask.sum().int(), {"lm loss": loss.detach().clone()}
 
 
 def mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

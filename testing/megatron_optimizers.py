@@ -53,6 +53,7 @@ def wrapped(job: GptJob, config: Any, model: torch.nn.Module) -> torch.nn.Module
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=job.distributed_optimizer,
         overlap_grad_reduce=job.overlap_grad_reduce,
+        overlap_param_gather=job.overlap_param_gather,
         grad_reduce_in_fp32=True,
     )
     layout = {}
@@ -88,6 +89,7 @@ def build_optimizer(job: GptJob, model: torch.nn.Module, dtype: torch.dtype) -> 
         bf16=job.bf16,
         params_dtype=dtype,
         log_num_zeros_in_grad=job.count_zeros,
+        overlap_param_gather=job.overlap_param_gather,
         use_distributed_optimizer=job.distributed_optimizer and not job.layer_wise,
         **settings,
     )

@@ -6,8 +6,8 @@ import logging
 import os
 from collections.abc import Collection
 from importlib import import_module
-from importlib.util import find_spec
 
+from paci_schedule.adapters.probing import found_in
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 
 __all__ = ["exists", "installed", "register_with"]
@@ -62,8 +62,5 @@ def _unsupported(adapter: str) -> UnsupportedError | None:
 
 
 def exists(package: str) -> bool:
-    """Whether `package` can be imported; its parents are imported for the answer."""
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it lies in
-        return False
+    """Whether there is such a package; nothing is imported for the answer."""
+    return found_in(package) is not None

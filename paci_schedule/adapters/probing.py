@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Collection, Iterable
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 from paci_schedule.errors import UnsupportedError
 
-__all__ = ["TORCH_HOOKS", "look_up", "require"]
+__all__ = ["TORCH_HOOKS", "found_in", "look_up", "require"]
 
 _C10D = "torch.distributed.distributed_c10d"
 TORCH_HOOKS = {
@@ -34,6 +36,19 @@ def require(found: Iterable[tuple[str, bool, str]], refused: str) -> None:
         raise UnsupportedError(f"{refused}.  Missing: {'; '.join(missing)}")
 
 
+def found_in(package: str) -> str | None:
+    """The folder or file that `package` would be imported from; None if there is none.  Nothing is imported."""
+    name, *parts = package.split(".")
+    spec: ModuleSpec | None = importlib.util.find_spec(name)
+    for part in parts:
+        name = f"{name}.{part}"
+        places = None if spec is None else spec.submodule_search_locations
+        spec = None if places is None else PathFinder.find_spec(name, list(places))
+    if spec is None:
+        return None
+    return next(iter(spec.submodule_search_locations or ()), spec.origin)
+
+
 def look_up(name: str, parameters: Collection[str] = ()) -> tuple[str, bool, str]:
     """Whether ``module:path.to.attribute`` exists and, if it is callable, still takes `parameters`.
 
@@ -45,7 +60,7 @@ def look_up(name: str, parameters: Collection[str] = ()) -> tuple[str, bool, str
         target: Any = importlib.import_module(module)
         for part in path.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
-        return name, False, str(error)
-    lost = sorted(set(parameters) - set(inspect.signature(target).parameters)) if parameters else []
+        lost = sorted(set(parameters) - set(inspect.signature(target).parameters)) if parameters else []
+    except Exception as error:  # what lies there may be anything, and fail in any way while it is imported
+        return name, False, f"{type(error).__name__}: {error}"
     return name, not lost, f"lost its parameters {lost}" if lost else "there"

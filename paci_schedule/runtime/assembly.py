@@ -13,6 +13,7 @@ from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.deferred.norms import CarriedNorms
+from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.deferred.tied import TiedGradient
 from paci_schedule.runtime.links import Links
@@ -77,6 +78,7 @@ class Assembly:
         tied: Mapping[str, TiedGradient],
         ties: Sequence[Sequence[int]],
         prediction: Prediction | None,
+        reports: CarriedReports | None = None,
     ) -> None:
         """Connect the stage with its neighbours.
 
@@ -89,9 +91,10 @@ class Assembly:
             tied: the gradients of this stage's copies of tied weights, by the names that they are saved under.
             ties: for each tied weight that the runner sums, the stages that hold a copy.
             prediction: of the stage's weights; None for none.
+            reports: sums for the log that travel with the activations; None for none.
         """
         early_receives, records = self._early_receives, self._record is not None
-        self.deferred = DeferredState(self._device, self.norms, tied, prediction)
+        self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports)
         self.links = Links(
             pipelines,
             self._device,

@@ -31,7 +31,7 @@ from paci_schedule.runtime.boxes import End, Inbox, Outbox
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
 from paci_schedule.runtime.message import Payload, Riders
-from paci_schedule.runtime.waiting import begun
+from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["Links"]
 
@@ -82,6 +82,8 @@ class Links:
         rank = dist.get_rank()
         stage = next(ranks.index(rank) for ranks in pipelines if rank in ranks)
         pairs = connect(pipelines, device, timeout)
+        self._timeout = timeout
+        self._pipeline = None
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
         self._lookout = Lookout(stage, device, timeout, record) if pairs and looks_out else None
@@ -99,6 +101,7 @@ class Links:
                 lookout=self._lookout,
             )
             down, up = end(group=pair.down, content=_ACTIVATION), end(group=pair.up, content=_GRADIENT)
+            self._pipeline = next(ranks for ranks in pipelines if rank in ranks), pair.announcements
             if above:
                 self._below = down
                 self._outboxes[_ACTIVATION] = activations = Outbox(down, 1)
@@ -170,6 +173,17 @@ class Links:
             for box in (*self._inboxes.values(), *self._outboxes.values()):
                 box.forget(lowest)
         return True
+
+    def tell_from_last(self, values: torch.Tensor) -> None:
+        """Put what the last stage of the pipeline has in `values`, on the host, into every stage's, and wait for it."""
+        if self._pipeline is None:
+            return
+        ranks, group = self._pipeline
+        last = f"stage {len(ranks) - 1}"
+        with waiting(
+            ranks.index(dist.get_rank()), "shared the first batch's loss with", last, [ranks[-1]], self._timeout
+        ):
+            dist.broadcast(values, ranks[-1], group=group)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""

@@ -87,7 +87,7 @@ class StageRunner:
         compute: the framework's part; a `SplitCompute` under a schedule that splits the backward.
         links: the stage's links.
         stopwatch: where the time is booked; the caller of `train_batch` starts it.
-        deferred: the stage's deferred state, whose gradient norms travel with the messages; None for none.
+        deferred: the stage's deferred state, whose norms and reports travel with the messages; None for none.
         ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
         early_receives: post the receives of gradients before F (`core.lower`).
         prediction: of this stage's weights, for stale forwards; None for none.
@@ -128,6 +128,7 @@ class StageRunner:
         self._seconds_told = 0.0, 0.0
         self._compute, self._links, self._stopwatch = compute, links, stopwatch
         self._deferred, self._norms = deferred, None if deferred is None else deferred.norms
+        self._reports = None if deferred is None else deferred.reports
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
@@ -284,7 +285,9 @@ class StageRunner:
         # Norms count as received when their message is used, as sent when its content is made, whenever the cut between
         # two calls lets it travel.
         if riders and self._norms is not None:
-            self._norms.came_down(op.index, *riders)
+            self._norms.came_down(op.index, riders[0])
+        if riders and self._reports is not None:
+            self._reports.came_down(riders[-1])
         if self._prediction is None:
             outputs = self._compute.forward(op.index, inputs)
         else:
@@ -294,7 +297,8 @@ class StageRunner:
             outputs = self._compute.forward(op.index, inputs)
             self._prediction.after_forward()
         if outputs is not None:
-            self._outputs[op.index] = outputs, () if self._norms is None else (self._norms.going_down(),)
+            carried = [each.going_down() for each in (self._norms, self._reports) if each is not None]
+            self._outputs[op.index] = outputs, tuple(carried)
         self.meter.record(op)
         self.forwards += 1
         self._held += 1

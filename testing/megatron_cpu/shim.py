@@ -7,6 +7,7 @@ torch.distributed that only NCCL takes.  It is for good: install it in a process
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import importlib
@@ -39,6 +40,8 @@ def install() -> None:
     torch.compile = lambda function=None, **_: function if callable(function) else (lambda inner: inner)
     if not hasattr(typing, "override"):  # newer Megatron is written for Python 3.12
         typing.override = lambda function: function
+    # Without Transformer Engine, megatron-core 0.16.1 leaves this name undefined where it asks whether it is None.
+    builtins.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]: it is the point
     triton_stub.install()
     _patch_cuda()
     _patch_distributed()

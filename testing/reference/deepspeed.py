@@ -27,7 +27,8 @@ class Moment:
     Attributes:
         action: which one.
         loss: by stage; what the action returned: for "train" the mean over the micro-batches whose backward the stage
-            has finished in the call (NaN if none), for "eval" the mean over all.
+            has finished in the call, or in the newest one that finished any, or before there is one the mean over the
+            batch; for "eval" the mean over all.
         version: by stage, updates applied so far.
         rate: by stage, the learning rate of its next update.
         norm: by stage, the norm that the latest update was clipped by; NaN before the first.
@@ -96,6 +97,7 @@ class Reference:
             jobs.data(job.model, job.of_replica(replica).first_micro_batch, job.shapes) for replica in range(replicas)
         ]
         self._schedule = "paci"
+        self._newest = [math.nan] * job.stages
 
     def run(self) -> list[Moment]:
         """Carry out the script from where the pipeline stands; one moment per action."""
@@ -108,9 +110,10 @@ class Reference:
         losses = [math.nan] * len(self.stages)
         if name == "train":
             batches = [[next(data) for data in self.data] for _ in range(pipeline.accumulation)]
-            losses = [_mean(stage) for stage in pipeline.train(batches, flush=self._flushes())]
+            finished = pipeline.train(batches, flush=self._flushes())
+            losses = self._newest = self._known(finished, _mean(finished[-1]))
         elif name != "reset":  # whatever else a training loop does comes to an empty pipe
-            pipeline.drain()
+            self._newest = self._known(pipeline.drain(), math.nan)
             if name == "eval":
                 losses = [self._evaluate()] * len(self.stages)
             elif name == "accumulate":
@@ -134,6 +137,10 @@ class Reference:
             ],
         )
 
+    def forget_losses(self) -> None:
+        """Know no loss of an earlier call, as an engine does that has only loaded the rest."""
+        self._newest = [math.nan] * len(self.stages)
+
     def factors(self) -> list[float]:
         """clip / norm, for all stages and updates that clip."""
         return [factor for stage in self.stages for factor in stage.updater.factors]
@@ -147,6 +154,11 @@ class Reference:
         pipeline = self.pipeline
         warm_up = self.job.options.get("flush_warmup_steps", 0)
         return not pipeline.taken and (self._schedule == "1f1b" or pipeline.emptied < warm_up)
+
+    def _known(self, finished: list[list[list[float]]], otherwise: float) -> list[float]:
+        """By stage, the mean loss of what it has finished; if nothing, what it knew; if nothing, `otherwise`."""
+        found = zip(map(_mean, finished), self._newest, strict=True)
+        return [next((loss for loss in known if not math.isnan(loss)), otherwise) for known in found]
 
     def _evaluate(self) -> float:
         losses = []

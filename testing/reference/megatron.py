@@ -21,6 +21,8 @@ from testing.megatron_model import (
     mean_loss,
     micro_batch,
     set_up,
+    token_loss,
+    tokens_of,
 )
 from testing.reference import rules
 from testing.reference.pipeline import Pipeline
@@ -54,11 +56,13 @@ class MegatronStage:
         number: the stage.
     """
 
-    loss_scale = 1.0
+    divides = "loss"
 
     def __init__(self, job: GptJob, number: int) -> None:
         self.job, self.is_last = job, number == job.stages - 1
-        single = dataclasses.replace(job, overlap_grad_reduce=False, layer_wise=False)
+        # The sum over the tokens of an update is no mean over its micro-batches.
+        self.loss_scale = float(job.accumulation) if job.per_token else 1.0
+        single = dataclasses.replace(job, overlap_grad_reduce=False, overlap_param_gather=False, layer_wise=False)
         self.model, self.optimizer = build(single, number, job.stages, 1)
         self.weights = list(self.model.parameters())
         self.norms: list[float] = []
@@ -81,7 +85,9 @@ class MegatronStage:
             self.model.module.set_input_tensor(received)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         output = self.model(tokens, positions, None, labels=labels if self.is_last else None)
-        return mean_loss(output)[0] if self.is_last else output
+        if not self.is_last:
+            return output
+        return (token_loss(labels, output) if self.job.per_token else mean_loss(output))[0]
 
     def accumulate(self, replica: int) -> None:
         """Take what one backward has left in the gradient buffer."""
@@ -90,7 +96,12 @@ class MegatronStage:
         self.model.zero_grad_buffer()
 
     def _mean(self, place: int) -> torch.Tensor:
-        """The mean over the replicas of a weight's gradient."""
+        """The mean over the replicas of a weight's gradient, or over the tokens of all of them."""
+        if self.job.per_token:
+            begin = len(self.norms) * self.job.accumulation
+            micros = range(begin, begin + self.job.accumulation)
+            tokens = sum(tokens_of(micro, replica) for replica in range(self.job.data_parallel) for micro in micros)
+            return sum(sums[place] for sums in self._sums) * (1.0 / torch.tensor(tokens))
         return sum(sums[place] * (1.0 / self.job.data_parallel) for sums in self._sums)
 
     def tied_gradient(self, key: str) -> list[torch.Tensor]:

@@ -20,10 +20,13 @@ class Stage(Protocol):
     Attributes:
         weights: all parameters.
         loss_scale: what the gradient of a loss is multiplied by.
+        divides: where gradients are divided by the number of micro-batches to an update: at the "loss", on "every"
+            stage again, or "nowhere".
     """
 
     weights: list[nn.Parameter]
     loss_scale: float
+    divides: str
 
     def compute(self, batch: Any, received: Any) -> Any:
         """What the next stage receives, or at the last stage the loss, a scalar.
@@ -135,10 +138,11 @@ class StageRun:
             self.show(replica)
             inputs, outputs = self._saved.pop((micro, replica))
             if gradient is None:
-                loss = outputs[0] / accumulation
+                loss = outputs[0] if self.stage.divides == "nowhere" else outputs[0] / accumulation
                 torch.autograd.backward(loss, torch.full_like(loss, self.stage.loss_scale))
             elif any(output.requires_grad for output in outputs):
-                torch.autograd.backward(outputs, gradient)
+                again = accumulation if self.stage.divides == "every" else 1
+                torch.autograd.backward(outputs, [each / again for each in gradient])
             self.stage.accumulate(replica)
             found.append([leaf.grad for leaf in inputs])
         self.drift.append(self.version - self.born.pop(micro))

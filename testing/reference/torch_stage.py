@@ -11,6 +11,7 @@ from torch import nn
 
 from testing import jobs
 from testing.jobs import Job, Shared
+from testing.reference import versions
 from testing.reference.prediction import expected_gradient, stepped_copies
 from testing.reference.updaters import MasterUpdater, ZeroArithmetic, updater_for
 
@@ -36,6 +37,7 @@ class TorchStage:
     def __init__(self, job: Job, number: int, layers: list[nn.Module], replicas: int, zero: ZeroArithmetic) -> None:
         self.job, self.number = job, number
         self.is_last = number == job.stages - 1
+        self.divides = versions.where_gradients_are_divided()
         self.loss_scale = job.config.get("fp16", {}).get("loss_scale", 1.0)
         self.module = nn.Sequential(*(layers[layer] for layer in job.stage_layers(number)))
         if job.precision != "fp32" or "fp16" in job.config:

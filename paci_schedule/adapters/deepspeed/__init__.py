@@ -17,7 +17,7 @@ def register() -> None:
     """Let ``deepspeed.initialize`` choose the engine by the config's ``"pipeline_schedule"``.  Idempotent.
 
     Raises:
-        UnsupportedError: this DeepSpeed is outside the tested range, or a hook that we rely on is gone.
+        UnsupportedError: a hook that we rely on is gone.  (A version outside the tested range is a warning.)
     """
     from paci_schedule.adapters.deepspeed.dispatch import install
 

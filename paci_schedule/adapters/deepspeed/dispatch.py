@@ -9,7 +9,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockEngine
 
 from paci_schedule.adapters.deepspeed.engine import PaciPipelineEngine
-from paci_schedule.adapters.deepspeed.hooks import ENGINES, check_installed
+from paci_schedule.adapters.deepspeed.hooks import ENGINES, LATER_ENGINES, check_installed, warn_if_untested
 from paci_schedule.adapters.deepspeed.options import read_schedule
 from paci_schedule.errors import UnsupportedError
 
@@ -53,7 +53,9 @@ def _chosen(stock: type, config: DeepSpeedConfig | None, model: object) -> type:
 def install() -> None:
     """Put the stand-ins in the place of DeepSpeed's engines.  Raises UnsupportedError if a hook is missing."""
     check_installed()
-    for name in ENGINES:
+    if not isinstance(deepspeed.PipelineEngine, _StandIn):
+        warn_if_untested()
+    for name in (*ENGINES, *(later for later in LATER_ENGINES if hasattr(deepspeed, later))):
         stock = getattr(deepspeed, name)
         if not isinstance(stock, _StandIn):
             setattr(deepspeed, name, _StandIn(name, (stock,), {"__module__": __name__, "stands_in_for": stock}))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineModule
 
+from paci_schedule.adapters.deepspeed.ending import Ending
 from paci_schedule.adapters.deepspeed.prediction import check_spec
 from paci_schedule.adapters.deepspeed.report import Reporter
 from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
@@ -41,12 +42,24 @@ class DrainingEngine(StageLocalEngine):
     _ties: Ties
     _timeout: timedelta
 
-    _drains_at_the_end = False
-    """Whether `destroy` drains: only an engine that has its runner, and that is not merely forgotten."""
+    _ending: Ending | None = None
+    """None until the engine has its runner."""
+
+    _newest_losses: torch.Tensor | None = None
+    """float32[n]: the loss that `train_batch` returned last, and the additional losses; None before the first."""
 
     def drain(self) -> torch.Tensor:
         """Finish the outstanding backwards; every rank calls it."""
         raise NotImplementedError
+
+    @contextmanager
+    def drained(self) -> Iterator[PipelineModule]:
+        """The module after a `drain`: while the pipe is empty, the parameters of all stages have the same version.
+
+        Every rank enters it: ``with engine.drained() as module: save(module.state_dict())``.
+        """
+        self.drain()
+        yield self.module
 
     def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
         raise NotImplementedError
@@ -54,6 +67,7 @@ class DrainingEngine(StageLocalEngine):
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
         self.drain()
+        self.total_loss = self.total_additional_losses = None  # an evaluation without loss would add its outputs
         everyone = range(dist.get_world_size())
         with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
             # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.
@@ -73,7 +87,8 @@ class DrainingEngine(StageLocalEngine):
         """As DeepSpeed's, after a `drain`, with the stage's deferred state (`runtime.deferred`)."""
         self.drain()
         self._average_pending_sums()
-        state = {**(client_state or {}), _DEFERRED: self._deferred.state()}
+        losses = None if self._newest_losses is None else self._newest_losses.tolist()
+        state = {**(client_state or {}), _DEFERRED: {**self._deferred.state(), "losses": losses}}
         return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(
@@ -102,6 +117,8 @@ class DrainingEngine(StageLocalEngine):
         )
         deferred = (client_state or {}).pop(_DEFERRED, {"norms": [], "tied": {}})
         if path is not None and load_optimizer_states and not load_module_only:
+            losses = deferred.get("losses")
+            self._newest_losses = None if losses is None else torch.tensor(losses, device=self.device)
             dropped = self._deferred.load_state(deferred)
             if dropped and self.grid.get_data_parallel_id() == 0:
                 logger.warning("%s: pending gradient sums dropped, no such tie here: %s", path, "; ".join(dropped))
@@ -145,8 +162,8 @@ class DrainingEngine(StageLocalEngine):
 
     def destroy(self) -> None:
         """As DeepSpeed's, after a `drain`; it does not drain while an exception propagates."""
-        if self._drains_at_the_end and not self._runner.interrupted and sys.exc_info()[0] is None:
-            self.drain()
+        if self._ending is not None:
+            self._ending.destroyed(self)
         super().destroy()
 
     def _average_pending_sums(self) -> None:

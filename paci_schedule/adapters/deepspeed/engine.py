@@ -25,16 +25,19 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
+from paci_schedule.adapters.deepspeed.diagnostics import switch_off_diagnostics
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
+from paci_schedule.adapters.deepspeed.ending import Ending
 from paci_schedule.adapters.deepspeed.experts import make_expert_groups
 from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
-from paci_schedule.adapters.deepspeed.prediction import build_prediction, note_update
+from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied_bytes, note_update
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
 from paci_schedule.adapters.deepspeed.stage_local import StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
 from paci_schedule.adapters.refusal import refuse_together
+from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
@@ -73,6 +76,7 @@ class PaciPipelineEngine(DrainingEngine):
         check_supported(self._schedule, config_class, options, module)
         make_expert_groups(config_class, module)
         grid: Any = module.mpu()  # Any for the same reason as in StageMpu
+        switch_off_diagnostics(config_class, grid.get_pipe_parallel_world_size(), warns=grid.get_global_rank() == 0)
         spec = PipelineSpec(
             stages=grid.get_pipe_parallel_world_size(),
             accumulation=config_class.gradient_accumulation_steps,
@@ -122,7 +126,10 @@ class PaciPipelineEngine(DrainingEngine):
         )
         self._deferred = self._assembly.deferred
         self._runner = self._assembly.runner
-        self._drains_at_the_end = True
+        clip, copied = config_class.gradient_clipping, copied_bytes(self, options, spec)
+        chosen = schedule(self._schedule)
+        say(start_line(chosen, spec, options, framework="DeepSpeed", clip=clip, copied_bytes=copied))
+        self._ending = Ending(self, warns=self.global_rank == 0, timeout=timeout)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -132,7 +139,9 @@ class PaciPipelineEngine(DrainingEngine):
         Returns:
             float32[], on the device, without waiting for it: the mean loss over the micro-batches that this stage
             *finished* in this call, averaged over the data-parallel replicas.  That is this batch's loss at the last
-            stage, and d_s micro-batches late at stage s.  NaN as long as a stage has finished none.
+            stage, and d_s micro-batches late at stage s.  Where a stage has finished none, as may be right after the
+            pipe was empty if a <= d_s, it is what was returned last; and in the first call of all the last stage's loss
+            of this batch, which the stages wait for.
 
         Raises:
             ConfigError: `data_iter` is no iterator; raised before anything is run.
@@ -155,6 +164,8 @@ class PaciPipelineEngine(DrainingEngine):
             losses = self._runner.train_batch()
         finally:
             self.data_iterator, self._read_ahead = source, None
+        if self._newest_losses is None:
+            losses = self._first_losses(losses)
         return self._aggregate(losses)
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
@@ -191,7 +202,8 @@ class PaciPipelineEngine(DrainingEngine):
         Afterwards the pipe is empty and every stage has the same version.
 
         Returns:
-            float32[]: the mean loss over the micro-batches finished in this call, as in `train_batch`.
+            float32[]: the mean loss over the micro-batches finished in this call, as in `train_batch`; NaN if the
+            engine has not been trained.
         """
         if self._runner.admitted:
             self.module.train()
@@ -219,6 +231,8 @@ class PaciPipelineEngine(DrainingEngine):
 
     def take_update(self, losses: torch.Tensor) -> None:
         """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
+        if self._reporter is not None:  # of the update before: monitors want steps that never go back
+            self._reporter.flush()
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
             self._ties.exchange(self._runner.at, now=self._runner.flushing)
@@ -245,8 +259,9 @@ class PaciPipelineEngine(DrainingEngine):
         self._ties.post_sum(number, self._runner.at)
 
     def __del__(self) -> None:
-        self._drains_at_the_end = False  # a stage that is merely forgotten does not wait for its neighbours
-        super().__del__()
+        if self._ending is not None:
+            self._ending.forgotten(self)
+        getattr(super(), "__del__", bool)()  # which the oldest supported versions have not
 
     def _read_batch(self, source: Iterator[Any] | None) -> None:
         """Take a whole batch from the data before anything is computed, and announce it to the other stages."""
@@ -297,15 +312,27 @@ class PaciPipelineEngine(DrainingEngine):
         if self._norm_group is not None:
             self._norm_group.flushing = chosen.flushes
 
+    def _first_losses(self, losses: torch.Tensor | None) -> torch.Tensor | None:
+        """The losses of the engine's first batch: the last stage's, where this stage has finished no micro-batch."""
+        runner = self._runner
+        if not runner.admitted or runner.spec.accumulation > runner.spec.look_ahead(0):
+            return losses  # every stage has finished some
+        told = torch.zeros(1 + len(self._additional_names()))
+        if losses is not None and self.is_last_stage():
+            told = losses.cpu()
+        self._assembly.links.tell_from_last(told)
+        return told.to(self.device) if losses is None else losses
+
     def _aggregate(self, losses: torch.Tensor | None) -> torch.Tensor:
-        """The mean over the replicas, kept where DeepSpeed keeps it; NaN for None."""
+        """The mean over the replicas, kept where DeepSpeed keeps it; for None that of the call before, or NaN."""
         names = self._additional_names()
-        if losses is None:
-            losses = torch.full((1 + len(names),), torch.nan, device=self.device)
-        else:
-            losses = self._mean_over_replicas(losses)
-        self.agg_train_loss = losses[0]
-        self.agg_additional_losses = OrderedDict(zip(names, losses[1:], strict=True)) if names else None
+        if losses is not None:
+            self._newest_losses = self._mean_over_replicas(losses)
+        newest = self._newest_losses
+        if newest is None:
+            newest = torch.full((1 + len(names),), torch.nan, device=self.device)
+        self.agg_train_loss = newest[0].clone()  # a training loop may add to it in place
+        self.agg_additional_losses = OrderedDict(zip(names, newest[1:], strict=True)) if names else None
         return self.agg_train_loss
 
     def _additional_names(self) -> tuple[str, ...]:

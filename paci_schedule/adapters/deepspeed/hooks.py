@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
@@ -11,16 +13,23 @@ from paci_schedule.adapters.versions import DEEPSPEED
 
 __all__ = [
     "ENGINES",
+    "LATER_ENGINES",
     "SPLIT_HOOKS",
     "TESTED",
     "check_installed",
     "probe",
+    "warn_if_untested",
 ]
+
+logger = logging.getLogger(__name__)
 
 TESTED = SpecifierSet(DEEPSPEED)
 
-ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
+ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine")
 """The classes that ``deepspeed.initialize`` builds, by their names in ``deepspeed``."""
+
+LATER_ENGINES = ("DualPipeVEngine",)
+"""Those that the oldest supported version has not."""
 
 _ENGINE = "deepspeed.runtime.pipe.engine:PipelineEngine"
 _HOOKS = {
@@ -35,7 +44,8 @@ _HOOKS = {
     f"{_ENGINE}._exec_optimizer_step": (),
     f"{_ENGINE}._reserve_pipe_buffers": ("num_buffers",),
     f"{_ENGINE}._configure_optimizer": ("client_optimizer", "model_parameters"),
-    f"{_ENGINE}._mixed_precision_dtypes": (),
+    f"{_ENGINE}.fp16_enabled": (),
+    f"{_ENGINE}.bfloat16_enabled": (),
     f"{_ENGINE}.clip_fp32_gradients": (),
     f"{_ENGINE}.set_dataiterator": ("iterator",),
     f"{_ENGINE}.reset_activation_shape": (),
@@ -76,9 +86,25 @@ def probe() -> list[tuple[str, bool, str]]:
         found = version("deepspeed")
     except PackageNotFoundError:
         return [("deepspeed", False, f"not installed; pip install 'deepspeed{TESTED}'")]
-    return [("deepspeed", found in TESTED, f"{found}, tested {TESTED}"), *(look_up(*hook) for hook in _HOOKS.items())]
+    rest = "" if found in TESTED else "; untested, so that only the hooks are known to be there"
+    return [("deepspeed", True, f"{found}, tested {TESTED}{rest}"), *(look_up(*hook) for hook in _HOOKS.items())]
 
 
 def check_installed() -> None:
     """Raises UnsupportedError, naming what is missing, unless the engine can run on the installed DeepSpeed."""
-    require(probe(), f"paci_schedule cannot register with this DeepSpeed; install deepspeed{TESTED}")
+    found = probe()
+    require(found, f"paci_schedule cannot register with DeepSpeed {found[0][2]}; install deepspeed{TESTED}")
+
+
+def warn_if_untested() -> None:
+    """Say on rank 0 that the installed DeepSpeed, which has every hook, is outside the tested range."""
+    found = version("deepspeed")
+    if found not in TESTED and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "deepspeed %s is outside the tested range %s.  All %d hooks that the schedules stand on are there, but one "
+            "may mean something else: compare the first losses with a run under 1F1B, or install deepspeed%s",
+            found,
+            TESTED,
+            len(_HOOKS),
+            TESTED,
+        )

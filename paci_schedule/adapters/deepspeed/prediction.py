@@ -21,7 +21,7 @@ from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import Prediction, SteppedWeights, check, clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
 
-__all__ = ["build_prediction", "check_spec", "note_update"]
+__all__ = ["build_prediction", "check_spec", "copied_bytes", "note_update"]
 
 
 def build_prediction(
@@ -56,6 +56,16 @@ def build_prediction(
     else:
         weights = MasterWeights(optimizer, stepped_as(engine.basic_optimizer), deferred, gathering)
     return Prediction(weights, interval, options.prediction_reach)
+
+
+def copied_bytes(engine: StageLocalEngine, options: PaciOptions, spec: PipelineSpec) -> int:
+    """How many bytes of the stage's weights are kept twice while a prediction stands: all of them, or none."""
+    interval = interval_of(options.prediction)
+    has_masters = engine.optimizer is not engine.basic_optimizer
+    stands_between_calls = interval != 1 and spec.look_ahead(engine.stage_id) > spec.accumulation
+    if interval is None or (has_masters and not stands_between_calls):
+        return 0
+    return sum(weight.numel() * weight.element_size() for weight in engine.module.parameters() if weight.requires_grad)
 
 
 def check_spec(engine: StageLocalEngine, spec: PipelineSpec) -> None:

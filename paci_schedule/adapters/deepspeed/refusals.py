@@ -21,10 +21,8 @@ def check_supported(name: str, config: DeepSpeedConfig, options: PaciOptions, mo
 
     Every rank calls it: what one stage cannot run, all of them refuse, so that none is left waiting.
     """
-    assert module.num_stages is not None  # its constructor has worked it out
     found = chain(
         reasons(_CONFIG, config._param_dict),
-        _timer_reasons(config, module.num_stages),
         expert_reasons(config, options, module),
         _tie_reasons(config, options, module),
         _receive_reasons(config, options),
@@ -88,17 +86,13 @@ _CONFIG = (
         'it changes the sequence length inside the engine; use "data_efficiency": {"data_sampling": ...} or change the '
         "data",
     ),
+    Refusal(
+        _at("autotuning", "enabled"),
+        '"autotuning"',
+        "DeepSpeed's autotuner measures engine.step(), which no pipeline engine runs; switch it off, and search the "
+        "micro-batch size and the stages with `paci plan`",
+    ),
 )
-
-
-def _timer_reasons(config: DeepSpeedConfig, stages: int) -> Iterator[str]:
-    if config.wall_clock_breakdown and stages > 1:
-        raw = config._param_dict
-        option = '"wall_clock_breakdown": true' if raw.get("wall_clock_breakdown") else '"flops_profiler"'
-        yield (
-            f"{option}: DeepSpeed starts the same timer twice on every stage but the last, "
-            "under 1F1B too; switch it off, engine.pipeline_stats() says where the time goes"
-        )
 
 
 def _tie_reasons(config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule) -> Iterator[str]:
@@ -116,6 +110,11 @@ def _receive_reasons(config: DeepSpeedConfig, options: PaciOptions) -> Iterator[
         return
     option = '"paci": {"early_receives": true}'
     yield from launch_blocking(option)
+    if _at("comms_logger", "enabled")(config._param_dict):
+        yield (
+            f'{option} with "comms_logger": it waits for the whole device at every collective, and so for receives '
+            "posted before it, and stages for each other in a circle; switch one of the two off"
+        )
     if _at("activation_checkpointing", "synchronize_checkpoint_boundary")(config._param_dict):
         yield (
             f'{option} with "activation_checkpointing": {{"synchronize_checkpoint_boundary": true}}: every '

@@ -2,7 +2,7 @@
 
 Rank 0 holds the first stage.  It learns the loss of a micro-batch when that micro-batch's gradient comes back, so it
 reports an update when it has applied it: step, samples, loss, learning rate and drift all belong to the same update.
-The numbers are written one update later, when the device has long copied them, so that nobody waits for it.
+The numbers are written at the next update, when the device has long copied them, so that nobody waits for it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Update:
 
 
 class Reporter:
-    """Reports updates, each when the next one comes.
+    """Reports updates, each when the stage takes its next one, or when the pipe is drained.
 
     Args:
         monitor: DeepSpeed's monitor.
@@ -89,12 +89,11 @@ class Reporter:
         return self._monitor.enabled or (self._steps_per_print is not None and step % self._steps_per_print == 0)
 
     def add(self, update: Update) -> None:
-        """Take one update in, and report the one before it."""
-        self.flush()
+        """Take an update in, which the next `flush` reports."""
         self._pending = update
 
     def flush(self) -> None:
-        """Report the update that has not been reported yet."""
+        """Report the update that was added last, if it has not been reported yet."""
         update, self._pending = self._pending, None
         if update is None or not self._writes:
             return

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from paci_schedule.adapters.deepspeed.hooks import SPLIT_HOOKS
 from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
@@ -37,6 +38,11 @@ def why_not_split(engine: StageLocalEngine) -> Iterator[str]:
     for name, there, detail in (look_up(*hook) for hook in SPLIT_HOOKS.items()):
         if not there:
             yield f"{name}: {detail}; install a tested version of its package"
+    if "_backward_prologue_per_tensor" not in vars(PipelineEngine):
+        yield (
+            "this DeepSpeed divides gradients elsewhere than at the loss, which a split "
+            "backward does not; install a newer one (docs/deepspeed.md has the versions)"
+        )
     interval = engine.module.activation_checkpoint_interval
     if interval:
         yield (

@@ -27,6 +27,8 @@ from paci_schedule.runtime.upload import upload
 
 __all__ = ["StageLocalEngine", "StageMpu"]
 
+_NEXT_TO_ZERO = 2.0**-63
+
 
 class StageMpu:
     """One stage's view of a PipelineParallelGrid: model parallelism is tensor slicing only, and the pipe has one stage.
@@ -132,8 +134,8 @@ class StageLocalEngine(PipelineEngine):
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[torch.nn.Parameter]) -> None:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             # A stage of pure functions or frozen layers still needs an optimizer to build, step and save.
-            dtype = next(dtype for dtype in (self._mixed_precision_dtypes()[0], torch.float32) if dtype is not None)
-            nothing = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=self.device))
+            low = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+            nothing = torch.nn.Parameter(torch.zeros(1, dtype=low or torch.float32, device=self.device))
             self.param_names[nothing] = "no_parameters_in_this_stage"
             model_parameters = [nothing]
         grid, self.mpu = self.mpu, self._stage_mpu
@@ -142,7 +144,15 @@ class StageLocalEngine(PipelineEngine):
         finally:
             self.mpu = grid
         if isinstance(self.optimizer, BF16_Optimizer):
-            self.optimizer.get_grads_for_norm = partial(_or_a_zero, self.optimizer.get_grads_for_norm, self.device)
+            self.optimizer.get_grads_for_norm = partial(_or_nearly_zero, self.optimizer.get_grads_for_norm, self.device)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        # As 0.18.5 and newer do by themselves; 0.18.3 and 0.18.4 take a stage's backward for a user's, and refuse it.
+        self._running_engine_backward = True
+        try:
+            super()._exec_backward_pass(buffer_id)
+        finally:
+            self._running_engine_backward = False
 
     def clip_fp32_gradients(self) -> None:
         first_slice = self._stage_mpu.get_model_parallel_rank() == 0
@@ -175,7 +185,8 @@ class StageLocalEngine(PipelineEngine):
         return (gradient for gradient in every if gradient is not None)
 
 
-def _or_a_zero(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
-    """The gradients, or a zero for none: BF16_Optimizer takes no norm of nothing, as where all weights are frozen."""
+def _or_nearly_zero(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
+    """The gradients, or next to a zero for none, as where all weights are frozen: BF16_Optimizer takes no norm of
+    nothing, and older ones assert that a norm is above 0.  The number's square is the smallest normal one in fp32."""
     found = gradients(for_clipping)
-    return found if for_clipping or found[0] else ([torch.zeros(1, device=device)], *found[1:])
+    return found if for_clipping or found[0] else ([torch.full((1,), _NEXT_TO_ZERO, device=device)], *found[1:])

@@ -10,7 +10,7 @@ from paci_schedule.adapters.megatron.hooks import probe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_state_dict", "pipeline_stats", "probe", "register", "state_dict"]
+__all__ = ["load_state_dict", "look_at_arguments", "pipeline_stats", "probe", "register", "state_dict"]
 
 
 def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -30,6 +30,16 @@ def register(default: str | None = None, options: Mapping[str, Any] | None = Non
     from paci_schedule.adapters.megatron.dispatch import install
 
     install(default, options)
+
+
+def look_at_arguments() -> None:
+    """Let Megatron-LM refuse what PACI cannot run when it checks its arguments, in a script that trains under PACI.
+
+    Call it after `register` and before the script's arguments are parsed.
+    """
+    from paci_schedule.adapters.megatron import parsing
+
+    parsing.look_at_arguments()
 
 
 def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:

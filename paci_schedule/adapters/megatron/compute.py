@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
 from megatron.core.utils import make_viewless_tensor
 
@@ -28,10 +29,17 @@ class ModelCompute:
         config: its ModelParallelConfig.
         first, last: whether it is the first, or the last, of its pipeline.
         post_sum: starts the next sum of the tied weight with this number.
+        predicts: stale forwards run on predicted weights.
     """
 
     def __init__(
-        self, model: torch.nn.Module, config: Any, first: bool, last: bool, post_sum: Callable[[int], None]
+        self,
+        model: torch.nn.Module,
+        config: Any,
+        first: bool,
+        last: bool,
+        post_sum: Callable[[int], None],
+        predicts: bool,
     ) -> None:
         self._model, self._config, self._first, self._last, self._post_sum = model, config, first, last, post_sum
         # Megatron-core 0.16 wants the model's type, later versions do not.
@@ -40,12 +48,19 @@ class ModelCompute:
         self._live: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._no_sync = ExitStack()
+        self._predicts = predicts
+        overlaps = getattr(getattr(model, "ddp_config", None), "overlap_param_gather", False)
+        ddp: Any = model
+        self._gathered_late = [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups] if overlaps else []
 
     def begin(self, forward_step_func: Callable[..., Any], data: Iterator[Any] | None, accumulation: int) -> None:
         """A call begins: where its micro-batches come from, and how many make an update."""
         self._forward_step_func, self._data, self._accumulation = forward_step_func, data, accumulation
         self._forwards = 0
         self._reduced: list[Any] = []
+        self._is_gathered = False
+        if self._predicts:
+            self._gather()
         self._no_sync.enter_context((self._config.no_sync_func or nullcontext)())
 
     def end(self) -> list[Any]:
@@ -61,7 +76,7 @@ class ModelCompute:
             tensor = cast(torch.Tensor, inputs)  # as `forward` of the stage before returned it
             received = make_viewless_tensor(inp=tensor, requires_grad=True, keep_graph=False)
         try:
-            stepped, _ = forward_step(
+            stepped, tokens = forward_step(
                 self._forward_step_func,
                 self._data,
                 self._model,
@@ -69,7 +84,7 @@ class ModelCompute:
                 received,
                 self._reduced,
                 self._config,
-                cp_group_size=1,
+                cp_group_size=parallel_state.get_context_parallel_world_size(),
                 is_first_microbatch=self._forwards == 0,
                 current_microbatch=micro_batch % self._accumulation,
                 is_last_stage=self._last,
@@ -81,16 +96,22 @@ class ModelCompute:
                 "last ones read nothing ahead; an iterator for each call needs {'drain_interval': 1}"
             ) from error
         self._forwards += 1
+        self._is_gathered = True  # by the hooks of its modules, each before its own forward
         output = cast(torch.Tensor, stepped)  # a list for a list of inputs only
         self._live[micro_batch] = received, output
         if self._last:
-            self._losses[micro_batch] = (output.detach() * self._accumulation).float().reshape(1)
+            loss = output.detach().float().reshape(1)
+            if self._config.calculate_per_token_loss:
+                self._losses[micro_batch] = torch.cat([loss, tokens.detach().to(loss).reshape(1)])
+            else:
+                self._losses[micro_batch] = loss * self._accumulation
             return None
         sent = output.detach()  # holds the storage until it has left, whatever becomes of the output
         deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
         return sent
 
     def backward(self, micro_batch: int, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        self._gather()
         inputs, output = self._live.pop(micro_batch)
         if (micro_batch + 1) % self._accumulation == 0 and (self._config.grad_sync_func is None or self._first):
             self._no_sync.close()
@@ -104,6 +125,16 @@ class ModelCompute:
         if inputs is None:  # at the first stage
             return ()
         return (torch.zeros_like(inputs) if gradient is None else cast(torch.Tensor, gradient),)
+
+    def _gather(self) -> None:
+        """Let every bucket of weights be gathered, with --overlap-param-gather, before an op that is no forward."""
+        if not self._is_gathered:
+            for group in self._gathered_late:
+                if not group.param_gather_dispatched:
+                    group.start_param_sync()
+            for group in self._gathered_late:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+        self._is_gathered = True
 
     def losses(self, micro_batch: int) -> torch.Tensor:
         return self._losses.pop(micro_batch)

@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from megatron.core import pipeline_parallel
@@ -20,7 +20,10 @@ from paci_schedule.adapters.choice import IN_EVERY_LOOP, check_choice
 from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
-from paci_schedule.adapters.megatron.stream import ModelStream
+from paci_schedule.adapters.megatron.stream import FRAMEWORK, ModelStream
+from paci_schedule.adapters.start_line import say, start_line
+from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, UnsupportedError
 
 __all__ = ["Selector", "install", "load_state", "stream_of"]
@@ -49,6 +52,7 @@ class Selector:
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
         self.states: WeakKeyDictionary[torch.nn.Module, Mapping[str, Any]] = WeakKeyDictionary()
+        self._unstaged: WeakSet[torch.nn.Module] = WeakSet()  # models of one stage that have said so
 
     def __call__(self, *args: Any, **kwargs: Any) -> ForwardBackward:
         """As Megatron-core's own; the function that it returns dispatches on the model's config."""
@@ -74,9 +78,10 @@ class Selector:
             return untouched() if stream is None else stream.flush_batch(untouched, call["num_microbatches"])
         group = getattr(call.get("pg_collection"), "pp", None) or groups.pipeline()
         if group.size() == 1:
+            self._say_unstaged(first, name, call["num_microbatches"])
             return untouched()
         if stream is None:
-            options = PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
+            options = self._options(first)
             stream = ModelStream(_chunks(model), group, options, name, call)
             if first in self.states:
                 stream.load_state(self.states.pop(first))
@@ -84,6 +89,16 @@ class Selector:
         if stream.is_warming_up():
             return stream.flush_batch(untouched, call["num_microbatches"])
         return stream.train_batch(**call)
+
+    def _options(self, first: torch.nn.Module) -> PaciOptions:
+        return PaciOptions.read(getattr(get_model_config(first), "paci", self.options))
+
+    def _say_unstaged(self, first: torch.nn.Module, name: str, num_microbatches: int) -> None:
+        """Say, once for a model, that a pipeline of one stage runs Megatron-core's own schedule."""
+        if first not in self._unstaged:
+            self._unstaged.add(first)
+            spec = PipelineSpec(stages=1, accumulation=num_microbatches)
+            say(start_line(schedule(name), spec, self._options(first), framework=FRAMEWORK))
 
 
 def install(default: str | None, options: Mapping[str, Any] | None) -> None:

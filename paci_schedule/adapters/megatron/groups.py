@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-__all__ = ["embedding", "pipeline", "stage", "tensor_parallel"]
+__all__ = ["embedding", "experts", "pipeline", "replicas", "stage", "tensor_parallel"]
 
 _state: Any = parallel_state
 
@@ -20,6 +20,16 @@ def tensor_parallel() -> dist.ProcessGroup:
 def stage() -> dist.ProcessGroup:
     """The ranks of this stage: all replicas and all slices."""
     return _state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def experts() -> dist.ProcessGroup:
+    """The ranks that share this stage's experts."""
+    return _state.get_expert_tensor_and_model_parallel_group()
+
+
+def replicas() -> dist.ProcessGroup:
+    """The ranks of this stage that have other micro-batches, or other parts of their sequences."""
+    return _state.get_data_parallel_group(with_context_parallel=True)
 
 
 def pipeline() -> dist.ProcessGroup:

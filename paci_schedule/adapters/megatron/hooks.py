@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
+from paci_schedule.adapters.probing import TORCH_HOOKS, found_in, look_up, require
 from paci_schedule.adapters.versions import MEGATRON_CORE
 
 __all__ = ["TESTED", "check_installed", "loaded", "probe"]
@@ -38,12 +38,19 @@ _HOOKS = {
 
 def probe() -> list[tuple[str, bool, str]]:
     """What the schedule needs: (name, whether it is there, what was found).  Imports Megatron-core."""
+    folder = found_in("megatron.core")
+    if folder is None:
+        beside = found_in("megatron")
+        detail = f"the folder {beside} has none" if beside else f"not installed; pip install 'megatron-core{TESTED}'"
+        return [("megatron-core", False, detail)]
     try:
-        found = import_module("megatron.core").__version__
-    except ImportError:
-        return [("megatron-core", False, f"not installed; pip install 'megatron-core{TESTED}'")]
+        found = getattr(import_module("megatron.core"), "__version__", None)
+    except Exception as error:  # another project's copy may fail in any way
+        return [("megatron-core", False, f"{folder} cannot be imported: {type(error).__name__}: {error}")]
+    if found is None:
+        return [("megatron-core", False, f"{folder} says no version, so it is another project's copy; tested {TESTED}")]
     return [
-        ("megatron-core", TESTED.contains(found, prereleases=True), f"{found}, tested {TESTED}"),
+        ("megatron-core", TESTED.contains(found, prereleases=True), f"{found} in {folder}, tested {TESTED}"),
         *(look_up(*hook) for hook in _HOOKS.items()),
     ]
 

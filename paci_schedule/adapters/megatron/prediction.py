@@ -55,6 +55,8 @@ def reasons(model: torch.nn.Module, config: Any, options: PaciOptions) -> Iterat
             f"{option} with LayerWiseDistributedOptimizer: a replica could predict only its own share of the weights; "
             "use one that every replica has whole (--optimizer muon without --use-distributed-optimizer), or 'off'"
         )
+    if getattr(config, "calculate_per_token_loss", False):
+        yield f"{option} with --calculate-per-token-loss: the tokens of a window are counted at its end; use 'off'"
     for optimizer in optimizers(config):
         for reason in _reasons_of(optimizer, options.prediction_reach):
             yield f"{option} with {reason}"

@@ -19,6 +19,7 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from paci_schedule.adapters.megatron import groups
+from paci_schedule.errors import UnsupportedError
 from paci_schedule.runtime.deferred.norms import CarriedNorms, NormGroup
 
 __all__ = ["StageSums", "chains", "is_sharded", "optimizers", "owner_of"]
@@ -137,12 +138,26 @@ class StageSums:
 
 
 def _sums(optimizer: MegatronOptimizer, is_layer_wise: bool) -> _Sums:
-    shards = isinstance(optimizer, DistributedOptimizer) or is_layer_wise
-    stage = groups.stage() if shards else groups.tensor_parallel()
     whole = None if is_layer_wise else optimizer.get_grad_stats_parallel_group()
     whole = whole or dist.group.WORLD
     assert whole is not None, "torch.distributed is initialised"
-    return _Sums(optimizer, stage, whole)
+    return _Sums(optimizer, _part_of_stage(whole), whole)
+
+
+def _part_of_stage(whole: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group of those ranks in `whole` that belong to this stage: its slices, those of its experts, or its shards.
+
+    Raises:
+        UnsupportedError: there is no such group.
+    """
+    ranks = set(dist.get_process_group_ranks(whole)) & set(dist.get_process_group_ranks(groups.stage()))
+    for group in (groups.tensor_parallel(), groups.experts(), groups.stage()):
+        if set(dist.get_process_group_ranks(group)) == ranks:
+            return group
+    raise UnsupportedError(
+        f"an optimizer sums its gradient norm over the ranks {sorted(ranks)} of a stage, for which Megatron-core has "
+        "no group: leave out --num-distributed-optimizer-instances and process groups of your own"
+    )
 
 
 def _all(config: Any) -> Iterator[MegatronOptimizer]:

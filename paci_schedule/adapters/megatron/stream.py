@@ -15,18 +15,22 @@ from megatron.core.utils import get_model_config
 from paci_schedule.adapters.megatron import groups, job
 from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
-from paci_schedule.adapters.megatron.ends import PlannedEnds
+from paci_schedule.adapters.megatron.ends import JobEnds, PlannedEnds
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
-from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded
+from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded, optimizers, owner_of
 from paci_schedule.adapters.megatron.ties import Ties
+from paci_schedule.adapters.megatron.working import copied_bytes
+from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.assembly import Assembly
 
-__all__ = ["ModelStream"]
+__all__ = ["FRAMEWORK", "ModelStream"]
+
+FRAMEWORK = "Megatron-core"
 
 
 class ModelStream:
@@ -56,15 +60,15 @@ class ModelStream:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
         args = job.current_args()
         pipelines = check_supported(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
-        self._ends = PlannedEnds.of_options(options) if args is None else PlannedEnds.of_job(args)
-        if options.record is not None and self._ends.next_end(0) is None:
+        stage, stages = group.rank(), group.size()
+        spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
+        self._ends = PlannedEnds.of_options(options) if args is None else JobEnds(args)
+        if options.record is not None and self._ends.next_end(0, spec) is None:
             raise ConfigError(
                 f"config.paci = {{'record': {options.record!r}}}: a recording is written where the pipe is empty, and "
                 "no end is known; say 'train_iters' or 'drain_interval' too"
             )
-        stage, stages = group.rank(), group.size()
         device = next(self._model.parameters()).device
-        spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
         timeout = timedelta(seconds=options.timeout)
         shares = getattr(call.get("pg_collection"), "embd", None) or groups.embedding()
         self._ties = ties = Ties(self._model, shares, spec, timeout)
@@ -82,9 +86,18 @@ class ModelStream:
         )
         prediction = build_prediction(self._model, self._config, options)
         self._sums = StageSums(self._config, self._assembly.norms, warn=stage == 0)
-        self._compute = ModelCompute(self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum)
+        self._compute = ModelCompute(
+            self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum, prediction is not None
+        )
+        self._reports = None if args is None else job.reports(args, device)
         self._assembly.connect(
-            self._compute, schedule(name, leading=True), pipelines, ties.gradients, ties.stages, prediction
+            self._compute,
+            schedule(name, leading=True),
+            pipelines,
+            ties.gradients,
+            ties.stages,
+            prediction,
+            self._reports,
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
@@ -93,8 +106,13 @@ class ModelStream:
         self._data: Any = None
         self._calls = self._resumed_at = 0
         self._between_calls = ExitStack()
+        owner = owner_of(self._config)
+        clip = None if owner is None else owner.config.clip_grad
+        copied = 0 if prediction is None else copied_bytes(optimizers(self._config))
+        line = start_line(schedule(name), spec, options, framework=FRAMEWORK, clip=clip, copied_bytes=copied)
+        say(line)
         if args is not None:
-            job.make_local(self._config)
+            job.make_local(args, self._config, self._reports)
             keep_deferred(args, self._model, self._deferred, self.settle, sharded=is_sharded(self._config))
 
     def train_batch(
@@ -130,7 +148,7 @@ class ModelStream:
         self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
-            with self._ties.exchanging():
+            with self._ties.exchanging(scale=self._by_tokens if config.calculate_per_token_loss else None):
                 config.finalize_model_grads_func(
                     [self._model], None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
                 )
@@ -158,6 +176,7 @@ class ModelStream:
         self.settle()
         self._respec(num_microbatches)
         self._sums.flush(True)
+        self._last()  # asked before every call, for an end that others decide
         with self._ties.exchanging(now=True):
             reduced = stock()
         self._runner.count_flushed(schedule("1f1b"))
@@ -190,7 +209,10 @@ class ModelStream:
     def stats(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.pipeline_stats`."""
         stats = self._runner.stats()
-        return {**stats, "loss": float("nan") if self._loss is None else self._loss.item()}
+        if self._loss is None:
+            return {**stats, "loss": float("nan")}
+        loss, *tokens = self._loss.tolist()
+        return {**stats, "loss": loss / max(tokens[0], 1) if tokens else loss}
 
     def _respec(self, num_microbatches: int) -> None:
         runner = self._runner
@@ -198,10 +220,24 @@ class ModelStream:
             self._require_empty(f"num_microbatches={num_microbatches} after {runner.spec.accumulation}")
             runner.respec(PipelineSpec(stages=runner.spec.stages, accumulation=num_microbatches))
 
+    def _by_tokens(self) -> None:
+        """Make the gradients, which are sums over tokens, means over those of the update, of all replicas.
+
+        The last stage's numbers of tokens came with the gradients of the same micro-batches.
+        """
+        assert self._loss is not None, "a call has ended"
+        tokens = (self._loss[1] * self._runner.spec.accumulation).round().to(torch.int)
+        dist.all_reduce(tokens, group=groups.replicas())
+        model: Any = self._model
+        model.scale_gradients(1.0 / tokens.clamp(min=1))
+
     def _end_call(self) -> None:
-        """What the training loop does next is the update."""
+        """What the training loop does next is the update, and then its reports."""
         self._calls += 1
         self._is_updating = True
+        if self._reports is not None:
+            arrived = self._calls > -(-self._runner.spec.stages // self._runner.spec.accumulation)
+            self._reports.begin_update(at_once=not (arrived and self._runner.admitted))
 
     def _require_empty(self, what: str) -> None:
         """Raises ConfigError if micro-batches are parked; every rank of a pipeline knows how many."""
@@ -219,5 +255,5 @@ class ModelStream:
         done = job.iteration()
         if done is None:
             done = self._calls
-        end = self._ends.next_end(done)
+        end = self._ends.next_end(done, runner.spec)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -28,9 +28,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def tied_embedding(model: torch.nn.Module) -> tuple[bool, torch.nn.Parameter | None]:
-    """Whether the model ties its embedding to its head, and this stage's copy, if it holds one."""
+    """Whether the model's last stage has a copy of its embedding, and this stage's copy, if it holds one."""
     whole = unwrapped(model)
-    if not getattr(whole, "share_embeddings_and_output_weights", False):
+    predicts_further = getattr(getattr(whole, "config", None), "mtp_num_layers", None)  # from the embedding, at the end
+    if not (getattr(whole, "share_embeddings_and_output_weights", False) or predicts_further):
         return False, None
     return True, whole.shared_embedding_or_output_weight()
 
@@ -61,15 +62,16 @@ class Ties:
             self.gradients[_EMBEDDING] = TiedGradient(group, self.stages[0], spec, timeout)
 
     @contextmanager
-    def exchanging(self, now: bool = False) -> Iterator[None]:
+    def exchanging(self, now: bool = False, scale: Callable[[], None] | None = None) -> Iterator[None]:
         """Within it, Megatron-core's own sum of the embedding's gradients is the deferred one.
 
         Args:
             now: the sum is that of this update, which the stage waits for, and all that are pending.
+            scale: scales all gradients of this update, those to be summed among them.
         """
         module = loaded("megatron.core.distributed.finalize_model_grads")
         stock = module._allreduce_word_embedding_grads
-        module._allreduce_word_embedding_grads = partial(self._exchange, now)
+        module._allreduce_word_embedding_grads = partial(self._exchange, now, scale)
         try:
             yield
         finally:
@@ -79,7 +81,9 @@ class Ties:
         """Start the sum of the embedding's gradients of the update that is over."""
         self.gradients[_EMBEDDING].post()
 
-    def _exchange(self, now: bool, *_: Any, **__: Any) -> None:
+    def _exchange(self, now: bool, scale: Callable[[], None] | None, *_: Any, **__: Any) -> None:
+        if scale is not None:
+            scale()
         for tied in self.gradients.values():
             exchange = tied.exchange_now if now else tied.exchange
             exchange(self._weight.main_grad)

@@ -25,7 +25,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from paci_schedule.predict import advance, expected_gradient, pieces
 from paci_schedule.predict.copies import copied, write
 
-__all__ = ["KNOWN", "WorkingWeights"]
+__all__ = ["KNOWN", "WorkingWeights", "copied_bytes"]
 
 KNOWN = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 """The optimizers whose weights can be predicted."""
@@ -122,7 +122,7 @@ class WorkingWeights:
     def _gather(self) -> None:
         """Let the replicas have each other's shards, as after an update."""
         for chunk in self._gathered:
-            chunk.start_param_sync()
+            chunk.start_param_sync(force_sync=True)
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,13 @@ class _Owned:
 
     def _own(self, whole: torch.Tensor) -> torch.Tensor:
         return whole if self.place is None else whole.view(-1)[self.place]
+
+
+def copied_bytes(optimizers: Sequence[Any]) -> int:
+    """How many bytes of weights `WorkingWeights` keeps twice while a prediction stands: of those without a master."""
+    trained = [optimizer for optimizer in optimizers if not optimizer.is_stub_optimizer]
+    kept = [each.working for optimizer in trained for each in _owned_by(optimizer) if not each.has_master]
+    return sum(weight.numel() * weight.element_size() for weight in kept)
 
 
 def _owned_by(optimizer: MegatronOptimizer) -> Iterator[_Owned]:

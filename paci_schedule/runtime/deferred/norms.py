@@ -27,13 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _world
 
 from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.runtime.deferred.stand_in import StandIn, order
 from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["CarriedNorms", "NormGroup"]
@@ -192,7 +191,7 @@ class CarriedNorms:
         return torch.zeros(self._spec.stages, device=self._device)
 
 
-class NormGroup(dist.ProcessGroup):
+class NormGroup(StandIn):
     """The model-parallel group as a stage's optimizer should see it: a sum over it completes the stage's own part.
 
     Optimizers sum squared gradient norms, and take the maximum of overflow flags, over the group of all model-parallel
@@ -209,19 +208,7 @@ class NormGroup(dist.ProcessGroup):
     def __init__(
         self, norms: CarriedNorms, tensor_parallel: dist.ProcessGroup, model_parallel: dist.ProcessGroup
     ) -> None:
-        # The large group's size, as ZeRO asks no group of one for a sum.  Else torch knows it as the group of those who
-        # take part: for whoever records collectives, and for torch's log when one of them fails.
-        super().__init__(  # pyright: ignore[reportCallIssue]: torch's stub lacks this constructor
-            model_parallel.rank(), model_parallel.size()
-        )
-        tables: list[dict[dist.ProcessGroup, Any]] = [
-            _world.pg_map,
-            _world.pg_names,
-            _world.pg_group_ranks,
-            _world.pg_backend_config,
-        ]
-        for table in tables:
-            table[self] = table[tensor_parallel]
+        super().__init__(model_parallel, dist.get_process_group_ranks(tensor_parallel))
         self.flushing = False
         self._norms = norms
         self._tensor_parallel, self._model_parallel = tensor_parallel, model_parallel
@@ -236,17 +223,11 @@ class NormGroup(dist.ProcessGroup):
         if self.flushing:
             if is_sum:
                 own = tensors[0].clone()
-                _order(self._tensor_parallel.allreduce([own], options))
+                order(self._tensor_parallel.allreduce([own], options))
                 self._norms.add_own(own)
             return self._model_parallel.allreduce(tensors, options)
         work = self._tensor_parallel.allreduce(tensors, options)
         if is_sum:
-            _order(work)
+            order(work)
             self._norms.complete(tensors[0])
         return work
-
-
-def _order(work: dist.Work | None) -> None:
-    """Let what comes next see the result.  NCCL returns None for what the current stream does itself."""
-    if work is not None:
-        work.wait()

@@ -10,6 +10,7 @@ import torch
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.deferred.norms import CarriedNorms
+from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.tied import TiedGradient
 
 __all__ = ["DeferredState"]
@@ -25,6 +26,7 @@ class DeferredState:
         norms: gradient norms that travel with the messages; None where each stage clips by its own norm, or not at all.
         tied: the gradients of this stage's copies of tied weights, by the names that they are saved under.
         prediction: of the stage's weights; None for none.
+        reports: sums for the log that travel with the activations; None for none.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class DeferredState:
         norms: CarriedNorms | None,
         tied: Mapping[str, TiedGradient],
         prediction: Prediction | None,
+        reports: CarriedReports | None = None,
     ) -> None:
-        self.norms, self.tied = norms, tied
+        self.norms, self.tied, self.reports = norms, tied, reports
         self._device, self._prediction = device, prediction
 
     def respec(self, spec: PipelineSpec) -> None:

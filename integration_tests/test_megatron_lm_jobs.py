@@ -1,0 +1,129 @@
+"""Jobs of the real pretrain_gpt.py as production runs them: its other layers, its logs, its ends."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from integration_tests.pretraining import CHECKOUTS, logged, pretrain, weights
+
+pytestmark = pytest.mark.skipif(not CHECKOUTS, reason="MEGATRON_LM_CHECKOUT names no Megatron-LM checkout")
+
+
+@pytest.fixture(params=CHECKOUTS, ids=lambda path: Path(path).name)
+def checkout(request):
+    return request.param
+
+
+UNTIED = "--untie-embeddings-and-output-weights --clip-grad 0 --eval-iters 0 --eval-interval 100"
+EXPERTS = (
+    "--num-experts 4 --expert-model-parallel-size 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1 "
+    "--moe-token-dispatcher-type allgather --moe-router-dtype fp64 --disable-bias-linear --global-batch-size 4"
+)
+KINDS = {
+    "experts": (2, EXPERTS),
+    "tokens of a batch": (1, "--calculate-per-token-loss"),
+    "further tokens": (1, "--mtp-num-layers 1 --position-embedding-type rope"),
+    "weights gathered late": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16 --global-batch-size 4",
+    ),
+    "interleaved chunks": (1, "--num-layers-per-virtual-pipeline-stage 1"),
+    "batches that grow": (1, "--rampup-batch-size 2 2 8 --global-batch-size 6"),
+    "skipped iterations": (1, "--iterations-to-skip 3"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_learning_rate_of_0_the_loss_is_the_stock_schedules(checkout, kind):
+    """Of jobs whose micro-batches, layers, weights or losses are of another kind."""
+    replicas, flags = KINDS[kind]
+    length = "--train-samples 24 --lr-decay-samples 24" if "--rampup" in flags else "--train-iters 5"
+    plain = flags.replace(KINDS["interleaved chunks"][1], "")  # which stock refuses for two stages here
+    still = f"--lr 0 --min-lr 0 {UNTIED} {length}"
+    paci, stock = (
+        {
+            key: value[:3]
+            for key, value in logged(pretrain(checkout, schedule, 2, still, chosen, replicas=replicas)).items()
+        }
+        for schedule, chosen in (("paci", flags), ("1f1b", plain))
+    )
+    assert len(paci) >= 4
+    assert paci == stock
+
+
+@pytest.mark.slow
+def test_experts_wait_for_their_stage_alone(checkout, tmp_path):
+    flags = f"--lr 1e-3 --train-iters 5 {UNTIED} {EXPERTS} --log-params-norm --timing-log-level 2"
+    said = pretrain(checkout, "paci", 2, flags, replicas=2, trace=tmp_path / "paci")
+    assert said.count("load_balancing_loss") == 5
+    for rank in range(4):
+        seen = json.loads((tmp_path / f"paci.{rank}").read_text())
+        steady = [ranks for iteration, _, ranks in seen if iteration == 3]
+        stage = {rank - rank % 2, rank - rank % 2 + 1}
+        assert steady.count(sorted(stage)) > 0
+        assert all(set(ranks) <= stage for ranks in steady), steady
+
+
+def squares(folder, iteration, stages):
+    """The squared norm of the parameters of each stage, of a checkpoint in fp32."""
+    return [
+        sum(
+            value.double().square().sum().item()
+            for value in weights(f"{folder}/{iteration}/mp_rank_00_{rank:03}").values()
+        )
+        for rank in range(stages)
+    ]
+
+
+def test_the_norm_of_the_parameters_is_the_last_stages_and_that_of_others_before(checkout, tmp_path):
+    """Of stage 0, with 3 micro-batches to an update, that of the update before, but where the pipe is empty."""
+    common = f"--lr 1e-2 --min-lr 1e-2 {UNTIED} --ckpt-format torch --save-interval 100 --log-params-norm"
+    found, norms = {}, {}
+    for length in (2, 3, 5):
+        folder = tmp_path / str(length)
+        said = pretrain(checkout, "paci", 2, common, f"--train-iters {length} --save {folder}")
+        norms[length] = [float(norm) for norm in re.findall(r"params norm: (\S+)", said)]
+        found[length] = squares(folder, f"iter_{length:07}", 2)
+    first, last = found[2][0], found[3][1]
+    assert norms[5][2] == pytest.approx((first + last) ** 0.5, abs=1e-3)
+    assert norms[3][2] == pytest.approx(sum(found[3]) ** 0.5, abs=1e-3)
+    assert abs(norms[3][2] - norms[5][2]) > 5e-3
+
+
+SIGNALLED = """
+import os, runpy, signal, sys
+checkout = sys.path[0] = os.environ["PYTHONPATH"].split(os.pathsep)[1]
+from megatron.training import training
+step, calls = training.train_step, []
+def train_step(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args, **kwargs)
+training.train_step = train_step
+runpy.run_path(f"{checkout}/pretrain_gpt.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ended", ["--exit-signal-handler", "--exit-duration-in-mins 0.0001"])
+def test_an_end_that_nobody_planned_is_one_at_which_the_pipe_is_empty(checkout, ended, tmp_path):
+    """One rank has reason to end; every rank ends after the same iteration, and a resumed run goes on bit for bit."""
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    common = "--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --train-iters 11 --save"
+    cut, resumed, whole = (str(tmp_path / name) for name in ("cut", "resumed", "whole"))
+    signalled = {"script": script} if "signal" in ended else {}
+    said = pretrain(checkout, "paci", 2, ended, common, cut, "--save-interval 100", **signalled)
+    last = int((tmp_path / "cut" / "latest_checkpointed_iteration.txt").read_text())
+    asked = 2 if signalled else 0  # iterations done when the reason was found
+    assert last == asked + 2 * 1 + 4
+    assert max(logged(said)) == last
+    pretrain(checkout, "paci", 2, common, resumed, f"--save-interval 100 --load {cut}")
+    pretrain(checkout, "paci", 2, common, whole, f"--save-interval {last}")
+    for rank in range(2):
+        ours, theirs = (weights(f"{folder}/iter_0000011/mp_rank_00_{rank:03}") for folder in (resumed, whole))
+        assert len(ours) > 10
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)

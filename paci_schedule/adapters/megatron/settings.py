@@ -1,0 +1,133 @@
+"""The settings of Megatron that PACI does not run with: the flag, the reason, the remedy.
+
+The arguments of Megatron-LM and the configs of Megatron-core have the same names for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from paci_schedule.adapters.refusal import Refusal
+
+__all__ = ["DDP", "JOB", "MODEL", "OPTIMIZER"]
+
+
+def _flag(name: str, flag: str, why: str, allowed: Callable[[Any], bool] | None = None) -> Refusal:
+    """A setting that is an attribute `name` of a config or of the arguments, which users set with `flag`."""
+    refusal = Refusal(lambda settings: getattr(settings, name, None), f"{flag} ({name}={{value!r}})", why)
+    return refusal if allowed is None else replace(refusal, allowed=allowed)
+
+
+def _at_most_one(value: Any) -> bool:
+    return value is None or value <= 1
+
+
+MODEL = (
+    _flag(
+        "fp16",
+        "--fp16",
+        "where a stage's gradients overflow, under a static --loss-scale too, it alone would skip the update, and "
+        "stages and tied copies part; use --bf16",
+    ),
+    _flag(
+        "virtual_pipeline_model_parallel_size",
+        "virtual pipeline stages, config.virtual_pipeline_model_parallel_size",
+        "PACI has no bubble that interleaving could shrink; build one chunk for each stage",
+        _at_most_one,
+    ),
+    _flag(
+        "cuda_graph_impl",
+        "--cuda-graph-impl",
+        "a captured graph reuses the buffers of micro-batches that are still in flight; use none",
+        lambda value: value in (None, "none"),
+    ),
+    _flag("enable_cuda_graph", "--enable-cuda-graph", "as --cuda-graph-impl; leave it off"),
+    _flag("external_cuda_graph", "--external-cuda-graph", "as --cuda-graph-impl; leave it off"),
+    _flag("fp8", "--fp8-format", "not tried yet: scaling factors move under micro-batches in flight; use --bf16"),
+    _flag("fp4", "--fp4-format", "as --fp8-format; use --bf16"),
+    _flag(
+        "defer_embedding_wgrad_compute",
+        "--defer-embedding-wgrad-compute",
+        "it fills the flush at the end of a batch, which is gone; leave it off",
+    ),
+    _flag("delay_wgrad_compute", "--delay-wgrad-compute", "it splits the backward; leave it off"),
+    _flag(
+        "num_microbatches_with_partial_activation_checkpoints",
+        "config.num_microbatches_with_partial_activation_checkpoints",
+        "it counts micro-batches within a flushed batch; use --recompute-granularity",
+        lambda value: value is None,
+    ),
+    _flag("cpu_offloading", "--cpu-offloading-num-layers", "not tried yet; leave it off"),
+    _flag("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "not tried yet"),
+    _flag("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
+    _flag("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
+    _flag("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
+    _flag(
+        "dsa_indexer_loss_coeff",
+        "--dsa-indexer-loss-coeff",
+        "the indexer's loss is summed over the pipeline in every iteration; use 0",
+    ),
+    _flag(
+        "gtp_weight_remat_size",
+        "--tensor-parallel-num-weight-shards",
+        "not tried yet: its ranks hold different weights of a stage; leave it off",
+        _at_most_one,
+    ),
+)
+
+DDP = (
+    _flag("use_megatron_fsdp", "--use-megatron-fsdp", "it frees weights that micro-batches in flight need; use DDP"),
+    _flag(
+        "num_distributed_optimizer_instances",
+        "--num-distributed-optimizer-instances",
+        "not tried yet; use 1",
+        _at_most_one,
+    ),
+)
+
+OPTIMIZER = (
+    _flag(
+        "grad_norm_skip_threshold",
+        "grad_norm_skip_threshold of the OptimizerConfig",
+        "stages know each other's gradient norms late, so some would skip an update that others apply; leave it at inf",
+        lambda value: value in (None, math.inf),
+    ),
+    _flag("optimizer_cpu_offload", "--optimizer-cpu-offload", "not tried yet; leave it off"),
+)
+
+_EVERY_ITERATION = "every rank waits for all the others in every iteration; "
+
+JOB = (
+    _flag(
+        "rerun_mode",
+        "--rerun-mode",
+        "an iteration cannot be re-run with micro-batches in flight; leave the flag out, or use disabled",
+        lambda value: value in (None, "disabled"),
+    ),
+    _flag("log_straggler", "--log-straggler", f"{_EVERY_ITERATION}leave it off"),
+    _flag("log_energy", "--log-energy", "every rank waits for all the others at every log line; leave it off"),
+    _flag(
+        "empty_unused_memory_level",
+        "--empty-unused-memory-level",
+        "it makes the host wait for the device, and for sums on their way, in every iteration; use 0",
+    ),
+    _flag(
+        "optimizer_cuda_graph",
+        "--optimizer-cuda-graph",
+        "a captured update would replay the other stages' norms of that moment; leave it off",
+    ),
+    _flag(
+        "inprocess_restart",
+        "--inprocess-restart",
+        "micro-batches in flight cannot be restarted; let torchrun start the job again from its checkpoint",
+    ),
+    _flag("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
+    _flag("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),
+    _flag("save_activations_interval", "--save-activations-interval", "as --save-dgrads-interval; leave it off"),
+    _flag("perform_rl_step", "--perform-rl-step", "the data of an iteration is made from its weights"),
+    _flag("sft", "--sft", "the statistics of packed sequences are summed over the world in every iteration"),
+    _flag("vision_pretraining", "--vision-pretraining", "not tried yet"),
+)
