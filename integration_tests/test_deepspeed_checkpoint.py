@@ -172,7 +172,7 @@ CALLS = {
     "save_checkpoint": lambda engine, folder: engine.save_checkpoint(folder),
     "save_16bit_model": lambda engine, folder: engine.save_16bit_model(folder),
     "set_train_batch_size": lambda engine, folder: engine.set_train_batch_size(9),
-    "set_train_micro_batch_size": lambda engine, folder: engine.set_train_micro_batch_size(3),
+    "set_train_micro_batch_size": lambda engine, folder: engine.set_train_micro_batch_size(2),
     "drain": lambda engine, folder: engine.drain(),
 }
 

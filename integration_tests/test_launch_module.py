@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_deepspeeds_launcher_runs_the_script_with_the_schedule(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import deepspeed, json, os, pathlib, sys\n"
-        "told = {'argv': sys.argv[1:], 'module': deepspeed.PipelineEngine.__module__}\n"
+        "told = {'argv': sys.argv[1:], 'module': deepspeed.DeepSpeedEngine.__new__.__module__}\n"
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(json.dumps(told))\n"
     )
     done = launch(
@@ -256,6 +257,47 @@ def test_another_project_s_megatron_folder_stops_no_deepspeed_job(copy, argument
     assert "pip install" not in done.stderr
     told = str(tmp_path / "megatron" / "core") in done.stderr
     assert told == (not arguments and copy != "no core")
+
+
+LOCKS = """
+import os, pathlib, sys, threading, time
+from torch.utils.file_baton import FileBaton
+
+def folder(name, age):
+    lock = pathlib.Path(sys.argv[1], name, "lock")
+    lock.parent.mkdir()
+    lock.touch()
+    for path in (lock, lock.parent):
+        os.utime(path, (time.time() - age,) * 2)
+    return lock
+
+live = folder("live", 9000)
+held = os.open(live, os.O_RDONLY)
+threading.Timer(4, lambda: (live.unlink(), os.close(held))).start()
+FileBaton(str(live)).wait()
+print("the live build has ended")
+left = folder("left", 30)
+threading.Timer(4, left.unlink).start()
+FileBaton(str(left)).wait()
+print("the lock has been removed")
+FileBaton(str(folder("stale", 9000))).wait()
+"""
+
+
+def test_the_lock_of_a_killed_build_is_named_and_waited_for_no_longer(tmp_path):
+    """A lock that a process has open is waited for, however old it is."""
+    script = tmp_path / "waits.py"
+    script.write_text(LOCKS)
+    done = launch("paci_schedule.launch", str(script), str(tmp_path))
+    assert done.stdout.splitlines() == ["the live build has ended", "the lock has been removed"], done.stderr[-3000:]
+    assert done.returncode == 1
+    warnings = [line for line in done.stderr.splitlines() if "remove the file, and this job goes on" in line]
+    assert [line.partition(" is the lock")[0] for line in warnings] == [str(tmp_path / "left" / "lock")]
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"PaciError: {tmp_path}/stale/lock is the lock of a kernel build. No process of this machine" in last
+    assert re.search(r"changed 90\d\d s ago", last)
+    assert "remove the file and start again" in last
+    assert (tmp_path / "stale" / "lock").exists()
 
 
 def test_an_error_of_the_script_is_the_script_s(tmp_path):

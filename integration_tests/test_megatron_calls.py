@@ -106,25 +106,39 @@ def test_rank_0_says_in_one_line_what_runs():
 
 
 def register_late(alias):
-    """What registration says when a training loop has imported the selector by name."""
+    """Whether a training loop that has imported the selector by name calls the registered one, and what was logged."""
     shim.install()
     import megatron.core.pipeline_parallel
 
     import paci_schedule
+    from paci_schedule.adapters.megatron import dispatch
 
     loop = types.ModuleType("a_training_loop")
     setattr(loop, alias, megatron.core.pipeline_parallel.get_forward_backward_func)
     sys.modules[loop.__name__] = loop
-    try:
-        paci_schedule.register()
-    except paci_schedule.UnsupportedError as error:
-        return str(error)
+    logged = []
+    dispatch.logger.warning = lambda text, *values: logged.append(text % values)
+    paci_schedule.register("megatron")
+    return isinstance(getattr(loop, alias), dispatch.Selector), logged
 
 
 @pytest.mark.parametrize("alias", ["get_forward_backward_func", "gfb"])
-def test_a_schedule_selector_imported_before_registration_is_reported(alias):
-    [said] = run_ranks(register_late, 1, (alias,))
-    assert f"a_training_loop (as {alias}) imported get_forward_backward_func before paci_schedule was reg" in said
+def test_a_schedule_selector_imported_before_registration_is_replaced(alias):
+    [(replaced, [said])] = run_ranks(register_late, 1, (alias,))
+    assert replaced
+    assert f"a_training_loop (as {alias}) imported get_forward_backward_func before" in said
+
+
+def refusals_of_bridge(jobs):
+    """As `refusals`, in a process that Megatron-Bridge's training loop runs in."""
+    sys.modules["megatron.bridge.training.train"] = types.ModuleType("megatron.bridge.training.train")
+    return refusals(jobs)
+
+
+@STOCK
+def test_what_only_a_job_can_tell_is_refused_by_name():
+    for said in run_ranks(refusals_of_bridge, 2, ([GptJob(calls=1)],)):
+        assert "Megatron-Bridge's own training loop" in said[0]
 
 
 def train_initialized(jobs):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,17 @@ def test_experts_wait_for_their_stage_alone(checkout, tmp_path):
         assert all(set(ranks) <= stage for ranks in steady), steady
 
 
+@pytest.mark.slow
+def test_the_embedding_that_predicts_further_tokens_is_one_weight(checkout, tmp_path):
+    """Without a drain on the way, though no stage waits for the other's gradient."""
+    common = f"--lr 1e-2 --min-lr 1e-2 {UNTIED} --ckpt-format torch --save-interval 100 --train-iters 5"
+    pretrain(checkout, "paci", 2, common, KINDS["further tokens"][1], f"--save {tmp_path}")
+    first, last = (weights(f"{tmp_path}/iter_0000005/mp_rank_00_{rank:03}") for rank in range(2))
+    name = "embedding.word_embeddings.weight"
+    assert torch.equal(first[name], last[name])
+    assert not torch.equal(first[name], last["output_layer.weight"])
+
+
 def squares(folder, iteration, stages):
     """The squared norm of the parameters of each stage, of a checkpoint in fp32."""
     return [
@@ -93,33 +105,37 @@ def test_the_norm_of_the_parameters_is_the_last_stages_and_that_of_others_before
     assert abs(norms[3][2] - norms[5][2]) > 5e-3
 
 
-SIGNALLED = """
+ENDED = """
 import os, runpy, signal, sys
-checkout = sys.path[0] = os.environ["PYTHONPATH"].split(os.pathsep)[1]
+sys.path[0] = {checkout!r}
 from megatron.training import training
 step, calls = training.train_step, []
 def train_step(*args, **kwargs):
     calls.append(0)
     if len(calls) == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
+        {reason}
     return step(*args, **kwargs)
 training.train_step = train_step
-runpy.run_path(f"{checkout}/pretrain_gpt.py", run_name="__main__")
+runpy.run_path({checkout!r} + "/pretrain_gpt.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("ended", ["--exit-signal-handler", "--exit-duration-in-mins 0.0001"])
-def test_an_end_that_nobody_planned_is_one_at_which_the_pipe_is_empty(checkout, ended, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--exit-signal-handler", "os.kill(os.getpid(), signal.SIGTERM)"),
+        ("--exit-duration-in-mins 60", "training._TRAIN_START_TIME -= 3700"),
+    ],
+)
+def test_an_end_that_nobody_planned_is_one_at_which_the_pipe_is_empty(checkout, flag, reason, tmp_path):
     """One rank has reason to end; every rank ends after the same iteration, and a resumed run goes on bit for bit."""
-    script = tmp_path / "signalled.py"
-    script.write_text(SIGNALLED)
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED.format(checkout=checkout, reason=reason))
     common = "--lr 1e-2 --min-lr 1e-3 --eval-iters 0 --eval-interval 100 --ckpt-format torch --train-iters 11 --save"
     cut, resumed, whole = (str(tmp_path / name) for name in ("cut", "resumed", "whole"))
-    signalled = {"script": script} if "signal" in ended else {}
-    said = pretrain(checkout, "paci", 2, ended, common, cut, "--save-interval 100", **signalled)
+    said = pretrain(checkout, "paci", 2, flag, common, cut, "--save-interval 100", script=script)
     last = int((tmp_path / "cut" / "latest_checkpointed_iteration.txt").read_text())
-    asked = 2 if signalled else 0  # iterations done when the reason was found
-    assert last == asked + 2 * 1 + 4
+    assert last == 2 + 2 * 1 + 4  # two iterations were done
     assert max(logged(said)) == last
     pretrain(checkout, "paci", 2, common, resumed, f"--save-interval 100 --load {cut}")
     pretrain(checkout, "paci", 2, common, whole, f"--save-interval {last}")

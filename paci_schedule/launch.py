@@ -61,8 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
+    from paci_schedule.runtime.build_lock import watch_build_locks
     from paci_schedule.runtime.shared_gpu import share_gpus
 
+    watch_build_locks()
     share_gpus()
     register(*[framework] if framework else [])
     if vars(ours):

@@ -100,6 +100,7 @@ class StageRunner:
         peak_in_flight: the most micro-batches that were live at once.
         meter: drift and version counted so far.
         window_drift: the largest drift of the update's micro-batches so far.
+        untold: the losses of the finished micro-batches that `take_losses` has not told yet.
         interrupted: an error left micro-batches in flight that nothing can finish.
         at: the op that runs, or ran last.
     """
@@ -133,7 +134,7 @@ class StageRunner:
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
-        self._finished: list[torch.Tensor] = []
+        self.untold: list[torch.Tensor] = []
         self._window: list[torch.Tensor] = []
         self._schedules: list[Schedule] = []
         self._split = cast(SplitCompute, compute)  # asked only where the schedule splits the backward
@@ -177,8 +178,9 @@ class StageRunner:
         return max(schedule.drift_bound(self.spec, self.stage) for schedule in self._schedules)
 
     def train_batch(self) -> torch.Tensor | None:
-        """Admit a micro-batches.  Returns the mean losses over those finished in this call, None if none was."""
-        return self._call(self.schedule.call(self.spec, self.admitted))
+        """Admit a micro-batches.  Returns the losses as `take_losses` does."""
+        self._call(self.schedule.call(self.spec, self.admitted))
+        return self.take_losses()
 
     def lead_batch(self, last: int | None = None) -> torch.Tensor:
         """Finish a micro-batches, forwards leading, and return their mean losses.
@@ -194,7 +196,8 @@ class StageRunner:
                 f"the pipe cannot be empty after {last} micro-batches: {self.admitted} were taken in already; plan the "
                 f"end {self.spec.look_ahead(0)} micro-batches ahead"
             )
-        losses = self._call(self.schedule.call(self.spec, self.admitted, self.finished, last))
+        self._call(self.schedule.call(self.spec, self.admitted, self.finished, last))
+        losses = self.take_losses()
         assert losses is not None, "a leading call finishes a whole batch"
         if not self.admitted:
             self._links.finish()
@@ -208,14 +211,21 @@ class StageRunner:
             self.backwards += op.kind is OpKind.BACKWARD
             self.peak_in_flight = max(self.peak_in_flight, self.meter.in_flight)
 
-    def drain(self) -> torch.Tensor | None:
-        """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version."""
+    def drain(self) -> None:
+        """Finish the outstanding backwards.  Afterwards the pipe is empty and every stage has the same version.
+
+        The losses of what it finishes belong to those that are taken next.
+        """
         self._stopwatch.start()
-        losses = self._call(self.schedule.drain(self.spec, self.admitted))
+        self._call(self.schedule.drain(self.spec, self.admitted))
         self._links.finish()
         if self._deferred is not None:
             self._deferred.exchange()
-        return losses
+
+    def take_losses(self) -> torch.Tensor | None:
+        """The mean losses over the micro-batches finished since they were taken last; None if there were none."""
+        untold, self.untold = self.untold, []
+        return torch.stack(untold).mean(0) if untold else None
 
     def respec(self, spec: PipelineSpec) -> None:
         """Go on with another spec, from an empty pipe."""
@@ -255,15 +265,14 @@ class StageRunner:
         compute = sum(totals[kind.value] for kind in OpKind if kind.is_compute)
         return compute, sum(totals.values()) - totals[None] - totals[DATA] - compute
 
-    def _call(self, call: Call) -> torch.Tensor | None:
-        """Execute a call; the mean losses over the micro-batches finished in it."""
+    def _call(self, call: Call) -> None:
+        """Execute a call."""
         if self.interrupted:
             raise LinkError(
                 f"stage {self.stage}: an error interrupted the pipe earlier, so the micro-batches in flight are lost: "
                 "start again from the last checkpoint"
             )
         self.interrupted = True
-        self._finished.clear()
         self._exchange_weights()
         for op in self._lowering.program(call):
             self.at = op
@@ -273,7 +282,6 @@ class StageRunner:
         self.interrupted = False
         is_empty = call.finished == call.taken
         self.admitted, self.finished = (0, 0) if is_empty else (call.taken, call.finished)
-        return torch.stack(self._finished).mean(0) if self._finished else None
 
     def _exchange_weights(self) -> None:
         """Real weights for whoever has control between two calls, and the predictions left in place for the next."""
@@ -312,7 +320,7 @@ class StageRunner:
         else:
             incoming, (losses, *_) = self._gradients.pop(op.index)
             gradients = backward(op.index, incoming)
-        self._finished.append(losses)
+        self.untold.append(losses)
         self._window.append(losses)
         if self.stage > 0:
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))

@@ -112,15 +112,17 @@ class Reference:
             batches = [[next(data) for data in self.data] for _ in range(pipeline.accumulation)]
             finished = pipeline.train(batches, flush=self._flushes())
             losses = self._newest = self._known(finished, _mean(finished[-1]))
-        elif name != "reset":  # whatever else a training loop does comes to an empty pipe
+        elif name == "drain":
             self._newest = self._known(pipeline.drain(), math.nan)
+        elif name != "reset":  # whatever else a training loop does comes to an empty pipe
+            pipeline.empty()
             if name == "eval":
                 losses = [self._evaluate()] * len(self.stages)
             elif name == "accumulate":
                 pipeline.accumulation = int(value)
             elif name == "schedule":
                 self._schedule = value
-            elif name not in ("drain", "save"):
+            elif name != "save":
                 raise ValueError(f"{action!r} is no action")
         return Moment(
             action,
@@ -139,6 +141,7 @@ class Reference:
 
     def forget_losses(self) -> None:
         """Know no loss of an earlier call, as an engine does that has only loaded the rest."""
+        self.pipeline.drain()  # takes what an emptied pipe has not told of
         self._newest = [math.nan] * len(self.stages)
 
     def factors(self) -> list[float]:

@@ -92,9 +92,13 @@ class Pipeline:
 
     def drain(self) -> list[list[list[float]]]:
         """Finish what is under way; the pipe is then empty.  Returns as `train`."""
+        self.empty()
+        return self._told_once()
+
+    def empty(self) -> None:
+        """As `drain`, but what is finished here is among what the next call returns."""
         self._rounds_until_empty()
         self._empty()
-        return self._told_once()
 
     def lead(self, batches: Sequence[Any]) -> list[list[list[float]]]:
         """Finish what is under way, while every stage runs ahead into the next micro-batches, which stay there.

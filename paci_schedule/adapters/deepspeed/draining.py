@@ -28,6 +28,8 @@ __all__ = ["DrainingEngine"]
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 3  # batches in a row
+
 _DEFERRED = "paci_schedule"  # the key of our part in a checkpoint's client state
 
 
@@ -41,6 +43,12 @@ class DrainingEngine(StageLocalEngine):
     _runner: StageRunner
     _ties: Ties
     _timeout: timedelta
+
+    _drained_for: str | None = None
+    """The method that has drained a pipe that was not empty since the last batch; None for none."""
+
+    _drained_batches = 0
+    """The number of batches up to now, without a gap, before which a method drained the pipe."""
 
     _ending: Ending | None = None
     """None until the engine has its runner."""
@@ -61,12 +69,19 @@ class DrainingEngine(StageLocalEngine):
         self.drain()
         yield self.module
 
+    def _empty(self) -> None:
+        """Finish the outstanding backwards; their losses belong to those that the next call returns."""
+        raise NotImplementedError
+
+    def _mean_over_replicas(self, losses: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
     def _waiting_for_replicas(self, doing: str) -> AbstractContextManager[None]:
         raise NotImplementedError
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
-        self.drain()
+        self._drain_for("eval_batch")
         self.total_loss = self.total_additional_losses = None  # an evaluation without loss would add its outputs
         everyone = range(dist.get_world_size())
         with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
@@ -85,10 +100,13 @@ class DrainingEngine(StageLocalEngine):
         exclude_frozen_parameters: bool = False,
     ) -> Literal[True]:
         """As DeepSpeed's, after a `drain`, with the stage's deferred state (`runtime.deferred`)."""
-        self.drain()
+        self._drain_for("save_checkpoint")
         self._average_pending_sums()
+        if self._runner.untold:
+            self._runner.untold = list(self._mean_over_replicas(torch.stack(self._runner.untold)))
+        untold = [losses.tolist() for losses in self._runner.untold]
         losses = None if self._newest_losses is None else self._newest_losses.tolist()
-        state = {**(client_state or {}), _DEFERRED: {**self._deferred.state(), "losses": losses}}
+        state = {**(client_state or {}), _DEFERRED: {**self._deferred.state(), "losses": losses, "untold": untold}}
         return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(
@@ -105,7 +123,7 @@ class DrainingEngine(StageLocalEngine):
 
         The deferred state belongs to the optimizer's states: it is loaded only where they are.
         """
-        self.drain()
+        self._drain_for("load_checkpoint")
         path, client_state = super().load_checkpoint(
             load_dir,
             tag,
@@ -117,6 +135,7 @@ class DrainingEngine(StageLocalEngine):
         )
         deferred = (client_state or {}).pop(_DEFERRED, {"norms": [], "tied": {}})
         if path is not None and load_optimizer_states and not load_module_only:
+            self._runner.untold = [torch.tensor(losses, device=self.device) for losses in deferred.get("untold", [])]
             losses = deferred.get("losses")
             self._newest_losses = None if losses is None else torch.tensor(losses, device=self.device)
             dropped = self._deferred.load_state(deferred)
@@ -128,16 +147,18 @@ class DrainingEngine(StageLocalEngine):
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""
-        self.drain()
+        self._drain_for("save_16bit_model")
         return super().save_16bit_model(*args, **kwargs)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """As DeepSpeed's, after a `drain`: the number of micro-batches to an update changes.
+        """As DeepSpeed's, after a `drain`: the number of micro-batches to an update changes; nothing is done where not.
 
         Raises:
             UnsupportedError: predictions cannot go on with so few.
         """
-        self.drain()
+        if train_batch_size == self.train_batch_size():  # a training loop may say so before every batch
+            return
+        self._drain_for("set_train_batch_size")
         accumulation = train_batch_size // (self.train_micro_batch_size_per_gpu() * self.dp_world_size)
         spec = replace(self._runner.spec, accumulation=max(1, accumulation))
         if self._prediction is not None:
@@ -146,8 +167,10 @@ class DrainingEngine(StageLocalEngine):
         self._runner.respec(spec)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """As DeepSpeed's, after a `drain`: the shapes of the messages change."""
-        self.drain()
+        """As DeepSpeed's, after a `drain`: the shapes of the messages change; nothing is done where not."""
+        if micro_batch_size == self.train_micro_batch_size_per_gpu():
+            return
+        self._drain_for("set_train_micro_batch_size")
         super().set_train_micro_batch_size(micro_batch_size)
         self.reset_activation_shape()
 
@@ -165,6 +188,24 @@ class DrainingEngine(StageLocalEngine):
         if self._ending is not None:
             self._ending.destroyed(self)
         super().destroy()
+
+    def _drain_for(self, method: str) -> None:
+        """Drain the pipe for the method with this name."""
+        if self._runner.admitted:
+            self._drained_for = method
+        self._empty()
+
+    def _note_batch(self) -> None:
+        """Warn of a training loop in which a method drains the pipe before every batch; called before each of them."""
+        method, self._drained_for = self._drained_for, None
+        self._drained_batches = self._drained_batches + 1 if method else 0
+        if self._drained_batches == _PATIENCE and self.global_rank == 0:
+            logger.warning(
+                "engine.%s() has emptied the pipe before each of the last %d batches, so the stages wait for each "
+                "other as under 1F1B: call it only when there is something to change, evaluate or save",
+                method,
+                _PATIENCE,
+            )
 
     def _average_pending_sums(self) -> None:
         """Make the pending sums of tied gradients the same on all replicas, of which one writes the checkpoint."""

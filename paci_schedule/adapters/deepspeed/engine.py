@@ -34,7 +34,7 @@ from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
 from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
-from paci_schedule.adapters.deepspeed.stage_local import StageMpu
+from paci_schedule.adapters.deepspeed.stage_local import LEAST_SQUARE, StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.adapters.start_line import say, start_line
@@ -73,7 +73,7 @@ class PaciPipelineEngine(DrainingEngine):
         self._timeout = timeout = timedelta(seconds=options.timeout)
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
-        check_supported(self._schedule, config_class, options, module)
+        check_supported(self._schedule, config_class, options, module, type(self))
         make_expert_groups(config_class, module)
         grid: Any = module.mpu()  # Any for the same reason as in StageMpu
         switch_off_diagnostics(config_class, grid.get_pipe_parallel_world_size(), warns=grid.get_global_rank() == 0)
@@ -96,7 +96,7 @@ class PaciPipelineEngine(DrainingEngine):
         self._norm_group = None
         if self._assembly.norms is not None:
             slices, stages = grid.get_slice_parallel_group(), grid.get_model_parallel_group()
-            self._norm_group = NormGroup(self._assembly.norms, slices, stages)
+            self._norm_group = NormGroup(self._assembly.norms, slices, stages, LEAST_SQUARE)
         stage_mpu = StageMpu(grid, self._norm_group)
         super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
         self._check_schedule(self._schedule, spec)
@@ -139,12 +139,13 @@ class PaciPipelineEngine(DrainingEngine):
         Returns:
             float32[], on the device, without waiting for it: the mean loss over the micro-batches that this stage
             *finished* in this call, averaged over the data-parallel replicas.  That is this batch's loss at the last
-            stage, and d_s micro-batches late at stage s.  Where a stage has finished none, as may be right after the
-            pipe was empty if a <= d_s, it is what was returned last; and in the first call of all the last stage's loss
-            of this batch, which the stages wait for.
+            stage, and d_s micro-batches late at stage s.  A drain by another method than `drain` returns no losses, so
+            what it has finished counts here.  Where a stage has finished none, as may be right after the pipe was empty
+            if a <= d_s, it is what was returned last; and in the first call of all the last stage's loss of this batch,
+            which the stages wait for.
 
         Raises:
-            ConfigError: `data_iter` is no iterator; raised before anything is run.
+            ConfigError: `data_iter` is no iterator, or there is none; raised before anything is run.
             DataEndedError: the iterator ended before a whole batch.  The pipe has been drained; save and stop.
             LinkError: a neighbouring stage or a replica did not answer in time.
         """
@@ -152,6 +153,12 @@ class PaciPipelineEngine(DrainingEngine):
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        if self.data_iterator is None and self.batch_fn is None and (self.is_first_stage() or self.is_last_stage()):
+            raise ConfigError(
+                "train_batch() without an iterator: the engine has no training data; call train_batch(iterator) with "
+                "one iterator for all batches, or give deepspeed.initialize(training_data=...) a data set"
+            )
+        self._note_batch()
         self._assembly.stopwatch.start()
         self._choose_schedule()
         source = self.data_iterator
@@ -194,7 +201,7 @@ class PaciPipelineEngine(DrainingEngine):
         """
         self._check_schedule(check_choice(schedule, f"schedule={schedule!r}"), self._runner.spec)
         self._schedule = schedule
-        self.drain()
+        self._drain_for("set_pipeline_schedule")
 
     def drain(self) -> torch.Tensor:
         """Finish the outstanding backwards; call it on every rank.
@@ -202,17 +209,11 @@ class PaciPipelineEngine(DrainingEngine):
         Afterwards the pipe is empty and every stage has the same version.
 
         Returns:
-            float32[]: the mean loss over the micro-batches finished in this call, as in `train_batch`; NaN if the
+            float32[]: the mean loss over the micro-batches that no call has told of, as in `train_batch`; NaN if the
             engine has not been trained.
         """
-        if self._runner.admitted:
-            self.module.train()
-        losses = self._runner.drain()
-        if self._reporter is not None:
-            self._reporter.flush()
-        if self._stage_mpu.get_model_parallel_rank() == 0:
-            self._assembly.write_recording(self.grid.get_data_parallel_id())
-        return self._aggregate(losses)
+        self._empty()
+        return self._aggregate(self._runner.take_losses())
 
     def pipeline_stats(self) -> dict[str, Any]:
         """What this stage has done, counted as it happened.
@@ -290,6 +291,15 @@ class PaciPipelineEngine(DrainingEngine):
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"
             )
+
+    def _empty(self) -> None:
+        if self._runner.admitted:
+            self.module.train()
+        self._runner.drain()
+        if self._reporter is not None:
+            self._reporter.flush()
+        if self._stage_mpu.get_model_parallel_rank() == 0:
+            self._assembly.write_recording(self.grid.get_data_parallel_id())
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,

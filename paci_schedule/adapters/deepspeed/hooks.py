@@ -12,8 +12,6 @@ from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
 from paci_schedule.adapters.versions import DEEPSPEED
 
 __all__ = [
-    "ENGINES",
-    "LATER_ENGINES",
     "SPLIT_HOOKS",
     "TESTED",
     "check_installed",
@@ -25,17 +23,14 @@ logger = logging.getLogger(__name__)
 
 TESTED = SpecifierSet(DEEPSPEED)
 
-ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine")
-"""The classes that ``deepspeed.initialize`` builds, by their names in ``deepspeed``."""
-
-LATER_ENGINES = ("DualPipeVEngine",)
-"""Those that the oldest supported version has not."""
-
 _ENGINE = "deepspeed.runtime.pipe.engine:PipelineEngine"
 _HOOKS = {
     "deepspeed:initialize": (),
-    **{f"deepspeed:{name}": () for name in ENGINES},
+    "deepspeed.runtime.engine:DeepSpeedEngine.__init__": ("model", "config_class"),
     _ENGINE: (),
+    f"{_ENGINE}._INSTRUCTION_MAP": (),
+    f"{_ENGINE}._exec_schedule": ("pipe_schedule",),
+    "deepspeed.runtime.pipe.schedule:TrainSchedule.steps": (),
     f"{_ENGINE}._exec_load_micro_batch": ("buffer_id",),
     f"{_ENGINE}._next_batch": (),
     f"{_ENGINE}._exec_forward_pass": ("buffer_id",),

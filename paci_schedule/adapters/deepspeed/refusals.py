@@ -7,25 +7,40 @@ from itertools import chain
 from typing import Any
 
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from paci_schedule.adapters.deepspeed.experts import expert_reasons
 from paci_schedule.adapters.deepspeed.options import PaciOptions
+from paci_schedule.adapters.deepspeed.replaced import why_bypassed
 from paci_schedule.adapters.refusal import Refusal, launch_blocking, reasons, refuse_together
+from paci_schedule.core.spec import PipelineSpec
 
 __all__ = ["check_supported", "refused"]
 
 
-def check_supported(name: str, config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule) -> None:
+def check_supported(
+    name: str, config: DeepSpeedConfig, options: PaciOptions, module: PipelineModule, engine: type[PipelineEngine]
+) -> None:
     """Raises UnsupportedError with every reason why this job cannot run under the schedule called `name`.
 
     Every rank calls it: what one stage cannot run, all of them refuse, so that none is left waiting.
+
+    Args:
+        name: of the schedule.
+        config: of the job.
+        options: of the schedule.
+        module: the model.
+        engine: the class of the engine.
     """
+    assert module.num_stages is not None  # its constructor has worked it out
+    spec = PipelineSpec(stages=module.num_stages, accumulation=config.gradient_accumulation_steps)
     found = chain(
         reasons(_CONFIG, config._param_dict),
         expert_reasons(config, options, module),
         _tie_reasons(config, options, module),
         _receive_reasons(config, options),
+        why_bypassed(engine, spec),
     )
     refuse_together(found, refused(name))
 

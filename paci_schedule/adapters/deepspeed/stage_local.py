@@ -25,9 +25,11 @@ from paci_schedule.runtime.deferred.tied import drop_overflow
 from paci_schedule.runtime.shapes import ShapeNumbers
 from paci_schedule.runtime.upload import upload
 
-__all__ = ["StageLocalEngine", "StageMpu"]
+__all__ = ["LEAST_SQUARE", "StageLocalEngine", "StageMpu"]
 
-_NEXT_TO_ZERO = 2.0**-63
+LEAST_SQUARE = 0.0 if hasattr(deepspeed.runtime.utils, "is_invalid_grad_norm") else 2.0**-126
+"""What a squared norm is at least: older versions of BF16_Optimizer assert that it is above 0, as it is not before
+norms or sums of tied gradients arrive.  The smallest normal number of fp32 changes no sum of real squares."""
 
 
 class StageMpu:
@@ -144,7 +146,7 @@ class StageLocalEngine(PipelineEngine):
         finally:
             self.mpu = grid
         if isinstance(self.optimizer, BF16_Optimizer):
-            self.optimizer.get_grads_for_norm = partial(_or_nearly_zero, self.optimizer.get_grads_for_norm, self.device)
+            self.optimizer.get_grads_for_norm = partial(_or_a_least, self.optimizer.get_grads_for_norm, self.device)
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         # As 0.18.5 and newer do by themselves; 0.18.3 and 0.18.4 take a stage's backward for a user's, and refuse it.
@@ -185,8 +187,10 @@ class StageLocalEngine(PipelineEngine):
         return (gradient for gradient in every if gradient is not None)
 
 
-def _or_nearly_zero(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
-    """The gradients, or next to a zero for none, as where all weights are frozen: BF16_Optimizer takes no norm of
-    nothing, and older ones assert that a norm is above 0.  The number's square is the smallest normal one in fp32."""
+def _or_a_least(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:
+    """The gradients, and the least that a norm may be where it needs one, or where there are none, as where all weights
+    are frozen: BF16_Optimizer takes no norm of nothing."""
     found = gradients(for_clipping)
-    return found if for_clipping or found[0] else ([torch.full((1,), _NEXT_TO_ZERO, device=device)], *found[1:])
+    if for_clipping or (found[0] and not LEAST_SQUARE):
+        return found
+    return ([*found[0], torch.full((1,), LEAST_SQUARE**0.5, device=device)], *found[1:])

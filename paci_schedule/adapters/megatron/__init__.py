@@ -16,7 +16,7 @@ __all__ = ["load_state_dict", "look_at_arguments", "pipeline_stats", "probe", "r
 def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
     """Let ``get_forward_backward_func`` choose by the model config's ``pipeline_schedule``.  Idempotent.
 
-    Call it before anything imports ``get_forward_backward_func`` by name, as Megatron-LM's ``megatron.training`` does.
+    Modules that have imported ``get_forward_backward_func`` by name get the new one under that name, with a warning.
 
     Args:
         default: the schedule of a model whose config names none; "1f1b" unless some call has set it.

@@ -1,11 +1,13 @@
 """The hook into Megatron-core: the function that the selector returns looks at the model's config when it is called.
 
-Megatron-LM imports the selector by name, so it must be replaced before that; where it was not, registration says so.
+Megatron-LM imports the selector by name.  Where that has happened already, registration replaces it there too.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,9 +26,11 @@ from paci_schedule.adapters.megatron.stream import FRAMEWORK, ModelStream
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.errors import ConfigError, UnsupportedError
+from paci_schedule.errors import ConfigError
 
 __all__ = ["Selector", "install", "load_state", "stream_of"]
+
+logger = logging.getLogger(__name__)
 
 Model = torch.nn.Module | list[torch.nn.Module]
 ForwardBackward = Callable[..., list[Any]]  # of a batch
@@ -115,22 +119,22 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
 
 
 def _replace(stock: Callable[..., ForwardBackward]) -> Selector:
+    """Put a selector in the place of `stock`, in every module that has imported it by name too."""
     check_installed()
-    early = sorted(
-        f"{importer} (as {name})"
-        for importer, module in list(sys.modules.items())
-        if module is not schedules and module is not pipeline_parallel
-        for name, value in list(getattr(module, "__dict__", {}).items())
-        if value is stock
-    )
-    if early:
-        raise UnsupportedError(
-            f"{', '.join(early)} imported get_forward_backward_func before paci_schedule was registered, and would go "
-            "on with the stock schedule: call paci_schedule.register() before that import, or start the script with "
-            "`-m paci_schedule.launch`"
-        )
     selector = Selector(stock)
-    pipeline_parallel.get_forward_backward_func = schedules.get_forward_backward_func = selector
+    early: list[str] = []
+    for importer, module in list(sys.modules.items()):
+        names = [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is stock]
+        for name in names:
+            setattr(module, name, selector)
+        if module is not schedules and module is not pipeline_parallel:
+            early += [f"{importer} (as {name})" for name in names]
+    if early and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%s imported get_forward_backward_func before paci_schedule was registered: these have the new one now; "
+            "what a module keeps elsewhere, in a class or as a default value, goes on with the stock schedule",
+            ", ".join(sorted(early)),
+        )
     return selector
 
 

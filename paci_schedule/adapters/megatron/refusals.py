@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import chain
@@ -85,6 +86,12 @@ def _reasons(
         for name in REBOUND:
             if not hasattr(loaded("megatron.training.training"), name):
                 yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
+    elif "megatron.bridge.training.train" in sys.modules:
+        yield (
+            "Megatron-Bridge's own training loop (megatron.bridge.training.train): not tried yet; it sums over all "
+            "stages in every iteration and saves without an empty pipe.  Train with Megatron-LM's pretrain_gpt.py, or "
+            "with a loop of your own, whose ends config.paci = {'train_iters': n, 'drain_interval': n} plans"
+        )
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
     for kind in dict.fromkeys(map(type, [*chains(config), *optimizers(config)])):

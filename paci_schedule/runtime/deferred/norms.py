@@ -203,14 +203,19 @@ class NormGroup(StandIn):
         norms: of this stage.
         tensor_parallel: group of the ranks that share this stage's layers.
         model_parallel: group of all ranks of this pipeline.
+        least: what a completed sum is at least, for an optimizer that takes no 0.
     """
 
     def __init__(
-        self, norms: CarriedNorms, tensor_parallel: dist.ProcessGroup, model_parallel: dist.ProcessGroup
+        self,
+        norms: CarriedNorms,
+        tensor_parallel: dist.ProcessGroup,
+        model_parallel: dist.ProcessGroup,
+        least: float = 0.0,
     ) -> None:
         super().__init__(model_parallel, dist.get_process_group_ranks(tensor_parallel))
         self.flushing = False
-        self._norms = norms
+        self._norms, self._least = norms, least
         self._tensor_parallel, self._model_parallel = tensor_parallel, model_parallel
 
     def getBackendName(self) -> str:
@@ -230,4 +235,6 @@ class NormGroup(StandIn):
         if is_sum:
             order(work)
             self._norms.complete(tensors[0])
+            if self._least:
+                tensors[0].clamp_(min=self._least)
         return work

@@ -1,0 +1,171 @@
+"""Public training programs on DeepSpeed, from stock checkouts, started as users start them, under 1F1B and PACI.
+
+DEEPSPEED_EXAMPLES_CHECKOUT and MEGATRON_DEEPSPEED_CHECKOUT name the checkouts.  Models are tiny, data are made up.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from testing.made_up import token_documents
+
+ROOT = Path(__file__).resolve().parents[1]
+FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+pytestmark = pytest.mark.slow
+
+
+def checkout(variable):
+    """The folder that an environment variable names; the test is skipped where it names none."""
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{variable} names no checkout")
+    return Path(path)
+
+
+def started(script, *arguments, path=()):
+    """Run a script on two ranks through the launcher; returns what it wrote."""
+    run = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "paci_schedule.launch", str(script)),
+            *(word for argument in arguments for word in str(argument).split()),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT), *FURTHER]),
+            "DS_ACCELERATOR": "cpu",
+            "LOCAL_SIZE": "2",  # which DeepSpeed reads for the number of devices on a CPU
+            "OMP_NUM_THREADS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-6000:]
+    return run.stdout
+
+
+def config(folder, schedule, **settings):
+    """A DeepSpeed config in a file; the key is the whole difference between the schedules."""
+    path = folder / f"{schedule}.json"
+    key = {} if schedule == "1f1b" else {"pipeline_schedule": schedule}
+    path.write_text(json.dumps({**settings, **key}))
+    return path
+
+
+TORCHVISION = '''
+"""What the program takes of torchvision: a stand-in, with data made up and the checkout's own AlexNet."""
+import sys, types
+import torch
+from alexnet import AlexNet
+
+torch.cuda.set_device = lambda device: None  # which a CPU lacks
+
+class CIFAR10(torch.utils.data.Dataset):
+    """Images that are as bright as their class is high."""
+    def __init__(self, root, train, download, transform):
+        pass
+    def __len__(self):
+        return 400
+    def __getitem__(self, number):
+        noise = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(number))
+        return noise * 0.1 + (number % 10 - 4.5) / 2, number % 10
+
+def module(name, **values):
+    sys.modules[f"torchvision.{name}"] = found = types.ModuleType(name)
+    vars(found).update(values)
+    return found
+
+step = lambda *_, **__: None
+transforms = module("transforms", Resize=step, CenterCrop=step, ToTensor=step, Normalize=step, Compose=step)
+models = module("models", AlexNet=AlexNet, vgg19=None)
+datasets = module("datasets", CIFAR10=CIFAR10)
+'''
+
+
+def test_alexnet_of_deepspeed_examples_trains_as_under_1f1b(tmp_path):
+    program = checkout("DEEPSPEED_EXAMPLES_CHECKOUT") / "training" / "pipeline_parallelism"
+    (tmp_path / "torchvision.py").write_text(TORCHVISION)
+    adam = {"type": "Adam", "params": {"lr": 3e-4, "torch_adam": True}}
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    losses = {}
+    for schedule in ("1f1b", "paci"):
+        settings = config(tmp_path, schedule, **sizes, steps_per_print=5, optimizer=adam)
+        said = started(
+            program / "train.py",
+            f"--deepspeed_config={settings} -p 2 --steps=30 --backend gloo",
+            path=(tmp_path, program),
+        )
+        losses[schedule] = {int(step): float(loss) for step, loss in re.findall(r"steps: (\d+) loss: (\S+)", said)}
+    assert {5, 10, 15, 20} <= losses["paci"].keys()
+    last = max(losses["1f1b"].keys() & losses["paci"].keys())
+    assert losses["1f1b"][last] < losses["1f1b"][5] - 0.2
+    assert losses["paci"][last] == pytest.approx(losses["1f1b"][last], abs=0.5)
+
+
+TINY_GPT = """
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0.01
+    --clip-grad 1.0 --attention-dropout 0 --hidden-dropout 0 --bf16 --eval-iters 2 --eval-interval 10 --log-interval 1
+    --data-impl mmap --split 80,10,10 --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 1
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion
+    --num-workers 0 --use-cpu-initialization --distributed-backend gloo --pipeline-model-parallel-size 2
+    --deepspeed --zero-stage 1
+"""
+
+
+def test_pretrain_gpt_of_megatron_deepspeed_trains_evaluates_saves_and_resumes(tmp_path):
+    """Tied, ZeRO-1, bf16, clipped globally."""
+    program = checkout("MEGATRON_DEEPSPEED_CHECKOUT")
+    if not Path(find_spec("deepspeed").origin).with_name("compression").is_dir():
+        pytest.skip("the program imports deepspeed.compression, which this DeepSpeed has not")
+    images = tmp_path / "torchvision"  # which it imports for other models
+    images.mkdir()
+    stand_in = "import sys; from unittest.mock import MagicMock\n"
+    stand_in += "".join(
+        f"sys.modules['torchvision.{name}'] = {name} = MagicMock()\n" for name in ("transforms", "datasets")
+    )
+    (images / "__init__.py").write_text(stand_in)
+    token_documents(tmp_path / "tokens", words=127)
+
+    def pretrained(schedule, *arguments):
+        settings = config(
+            tmp_path,
+            schedule,
+            train_micro_batch_size_per_gpu=1,
+            gradient_accumulation_steps=4,
+            steps_per_print=10,
+            gradient_clipping=1.0,
+            zero_optimization={"stage": 1},
+            zero_allow_untested_optimizer=True,
+            bf16={"enabled": True},
+            data_types={"grad_accum_dtype": "fp32"},
+        )
+        flags = f"--deepspeed_config {settings} --data-path {tmp_path / 'tokens'}"
+        said = started(program / "pretrain_gpt.py", TINY_GPT, flags, *arguments, path=(tmp_path,))
+        trained = re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", said)
+        validated = re.findall(r"validation loss at iteration (\d+) .*lm loss value: (\S+)", said)
+        return [{int(number): float(loss) for number, loss in found} for found in (trained, validated)]
+
+    stock, stock_validated = pretrained("1f1b", "--train-iters 30")
+    paci, validated = pretrained("paci", f"--train-iters 30 --save {tmp_path / 'saved'} --save-interval 20")
+    assert list(paci) == list(range(1, 31))
+    assert stock[30] < stock[1] - 1
+    assert paci[30] == pytest.approx(stock[30], abs=0.5)
+    assert validated.keys() == stock_validated.keys()
+    assert validated[30] == pytest.approx(stock_validated[30], abs=0.5)
+    (tmp_path / "saved" / "latest").write_text("global_step20")
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("20")
+    resumed, again = pretrained("paci", f"--train-iters 30 --load {tmp_path / 'saved'}")
+    assert list(resumed) == list(range(21, 31))
+    assert again[30] == validated[30]
