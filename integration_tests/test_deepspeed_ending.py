@@ -14,7 +14,7 @@ from testing.jobs import Job
 from testing.reference import deepspeed as reference
 
 JOB = Job(stages=2, accumulation=2, script=("train x4", "drain"), config={"steps_per_print": 2, "paci": {"timeout": 3}})
-ENDS = ("together", "an exception", "too late", "no process group")
+ENDS = ("together", "an exception", "too late", "forgotten", "no process group")
 
 
 def end(job):
@@ -32,6 +32,8 @@ def end(job):
                 sys.last_value = ValueError()  # what Python leaves there before it ends a script
             if how == "too late":
                 time.sleep(4)
+            if how == "forgotten":
+                engine.__del__()
         if how == "no process group":
             dist.destroy_process_group()
         started = time.monotonic()
@@ -68,6 +70,7 @@ def test_a_script_that_just_ends_has_applied_its_last_update(outcomes):
     [
         ("an exception", "rank 1: an exception was on its way"),
         ("too late", "not all ranks came to their end within 3 s of rank 0's"),
+        ("forgotten", "rank 1: nothing referred to the engine any more"),
         ("no process group", "the script destroyed the process group first"),
     ],
 )

@@ -1,5 +1,6 @@
 """A job that starts: it says that its schedule is on, and a schedule that is asked for never stays off unnoticed."""
 
+import functools
 from unittest import mock
 
 from testing import deepspeed_job, jobs, ranks
@@ -137,6 +138,9 @@ def build_engines(job):
 
     with mock.patch.dict(PipelineEngine._INSTRUCTION_MAP, {schedule.ReduceGrads: reduce}):
         answers["another instruction"] = answer_of(lambda: PipelineEngine(**arguments(job)))
+    sends = functools.wraps(PipelineEngine._exec_send_grads)(lambda self, buffer_id: None)
+    with mock.patch.dict(PipelineEngine._INSTRUCTION_MAP, {schedule.SendGrad: sends}):
+        answers["a wrapped instruction"] = answer_of(lambda: PipelineEngine(**arguments(job)))
     with mock.patch.object(PipelineEngine, "train_batch", reduce):
         answers["another train_batch"] = answer_of(lambda: PipelineEngine(**arguments(job)))
 
@@ -172,6 +176,7 @@ ANSWERS = {
     "sends itself": ["UnsupportedError", "_exec_send_grads", "Sending", "would not be called"],
     "no iterator": ["ConfigError", "train_batch() without an iterator", "training_data"],
     "another instruction": ["UnsupportedError", "_INSTRUCTION_MAP[ReduceGrads]", "reduce", "would not be called"],
+    "a wrapped instruction": ["UnsupportedError", "_INSTRUCTION_MAP[SendGrad]", "<lambda>", "would not be called"],
     "another train_batch": ["UnsupportedError", "PipelineEngine.train_batch", "would not be called"],
     "another order": ["UnsupportedError", "TrainSchedule", "Backwards", "order of 1F1B"],
     "another time to load": "PaciPipelineEngine",

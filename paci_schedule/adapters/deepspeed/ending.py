@@ -52,11 +52,11 @@ class Ending:
 
     def destroyed(self, engine: _Drainable) -> None:
         """Every rank destroys its engine."""
-        self._end(engine, _trouble(engine, sys.exc_info()[1]))
+        self._end(engine, self._told(engine, _trouble(engine, sys.exc_info()[1])))
 
     def forgotten(self, engine: _Drainable) -> None:
         """Nothing refers to the engine any more: it does not wait for its neighbours, which may still have theirs."""
-        self._end(engine, "nothing referred to the engine any more")
+        self._end(engine, self._told(engine, "nothing referred to the engine any more"))
 
     def _exited(self) -> None:
         engine = self._engine()
@@ -64,6 +64,12 @@ class Ending:
             return
         trouble = _trouble(engine, getattr(sys, "last_value", None))
         self._end(engine, self._departure.trouble(trouble, self._patience))
+
+    def _told(self, engine: _Drainable, trouble: str | None) -> str | None:
+        """This rank's trouble; the ranks that come to the exit of their process hear of it, and do not wait."""
+        if trouble is not None and engine._runner.admitted and not self._ended:
+            self._departure.trouble(trouble, self._patience)
+        return trouble
 
     def _end(self, engine: _Drainable, trouble: str | None) -> None:
         if self._ended:

@@ -278,6 +278,8 @@ class PaciPipelineEngine(DrainingEngine):
         def read() -> list[int] | None:
             return self.number_shapes(pulled) if pull() else None
 
+        # Other stages read before they wait: an iterator may exchange labels or noise with that of the first stage.
+        has_read = self.is_first_stage() or pull()
         next_op = Op(OpKind.FORWARD, self._runner.admitted)
         if not self._assembly.links.announce(next_op, self.micro_batches, read):
             self.drain()
@@ -286,7 +288,7 @@ class PaciPipelineEngine(DrainingEngine):
                 "the pipe is drained and every stage stands at the same version: save a checkpoint and stop, or wrap "
                 "the loader in deepspeed.utils.RepeatingLoader"
             )
-        if not self.is_first_stage() and not pull():
+        if not has_read:
             raise DataEndedError(
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"

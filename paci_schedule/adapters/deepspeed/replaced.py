@@ -51,7 +51,7 @@ def why_bypassed(engine: type[StockEngine], spec: PipelineSpec) -> Iterator[str]
     if not _is_stock(StockEngine.train_batch):
         yield f"PipelineEngine.train_batch is {_name(StockEngine.train_batch)}, which would not be called: leave it out"
     trains = stock_schedules.TrainSchedule
-    if (trains.__module__, trains.steps.__module__) != (stock_schedules.__name__,) * 2 and not is_1f1b(trains, spec):
+    if (trains.__module__, _home(trains.steps)) != (stock_schedules.__name__,) * 2 and not is_1f1b(trains, spec):
         yield (
             f"DeepSpeed's TrainSchedule is {_name(trains)}, with the steps of {_name(trains.steps)}, which do not "
             "compute in the order of 1F1B: a job has one schedule; leave the change out"
@@ -59,11 +59,20 @@ def why_bypassed(engine: type[StockEngine], spec: PipelineSpec) -> Iterator[str]
 
 
 def _is_stock(method: Any) -> bool:
-    return getattr(method, "__module__", None) == StockEngine.__module__
+    return _home(method) == StockEngine.__module__
+
+
+def _home(function: Any) -> str:
+    """The module that has the code of a function; one that wraps another may bear the other's name and module."""
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    ours = module.startswith(f"{__package__}.") and hasattr(function, "__wrapped__")  # see `dispatch`
+    return _home(function.__wrapped__) if ours else module
 
 
 def _name(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', repr(thing))}"
+    code = getattr(thing, "__code__", None)
+    name = getattr(code, "co_qualname", None) or getattr(thing, "__qualname__", repr(thing))
+    return f"{_home(thing) or getattr(thing, '__module__', None)}.{name}"
 
 
 def is_1f1b(trains: Any, spec: PipelineSpec) -> bool:
