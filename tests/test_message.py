@@ -6,15 +6,13 @@ import torch
 from paci_schedule import UnsupportedError
 from paci_schedule.runtime.message import HEADER, Layout
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize(
     "payload", [torch.zeros(3, 5), (torch.zeros(2, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64))]
 )
 def test_a_layout_travels_in_a_header_of_known_size(payload):
     layout = Layout.of(payload, (torch.zeros(7),))
-    header = layout.header(CPU)
+    header = layout.header()
     assert header.shape == (HEADER,)
     assert Layout.from_header(header) == layout
 
@@ -22,4 +20,4 @@ def test_a_layout_travels_in_a_header_of_known_size(payload):
 def test_a_layout_that_does_not_fit_is_refused():
     many = tuple(torch.empty(number, 1000 + number, device="meta") for number in range(4000))
     with pytest.raises(UnsupportedError, match="4000 tensors between two stages"):
-        Layout.of(many).header(CPU)
+        Layout.of(many).header()

@@ -31,11 +31,12 @@ from paci_schedule.runtime.boxes import End, Inbox, Outbox
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
 from paci_schedule.runtime.message import Payload, Riders
-from paci_schedule.runtime.waiting import begun, waiting
+from paci_schedule.runtime.waiting import begun
 
 __all__ = ["Links"]
 
 _ACTIVATION, _GRADIENT = "activation", "gradient"
+_LOSS = 1  # the tag of the first batch's loss; announcements and headers have 0
 _ENDED = -1  # the first number of an announcement that there is no other batch
 
 
@@ -82,8 +83,6 @@ class Links:
         rank = dist.get_rank()
         stage = next(ranks.index(rank) for ranks in pipelines if rank in ranks)
         pairs = connect(pipelines, device, timeout)
-        self._timeout = timeout
-        self._pipeline = None
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
         self._lookout = Lookout(stage, device, timeout, record) if pairs and looks_out else None
@@ -101,7 +100,6 @@ class Links:
                 lookout=self._lookout,
             )
             down, up = end(group=pair.down, content=_ACTIVATION), end(group=pair.up, content=_GRADIENT)
-            self._pipeline = next(ranks for ranks in pipelines if rank in ranks), pair.announcements
             if above:
                 self._below = down
                 self._outboxes[_ACTIVATION] = activations = Outbox(down, 1)
@@ -174,19 +172,26 @@ class Links:
                 box.forget(lowest)
         return True
 
-    def tell_from_last(self, values: torch.Tensor) -> None:
-        """Put what the last stage of the pipeline has in `values`, on the host, into every stage's, and wait for it."""
-        if self._pipeline is None:
-            return
-        ranks, group = self._pipeline
-        last = f"stage {len(ranks) - 1}"
-        with waiting(
-            ranks.index(dist.get_rank()), "shared the first batch's loss with", last, [ranks[-1]], self._timeout
-        ):
-            dist.broadcast(values, ranks[-1], group=group)
+    def tell_from_last(self, first_op: Op, values: torch.Tensor) -> None:
+        """Put what the last stage has in `values`, on the host, into every stage's; each hears it from the next one.
+
+        Args:
+            first_op: the forward of the batch's first micro-batch, for the error if nothing comes.
+            values: fp32[n], on the host.
+        """
+        if self._below is not None:
+            with self._below.during(f"waited for the loss of the batch that begins with {first_op} from"):
+                dist.recv(values, self._below.peer, group=self._below.host, tag=_LOSS)
+        if self._above is not None:
+            with self._above.during(f"passed the loss of the batch that begins with {first_op} to"):
+                dist.send(values, self._above.peer, group=self._above.host, tag=_LOSS)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
+        if self._announced is not None and self._below is not None:
+            with self._below.during("announced a batch to"):
+                self._announced[0].wait()
+            self._announced = None
         for box in self._outboxes.values():
             box.finish()
 

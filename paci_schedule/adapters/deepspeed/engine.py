@@ -332,7 +332,8 @@ class PaciPipelineEngine(DrainingEngine):
         told = torch.zeros(1 + len(self._additional_names()))
         if losses is not None and self.is_last_stage():
             told = losses.cpu()
-        self._assembly.links.tell_from_last(told)
+        first_op = Op(OpKind.FORWARD, runner.admitted - runner.spec.accumulation)
+        self._assembly.links.tell_from_last(first_op, told)
         return told.to(self.device) if losses is None else losses
 
     def _aggregate(self, losses: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from paci_schedule.adapters.megatron.settings import DDP, JOB, MODEL, OPTIMIZER
+from paci_schedule.adapters.probing import found_in
 from paci_schedule.adapters.refusal import reasons
 
 __all__ = ["argument_reasons", "look_at_arguments", "set_aside"]
@@ -34,8 +35,10 @@ _SECONDS = 20  # that the other ranks leave rank 0 to write, before they end
 def look_at_arguments() -> None:
     """Let Megatron-LM check its arguments for the schedule too, before its own checks of them.
 
-    A job that cannot run then ends with one message, on rank 0.
+    A job that cannot run then ends with one message, on rank 0.  Nothing happens where Megatron-LM has no such module.
     """
+    if found_in("megatron.training.arguments") is None:
+        return
     arguments = import_module("megatron.training.arguments")
     stock = arguments.validate_args
 
