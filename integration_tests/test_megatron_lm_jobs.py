@@ -46,8 +46,11 @@ KINDS = {
 
 def skip_what_megatron_lacks(checkout, flags):
     """Of the flags of `KINDS`, those that this Megatron-LM does not know, or that it does not run without a GPU."""
-    if "--step-batch" in flags and "step_batch_size" not in Path(checkout, CALCULATOR).read_text(encoding="utf-8"):
+    has_steps = "step_batch_size" in Path(checkout, CALCULATOR).read_text(encoding="utf-8")
+    if "--step-batch" in flags and not has_steps:
         pytest.skip("this Megatron-LM has no --step-batch-size-schedule")
+    if "--decrease-batch" in flags and has_steps:
+        pytest.skip("this Megatron-LM itself refuses a batch of evaluation that cannot be divided")
     if "--mtp" in flags and "is_inference_column" in Path(checkout, FURTHER_TOKENS).read_text(encoding="utf-8"):
         pytest.skip("this Megatron-LM needs Transformer Engine for --mtp-num-layers")
 
