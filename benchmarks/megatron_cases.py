@@ -34,7 +34,7 @@ def words(arguments: dict[str, Any]) -> Iterator[str]:
             continue
         yield flag
         if value is not True:
-            several = value if isinstance(value, list) else shlex.split(str(value))
+            several = value if isinstance(value, list) else shlex.split(str(value).replace("\\", ""))  # escaped twice
             yield from (str(word).strip("[],") if flag in _LISTS else str(word) for word in several)
 
 

@@ -33,6 +33,10 @@ MODEL = shlex.split("""
 def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None, replicas=1):
     """Run the script; returns what it wrote.  `arguments` may hold spaces between flags and values."""
     flags = [word for argument in arguments for word in argument.split()]
+    model = MODEL
+    if "--step-batch-size-schedule" in flags:  # which takes no other batch size beside it
+        at = MODEL.index("--global-batch-size")
+        model = MODEL[:at] + MODEL[at + 2 :]
     module = ["paci_schedule.launch"]
     if not on_gpus(stages * replicas):
         module = ["testing.megatron_cpu", *module]
@@ -59,7 +63,7 @@ def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, scrip
             *(["--pipeline-schedule", schedule] if schedule else []),
             "--pipeline-model-parallel-size",
             str(stages),
-            *MODEL,
+            *model,
             *flags,
         ],
         env=environment,

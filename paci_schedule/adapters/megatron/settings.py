@@ -63,6 +63,17 @@ MODEL = (
     _flag("cpu_offloading", "--cpu-offloading-num-layers", "not tried yet; leave it off"),
     _flag("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "not tried yet"),
     _flag("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
+    _flag(
+        "context_parallel_size",
+        "--context-parallel-size",
+        "not tried: needs a GPU (Transformer Engine); use 1",
+        _at_most_one,
+    ),
+    _flag(
+        "multi_latent_attention",
+        "--multi-latent-attention",
+        "not tried: needs a GPU (Transformer Engine); leave it off",
+    ),
     _flag("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
     _flag("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
     _flag(
