@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -27,7 +28,7 @@ from paci_schedule.runtime.upload import upload
 
 __all__ = ["LEAST_SQUARE", "StageLocalEngine", "StageMpu"]
 
-LEAST_SQUARE = 0.0 if hasattr(deepspeed.runtime.utils, "is_invalid_grad_norm") else 2.0**-126
+LEAST_SQUARE = 0.0 if hasattr(utils, "is_invalid_grad_norm") else 2.0**-126
 """What a squared norm is at least: older versions of BF16_Optimizer assert that it is above 0, as it is not before
 norms or sums of tied gradients arrive.  The smallest normal number of fp32 changes no sum of real squares."""
 
