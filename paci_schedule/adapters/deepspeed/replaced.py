@@ -36,7 +36,7 @@ def why_bypassed(engine: type[StockEngine], spec: PipelineSpec) -> Iterator[str]
 
     Args:
         engine: the class of the engine.
-        spec: of the pipeline.
+        spec: of the pipeline, without slack.
     """
     for instruction, execute in engine._INSTRUCTION_MAP.items():
         if not _is_stock(execute):
@@ -87,5 +87,4 @@ def _computed(trains: Any, spec: PipelineSpec, stage: int) -> list[str]:
 
 
 def _expected(spec: PipelineSpec, stage: int) -> list[str]:
-    flat = PipelineSpec(stages=spec.stages, accumulation=spec.accumulation)
-    return [_COMPUTED[op.kind] for op in one_f_one_b.OneFOneB().batch(flat, stage)] + _AT_THE_END
+    return [_COMPUTED[op.kind] for op in one_f_one_b.OneFOneB().batch(spec, stage)] + _AT_THE_END
