@@ -22,7 +22,7 @@ ARGUMENTS = """
     --parallelism.pipeline_parallel_degree 2 --training.local_batch_size 4 --training.seq_len 32
     --training.dataset c4_test --training.steps 9 --metrics.log_freq 1 --lr_scheduler.warmup_steps 2 --debug.seed 5
     --checkpoint.enable --checkpoint.interval 3
-""".split()
+"""
 
 pytestmark = [
     pytest.mark.skipif(PYTHON is None, reason="TORCHTITAN_PYTHON names no Python with torchtitan"),
@@ -70,7 +70,7 @@ def trained(folder, name, schedule, *arguments):
             PYTHON,
             "-m",
             "testing.titan_cpu",
-            *ARGUMENTS,
+            *ARGUMENTS.split(),
             "--parallelism.pipeline_parallel_schedule",
             schedule,
             "--job.dump_folder",
