@@ -2,9 +2,9 @@
 
     python -m benchmarks.torch_schedules                                       # P = 8, a = 8 and 16
 
-Every schedule trains the same job in the same processes, in turns, after a warm-up; the median batch counts.  Schedules
+All schedules train the same job in the same processes, in turns, after a warm-up; the median batch counts.  Schedules
 of two chunks a rank have chunks of half the time, and those that split the backward spend half of it on the weights.
-DualPipeV wants 2 P micro-batches at least.  Efficiency is F + B over the time that a micro-batch takes.  Activations are
+DualPipeV wants 2 P micro-batches.  Efficiency is F + B over the time that a micro-batch takes.  Activations are
 counted: the most forwards, in stages, whose backward was not done, on any rank.
 """
 
