@@ -152,9 +152,9 @@ class StageLocalEngine(PipelineEngine):
         if self.bfloat16_enabled() and isinstance(self.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
             # Two of its names for kinds of optimizers are equal there (its change #7788 mends that).
             raise UnsupportedError(
-                f'"bf16": DeepSpeed {deepspeed.__version__} takes its {type(self.optimizer).__name__} for it, whose loss '
-                "scale divides every gradient by about 65536 (0.17.6 to 0.18.4 do so, under 1F1B too); install DeepSpeed "
-                '0.18.5 or newer, or leave "bf16" out and cast the weights in the script'
+                f'"bf16": DeepSpeed {deepspeed.__version__} takes its {type(self.optimizer).__name__} for it, whose '
+                "loss scale divides every gradient by 65536 (0.17.6 to 0.18.4 do so, under 1F1B too); install "
+                'DeepSpeed 0.18.5 or newer, or leave "bf16" out and cast the weights in the script'
             )
         if isinstance(self.optimizer, BF16_Optimizer):
             self.optimizer.get_grads_for_norm = partial(_or_a_least, self.optimizer.get_grads_for_norm, self.device)
