@@ -171,6 +171,8 @@ class PaciPipelineEngine(DrainingEngine):
             losses = self._runner.train_batch()
         finally:
             self.data_iterator, self._read_ahead = source, None
+            if self._ending is not None:
+                self._ending.keep(self)
         if self._newest_losses is None:
             losses = self._first_losses(losses)
         return self._aggregate(losses)
@@ -232,8 +234,7 @@ class PaciPipelineEngine(DrainingEngine):
 
     def take_update(self, losses: torch.Tensor) -> None:
         """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
-        if self._reporter is not None:  # of the update before: monitors want steps that never go back
-            self._reporter.flush()
+        self.report()  # the update before: monitors want steps that never go back
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
             self._ties.exchange(self._runner.at, now=self._runner.flushing)
@@ -254,6 +255,15 @@ class PaciPipelineEngine(DrainingEngine):
                 at=time.perf_counter(),
             )
             self._reporter.add(update)
+
+    def report(self, waits: bool = True) -> None:
+        """Print the newest update that is to be printed, and tell the monitor; it is told of each once.
+
+        Args:
+            waits: for the device, where it has not come to the update's loss yet.
+        """
+        if self._reporter is not None:
+            self._reporter.flush(waits)
 
     def post_sum(self, number: int) -> None:
         """See `StageLocalEngine.post_sum`; nothing happens where the weight is frozen."""
@@ -282,7 +292,7 @@ class PaciPipelineEngine(DrainingEngine):
         has_read = self.is_first_stage() or pull()
         next_op = Op(OpKind.FORWARD, self._runner.admitted)
         if not self._assembly.links.announce(next_op, self.micro_batches, read):
-            self.drain()
+            self._empty()
             raise DataEndedError(
                 f"the first stage's data iterator ended before it gave {self.micro_batches} micro-batches of a batch; "
                 "the pipe is drained and every stage stands at the same version: save a checkpoint and stop, or wrap "
@@ -298,8 +308,9 @@ class PaciPipelineEngine(DrainingEngine):
         if self._runner.admitted:
             self.module.train()
         self._runner.drain()
-        if self._reporter is not None:
-            self._reporter.flush()
+        if self._ending is not None:
+            self._ending.keep(self)
+        self.report()
         if self._stage_mpu.get_model_parallel_rank() == 0:
             self._assembly.write_recording(self.grid.get_data_parallel_id())
 
