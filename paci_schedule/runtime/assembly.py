@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
@@ -21,6 +22,8 @@ from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
 
 __all__ = ["Assembly"]
+
+logger = logging.getLogger(__name__)
 
 
 class Assembly:
@@ -118,11 +121,14 @@ class Assembly:
         )
 
     def write_recording(self, replica: int) -> None:
-        """Write the newest ops of this rank, where runs are recorded.
+        """Write the newest ops of this rank, where runs are recorded; a full disk stops no training.
 
         Args:
             replica: the number of this rank's data-parallel replica.
         """
         if self._record is not None:
             runner = self.runner
-            trace.write(self._record, runner.spec, runner.stage, replica, self.stopwatch.spans())
+            try:
+                trace.write(self._record, runner.spec, runner.stage, replica, self.stopwatch.spans())
+            except OSError as error:
+                logger.warning("stage %d: this run is not recorded: %s", runner.stage, error)
