@@ -50,7 +50,15 @@ class CheckpointError(PaciError, RuntimeError):
 
 
 class LinkError(PaciError, RuntimeError):
-    """Another stage, or a replica of this one, did not answer in time, or its process is gone."""
+    """Another stage, or a replica of this one, did not answer in time, or its process is gone.
+
+    Attributes:
+        ranks: the global ranks that were waited for; empty if nobody was.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 def nearest(value: str, valid: Iterable[str]) -> str:

@@ -63,13 +63,13 @@ class Meetings:
             missing = [rank for rank in range(self._ranks) if not self._store.check([f"{number} {rank}"])]
             raise self._no_answer(doing, missing or [0]) from None
         except RuntimeError as error:
-            raise LinkError(
-                f"{self._no_answer(doing, [0])}  The job's store, which that rank may keep, says: {error}"
-            ) from error
+            said = f"{self._no_answer(doing, [0])}  The job's store, which that rank may keep, says: {error}"
+            raise LinkError(said, [0]) from error
 
     def _no_answer(self, doing: str, missing: list[int]) -> LinkError:
         doing = f"{doing} together with"
-        return LinkError(no_answer(self._stage, doing, "the other ranks of the job", missing, self._timeout))
+        said = no_answer(self._stage, doing, "the other ranks of the job", missing, self._timeout)
+        return LinkError(said, missing)
 
 
 def require_alike(settings: Sequence[Mapping[str, Any]]) -> None:

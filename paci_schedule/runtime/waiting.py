@@ -52,7 +52,8 @@ def waiting(stage: int, doing: str, peers: str, ranks: Iterable[int], timeout: t
         others = [rank for rank in ranks if rank != dist.get_rank()]
         if not others or not _is_of_transport(error):
             raise
-        raise LinkError(f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {error}") from error
+        said = f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {error}"
+        raise LinkError(said, others) from error
 
 
 def no_answer(stage: int, doing: str, peers: str, others: list[int], timeout: timedelta) -> str:

@@ -75,6 +75,10 @@ class DrainingEngine(StageLocalEngine):
         self.drain()
         yield self.module
 
+    def _accounted(self) -> AbstractContextManager[None]:
+        """An error that ends what runs inside leaves this rank's position, where runs are recorded."""
+        return self._assembly.accounted(self.grid.get_data_parallel_id())
+
     def _empty(self) -> None:
         """Finish the outstanding backwards; their losses belong to those that the next call returns."""
         raise NotImplementedError
@@ -89,10 +93,11 @@ class DrainingEngine(StageLocalEngine):
         """As DeepSpeed's, after a `drain`."""
         self._drain_for("eval_batch")
         self.total_loss = self.total_additional_losses = None  # an evaluation without loss would add its outputs
-        self._meetings.gather("evaluated")
-        messages = timed_messages(self.grid, self.device, self._timeout)
-        with together(self.stage_id, "evaluated", self._timeout), messages:
-            return super().eval_batch(*args, **kwargs)
+        with self._accounted():
+            self._meetings.gather("evaluated")
+            messages = timed_messages(self.grid, self.device, self._timeout)
+            with together(self.stage_id, "evaluated", self._timeout), messages:
+                return super().eval_batch(*args, **kwargs)
 
     def save_checkpoint(
         self,
@@ -130,9 +135,10 @@ class DrainingEngine(StageLocalEngine):
         )
         self.checkpoint_engine = publishing
         try:
-            publishing.begin()
-            with together(self.stage_id, "saved a checkpoint", self._timeout):
-                return super().save_checkpoint(save_dir, unfinished(tag), state, False, exclude_frozen_parameters)
+            with self._accounted():
+                publishing.begin()
+                with together(self.stage_id, "saved a checkpoint", self._timeout):
+                    return super().save_checkpoint(save_dir, unfinished(tag), state, False, exclude_frozen_parameters)
         finally:
             self.checkpoint_engine = stock
 

@@ -170,18 +170,19 @@ class PaciPipelineEngine(DrainingEngine):
         self._assembly.stopwatch.start()
         self._choose_schedule()
         source = self.data_iterator
-        try:
-            self._read_batch(source)
-            self._assembly.stopwatch.lap(DATA)
-            self.module.train()
-            self._compute_loss = True  # an evaluation may have done without
-            self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
-            losses = self._runner.train_batch()
-        finally:
-            self.data_iterator, self._read_ahead = source, None
-        if self._newest_losses is None:
-            losses = self._first_losses(losses)
-        return self._aggregate(losses)
+        with self._accounted():
+            try:
+                self._read_batch(source)
+                self._assembly.stopwatch.lap(DATA)
+                self.module.train()
+                self._compute_loss = True  # an evaluation may have done without
+                self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
+                losses = self._runner.train_batch()
+            finally:
+                self.data_iterator, self._read_ahead = source, None
+            if self._newest_losses is None:
+                losses = self._first_losses(losses)
+            return self._aggregate(losses)
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
         """As DeepSpeed's, for training and evaluation.
@@ -305,7 +306,8 @@ class PaciPipelineEngine(DrainingEngine):
     def _empty(self) -> None:
         if self._runner.admitted:
             self.module.train()
-        self._runner.drain()
+        with self._accounted():
+            self._runner.drain()
         if self._reporter is not None:
             self._reporter.flush()
         if self._stage_mpu.get_model_parallel_rank() == 0:
