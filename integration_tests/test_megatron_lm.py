@@ -178,10 +178,8 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
     flags = {
         "--rerun-mode": "validate_results",
         "--fp16": "",
-        "--log-energy": "",
+        "--adlr-autoresume": "",
         "--empty-unused-memory-level": "1",
-        "--context-parallel-size": "2",
-        "--multi-latent-attention": "",
     }
     said = pretrain(
         checkout,

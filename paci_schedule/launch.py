@@ -33,6 +33,7 @@ from typing import Any
 from paci_schedule import ConfigError, register
 from paci_schedule.adapters.options import Options, flag_options, parse
 from paci_schedule.adapters.probing import found_in
+from paci_schedule.adapters.ranks import is_rank_0
 
 __all__ = ["main", "without_reruns"]
 
@@ -94,7 +95,7 @@ def without_reruns(arguments: list[str]) -> list[str]:
     """
     if any(word.partition("=")[0] == "--rerun-mode" for word in arguments):
         return []
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         logger.warning("--rerun-mode disabled is set, since an iteration cannot be re-run with micro-batches in flight")
     return ["--rerun-mode", "disabled"]
 

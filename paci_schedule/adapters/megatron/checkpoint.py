@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.runtime.deferred.state import DeferredState
 
@@ -46,7 +47,7 @@ def keep_deferred(
 
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
         empty = settle()
-        if sharded or parallel_state.get_data_parallel_rank() == 0:
+        if sharded or groups.replicas().rank() == 0:
             file = path(args.save, iteration)
             file.parent.mkdir(parents=True, exist_ok=True)
             state = deferred.state() if empty else {**deferred.state(), "norms": []}
@@ -88,5 +89,6 @@ def _rank_name(sharded: bool) -> str:
     name = f"stage{state.get_pipeline_model_parallel_rank()}of{state.get_pipeline_model_parallel_world_size()}"
     name += f"-tensor{state.get_tensor_model_parallel_rank()}of{state.get_tensor_model_parallel_world_size()}"
     if sharded:
-        name += f"-shard{state.get_data_parallel_rank()}of{state.get_data_parallel_world_size()}"
+        replicas = groups.replicas()
+        name += f"-shard{replicas.rank()}of{replicas.size()}"
     return f"{name}.pt"

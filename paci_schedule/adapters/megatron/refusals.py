@@ -42,6 +42,8 @@ _WRAPPERS = (
 )
 """What may be around the optimizers of a stage.  These step the stage's own weights, and each does so by itself."""
 
+_BRIDGES = {"megatron.bridge.training.train", "megatron.bridge.training.train_megatron_mimo"}
+
 
 def check_supported(
     chunks: list[torch.nn.Module],
@@ -86,11 +88,11 @@ def _reasons(
         for name in REBOUND:
             if not hasattr(loaded("megatron.training.training"), name):
                 yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
-    elif "megatron.bridge.training.train" in sys.modules:
+    elif bridges := sorted(_BRIDGES & set(sys.modules)):
         yield (
-            "Megatron-Bridge's own training loop (megatron.bridge.training.train): not tried yet; it sums over all "
-            "stages in every iteration and saves without an empty pipe.  Train with Megatron-LM's pretrain_gpt.py, or "
-            "with a loop of your own, whose ends config.paci = {'train_iters': n, 'drain_interval': n} plans"
+            f"a training loop of Megatron-Bridge's own ({', '.join(bridges)}): not tried yet; it sums over all stages "
+            "in every iteration and saves without an empty pipe.  Train with Megatron-LM's pretrain_gpt.py, or with a "
+            "loop of your own, whose ends config.paci = {'train_iters': n, 'drain_interval': n} plans"
         )
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
@@ -134,6 +136,8 @@ def _reasons(
     of_call = call.get("pg_collection")
     if of_call is not None and getattr(of_call, "pp", None) is not _pipeline():
         yield "a pg_collection with groups of its own: not tried yet; use parallel_state's"
+    if call.get("p2p_communicator") is not None:
+        yield "a p2p_communicator of your own, as between modules on other ranks: PACI has its own links; leave it out"
     if call.get("collect_non_loss_data"):
         yield "collect_non_loss_data in training: collect in evaluation"
 

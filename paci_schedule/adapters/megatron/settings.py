@@ -63,17 +63,6 @@ MODEL = (
     _flag("cpu_offloading", "--cpu-offloading-num-layers", "not tried yet; leave it off"),
     _flag("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "not tried yet"),
     _flag("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
-    _flag(
-        "context_parallel_size",
-        "--context-parallel-size",
-        "not tried: needs a GPU (Transformer Engine); use 1",
-        _at_most_one,
-    ),
-    _flag(
-        "multi_latent_attention",
-        "--multi-latent-attention",
-        "not tried: needs a GPU (Transformer Engine); leave it off",
-    ),
     _flag("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
     _flag("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
     _flag(
@@ -91,12 +80,6 @@ MODEL = (
 
 DDP = (
     _flag("use_megatron_fsdp", "--use-megatron-fsdp", "it frees weights that micro-batches in flight need; use DDP"),
-    _flag(
-        "num_distributed_optimizer_instances",
-        "--num-distributed-optimizer-instances",
-        "not tried yet; use 1",
-        _at_most_one,
-    ),
 )
 
 OPTIMIZER = (
@@ -109,8 +92,6 @@ OPTIMIZER = (
     _flag("optimizer_cpu_offload", "--optimizer-cpu-offload", "not tried yet; leave it off"),
 )
 
-_EVERY_ITERATION = "every rank waits for all the others in every iteration; "
-
 JOB = (
     _flag(
         "rerun_mode",
@@ -118,8 +99,6 @@ JOB = (
         "an iteration cannot be re-run with micro-batches in flight; leave the flag out, or use disabled",
         lambda value: value in (None, "disabled"),
     ),
-    _flag("log_straggler", "--log-straggler", f"{_EVERY_ITERATION}leave it off"),
-    _flag("log_energy", "--log-energy", "every rank waits for all the others at every log line; leave it off"),
     _flag(
         "empty_unused_memory_level",
         "--empty-unused-memory-level",
