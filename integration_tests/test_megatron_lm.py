@@ -247,6 +247,28 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
     assert paci == stock
 
 
+def test_megatron_cores_own_example_trains_with_two_stages(checkout, tmp_path):
+    """examples/run_simple_mcore_train_loop.py, with a pipeline of two stages.  Its Adam changes no weights."""
+    example = Path(checkout, "examples", "run_simple_mcore_train_loop.py").read_text()
+    text, saving, _ = example.partition("    # Saving the model\n")
+    assert saving
+    first = "pre_process=parallel_state.is_pipeline_first_stage()"
+    for old, new in {
+        "tensor_model_parallel_size=2, pipeline_model_parallel_size=1": "pipeline_model_parallel_size=2",
+        "vocab_size=100,": f"vocab_size=100, {first}, post_process=parallel_state.is_pipeline_last_stage(),",
+        "num_microbatches=1": "num_microbatches=2",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    script = tmp_path / "loop.py"
+    script.write_text(text)
+    paci, stock = (pretrain(checkout, schedule, 2, script=script) for schedule in ("paci", "1f1b"))
+    assert 'runs the schedule "paci" on P = 2 stages, a = 2 micro-batches' in paci
+    losses = re.findall(r"Iteration \d: Losses reduced: \[{.*}\]", paci)
+    assert len(losses) == 5
+    assert losses == re.findall(r"Iteration \d: Losses reduced: \[{.*}\]", stock)
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
     [

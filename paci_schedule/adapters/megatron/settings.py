@@ -46,22 +46,37 @@ MODEL = (
     ),
     _flag("enable_cuda_graph", "--enable-cuda-graph", "as --cuda-graph-impl; leave it off"),
     _flag("external_cuda_graph", "--external-cuda-graph", "as --cuda-graph-impl; leave it off"),
-    _flag("fp8", "--fp8-format", "not tried yet: scaling factors move under micro-batches in flight; use --bf16"),
+    _flag(
+        "fp8",
+        "--fp8-format",
+        "not tried: Transformer Engine keeps weights in fp8, which a late backward reads while an update writes them, "
+        "and only a GPU can tell whether their scaling factors fit then; use --bf16",
+    ),
     _flag("fp4", "--fp4-format", "as --fp8-format; use --bf16"),
     _flag(
         "defer_embedding_wgrad_compute",
         "--defer-embedding-wgrad-compute",
         "it fills the flush at the end of a batch, which is gone; leave it off",
     ),
-    _flag("delay_wgrad_compute", "--delay-wgrad-compute", "it splits the backward; leave it off"),
+    _flag(
+        "overlap_moe_expert_parallel_comm",
+        "--overlap-moe-expert-parallel-comm",
+        "it computes a forward and a backward of interleaved chunks at once, and there are none; leave it off",
+    ),
+    _flag("delay_wgrad_compute", "--delay-wgrad-compute", "as --overlap-moe-expert-parallel-comm; leave it off"),
     _flag(
         "num_microbatches_with_partial_activation_checkpoints",
         "config.num_microbatches_with_partial_activation_checkpoints",
         "it counts micro-batches within a flushed batch; use --recompute-granularity",
         lambda value: value is None,
     ),
-    _flag("cpu_offloading", "--cpu-offloading-num-layers", "not tried yet; leave it off"),
-    _flag("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "not tried yet"),
+    _flag("cpu_offloading", "--cpu-offloading-num-layers", "Megatron-core has it for one stage only; leave it off"),
+    _flag(
+        "fine_grained_activation_offloading",
+        "--fine-grained-activation-offloading",
+        "it counts the micro-batches of each iteration anew, so those in flight would get each other's activations; "
+        "leave it off, or use --recompute-granularity",
+    ),
     _flag("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
     _flag("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
     _flag("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
@@ -89,7 +104,11 @@ OPTIMIZER = (
         "stages know each other's gradient norms late, so some would skip an update that others apply; leave it at inf",
         lambda value: value in (None, math.inf),
     ),
-    _flag("optimizer_cpu_offload", "--optimizer-cpu-offload", "not tried yet; leave it off"),
+    _flag(
+        "optimizer_cpu_offload",
+        "--optimizer-cpu-offload",
+        "not tried: Megatron has it with Transformer Engine's FusedAdam on a GPU only; leave it off",
+    ),
 )
 
 JOB = (
@@ -112,7 +131,7 @@ JOB = (
     _flag(
         "inprocess_restart",
         "--inprocess-restart",
-        "micro-batches in flight cannot be restarted; let torchrun start the job again from its checkpoint",
+        "not tried: it needs NCCL and nvidia-resiliency-ext; let torchrun start the job again from its checkpoint",
     ),
     _flag("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
     _flag("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),
