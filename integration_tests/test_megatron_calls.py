@@ -46,6 +46,8 @@ REFUSED = {
     "--fp8-format": {"changes": {"fp8": "e4m3"}},
     "--fp16": {"changes": {"fp16": True}},
     "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
+    "--overlap-moe-expert-parallel-comm": {"changes": {"overlap_moe_expert_parallel_comm": True}},
+    "set config.finalize_model_grads_func": {"tied": True, "changes": {"finalize_model_grads_func": None}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be one of 'global', 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},

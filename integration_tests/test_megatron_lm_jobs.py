@@ -57,23 +57,22 @@ KINDS = {
 }
 
 
-def skip_what_megatron_lacks(checkout, flags):
-    """Of the flags of `KINDS`, those that this Megatron-LM does not know, or that it does not run without a GPU."""
+def fitting(checkout, flags):
+    """These flags of `KINDS` for this Megatron-LM; skips those that it does not know or does not run without a GPU."""
     has_steps = "step_batch_size" in Path(checkout, CALCULATOR).read_text(encoding="utf-8")
     if "--step-batch" in flags and not has_steps:
         pytest.skip("this Megatron-LM has no --step-batch-size-schedule")
-    if "--decrease-batch" in flags and has_steps:
-        pytest.skip("this Megatron-LM itself refuses a batch of evaluation that cannot be divided")
     if "--mtp" in flags and "is_inference_column" in Path(checkout, FURTHER_TOKENS).read_text(encoding="utf-8"):
         pytest.skip("this Megatron-LM needs Transformer Engine for --mtp-num-layers")
+    needs_evaluation = "--decrease-batch" in flags and has_steps  # of a size that the replicas can share
+    return f"{flags} --eval-global-batch-size 6" if needs_evaluation else flags
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_learning_rate_of_0_the_loss_is_the_stock_schedules(checkout, kind):
     """Of jobs whose micro-batches, layers, weights or losses are of another kind."""
-    replicas, flags = KINDS[kind]
-    skip_what_megatron_lacks(checkout, flags)
+    replicas, flags = KINDS[kind][0], fitting(checkout, KINDS[kind][1])
     by_samples = "--rampup" in flags or "--step-batch" in flags
     length = "--train-samples 28 --lr-decay-samples 28" if by_samples else "--train-iters 5"
     plain = "" if "chunks" in kind else flags  # which stock refuses for two stages here
@@ -224,9 +223,9 @@ def test_ranks_wait_for_their_stage_alone(checkout, flags, tmp_path):
 @pytest.mark.slow
 def test_the_embedding_that_predicts_further_tokens_is_one_weight(checkout, tmp_path):
     """Without a drain on the way, though no stage waits for the other's gradient."""
-    skip_what_megatron_lacks(checkout, KINDS["further tokens"][1])
+    flags = fitting(checkout, KINDS["further tokens"][1])
     common = f"--lr 1e-2 --min-lr 1e-2 {UNTIED} --ckpt-format torch --save-interval 100 --train-iters 5"
-    pretrain(checkout, "paci", 2, common, KINDS["further tokens"][1], f"--save {tmp_path}")
+    pretrain(checkout, "paci", 2, common, flags, f"--save {tmp_path}")
     first, last = (weights(f"{tmp_path}/iter_0000005/mp_rank_00_{rank:03}") for rank in range(2))
     name = "embedding.word_embeddings.weight"
     assert torch.equal(first[name], last[name])

@@ -30,8 +30,8 @@ _FOR_BUBBLES = {
     "delay_wgrad_compute": False,
     "ep_overlap_early_attn_memory_release": False,
 }
-"""Arguments that interleave a stage's chunks or the micro-batches of interleaved ones, or fill a flush with work, and the
-values that stand for none."""
+"""Arguments that interleave a stage's chunks, overlap their work, or fill a flush with work, and the values that stand
+for none."""
 
 _SECONDS = 20  # that the other ranks leave rank 0 to write, before they end
 

@@ -114,6 +114,12 @@ def _reasons(
             "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
             "different norms; use 'global', or --untie-embeddings-and-output-weights"
         )
+    if ties and config.finalize_model_grads_func is None:
+        yield (
+            "tied embeddings in a training loop that does not set config.finalize_model_grads_func: the sum of their "
+            "gradients would keep both stages waiting; set it to megatron.core.distributed.finalize_model_grads, and "
+            "do not call that yourself"
+        )
     layer_wise = any(isinstance(chain, LayerWiseDistributedOptimizer) for chain in chains(config))
     if layer_wise and getattr(ddp, "overlap_param_gather", False):
         yield "--overlap-param-gather with LayerWiseDistributedOptimizer: not tried yet; leave it off"
