@@ -4,6 +4,7 @@ python -m benchmarks.megatron_cases CHECKOUT
 
 reads every `model_config.yaml` of the checkout's functional tests, and parses the arguments of those that train over
 several pipeline stages with Megatron-LM's own parser.  It prints what is refused, how often, and how many are not.
+Arguments that Megatron-LM's own checks would take without PACI, but not as PACI changes them, count as refused.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import io
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,13 @@ def refusals(checkout: Path) -> dict[str, list[str]]:
 
     shim.install()
     sys.path.insert(0, str(checkout))
-    add_megatron_arguments = import_module("megatron.training.arguments").add_megatron_arguments
+    arguments = import_module("megatron.training.arguments")
 
     from paci_schedule.adapters.megatron.parsing import argument_reasons, set_aside
     from paci_schedule.launch import without_reruns
 
     logging.disable()
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     found = {}
     for name, line in cases(checkout):
         complaint = io.StringIO()
@@ -72,9 +74,26 @@ def refusals(checkout: Path) -> dict[str, list[str]]:
             found[name] = [f"Megatron-LM's parser: {complaint.getvalue()[-200:].strip() or repr(error)}"]
             continue
         args.rank = 1  # which logs nothing
+        args.world_size = args.pipeline_model_parallel_size * args.tensor_model_parallel_size
+        args.world_size *= args.context_parallel_size * args.expert_model_parallel_size
+        stock = complaint_of(arguments.validate_args, copy.deepcopy(args))
         set_aside(args)
         found[name] = [re.sub(r" \(.*", "", reason, flags=re.DOTALL) for reason in argument_reasons(args)]
+        ours = complaint_of(arguments.validate_args, args)
+        if ours and not stock:
+            found[name].append(f"Megatron-LM's own checks: {ours}")
     return found
+
+
+def complaint_of(validate: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> str:
+    """What Megatron-LM's checks have against these arguments, or nothing."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate(args)
+    except (Exception, SystemExit) as error:
+        return str(error) or repr(error)
+    return ""
 
 
 def main() -> None:

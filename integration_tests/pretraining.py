@@ -24,19 +24,19 @@ MODEL = shlex.split("""
     --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 32
     --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 3 --lr-decay-style constant
-    --attention-dropout 0 --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 127
     --make-vocab-size-divisible-by 1 --log-interval 1 --no-create-attention-mask-in-dataloader --num-workers 0
-    --split 90,5,5
 """)
+MADE_UP = ["--mock-data", "--split", "90,5,5"]
 
 
-def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None, replicas=1):
+def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None, replicas=1, real_data=False):
     """Run the script; returns what it wrote.  `arguments` may hold spaces between flags and values."""
     flags = [word for argument in arguments for word in argument.split()]
     model = MODEL
     if "--step-batch-size-schedule" in flags:  # which takes no other batch size beside it
-        at = MODEL.index("--global-batch-size")
-        model = MODEL[:at] + MODEL[at + 2 :]
+        at = model.index("--global-batch-size")
+        model = model[:at] + model[at + 2 :]
     module = ["paci_schedule.launch"]
     if not on_gpus(stages * replicas):
         module = ["testing.megatron_cpu", *module]
@@ -64,6 +64,7 @@ def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, scrip
             "--pipeline-model-parallel-size",
             str(stages),
             *model,
+            *([] if real_data else MADE_UP),
             *flags,
         ],
         env=environment,

@@ -10,6 +10,7 @@ import torch
 
 from integration_tests.test_launch_train_gpt import text, train
 from paci_schedule import launch
+from paci_schedule.adapters.options import Options
 
 __all__ = ["text"]
 
@@ -65,7 +66,7 @@ def test_the_json_trains_with_predictions(text, tmp_path):
 @pytest.mark.parametrize("flag", ["pipeline_schedule", "paci_prediction", "paci_prediction_reach"])
 def test_the_flags_of_megatron_are_ours(flag):
     (line,) = re.findall(r"pretrain_gpt\.py \\\n(.*?)\n\n", DOCUMENT, re.DOTALL)
-    ours, _ = launch._our_flags().parse_known_args(shlex.split(line.replace("\\\n", " ").replace("...", "")))
+    ours, _ = launch.our_flags(Options).parse_known_args(shlex.split(line.replace("\\\n", " ").replace("...", "")))
     wanted = json.loads(block("json"))
     expected = {
         "pipeline_schedule": wanted["pipeline_schedule"],

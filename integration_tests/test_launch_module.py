@@ -128,14 +128,29 @@ def test_without_a_script_it_says_how_to_call_it(arguments):
 
 
 def test_flags_that_a_script_has_itself_stay_its_own(tmp_path):
-    """Ours are for Megatron-LM, which has none; where it cannot be found they are not taken out."""
+    """Ours are for Megatron, which has none; where it cannot be found, or DeepSpeed is named, they stay."""
     script = tmp_path / "prints.py"
-    script.write_text("import sys; print(sys.argv[1:])\n")
+    script.write_text("import sys; print(sys.argv[1:]); 'megatron.core, deepspeed'\n")
     done = launch("paci_schedule.launch", str(script), "--pipeline-schedule", "paci", "--paci-clip", "stage")
     assert done.stdout.strip() == "['--pipeline-schedule', 'paci', '--paci-clip', 'stage']"
     (tmp_path / "megatron" / "training").mkdir(parents=True)
     (tmp_path / "megatron" / "training" / "__init__.py").write_text("")
     assert launch("paci_schedule.launch", str(script), "--pipeline-schedule", "1f1b", "--x").stdout.strip() == "['--x']"
+
+
+def test_a_training_loop_on_megatron_core_alone_has_flags_for_its_ends_too(tmp_path):
+    """And no flag of Megatron-LM's is added to its own."""
+    script = tmp_path / "loop.py"
+    script.write_text(
+        "import sys; from megatron.core.pipeline_parallel import schedules; print(sys.argv[1:])\n"
+        "print(schedules.forward_backward_pipelining_without_interleaving.dispatcher.options)\n"
+    )
+    flags = ["--paci-drain-interval", "5", "--paci-train-iters=9", "--lr", "1"]
+    done = launch("testing.megatron_cpu", "paci_schedule.launch", str(script), "--pipeline-schedule", "paci", *flags)
+    assert done.stdout.splitlines()[-2:] == ["['--lr', '1']", "{'drain_interval': 5, 'train_iters': 9}"], done.stderr
+    done = launch("paci_schedule.launch", str(script), "--paci-drain-interval=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "argument --paci-drain-interval: '0': must be a whole number of calls greater than 0" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Calls of the schedule on the real megatron-core: what they report, what they refuse, and whose loops may call."""
 
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -45,6 +46,8 @@ REFUSED = {
     "--fp8-format": {"changes": {"fp8": "e4m3"}},
     "--fp16": {"changes": {"fp16": True}},
     "--defer-embedding-wgrad-compute": {"changes": {"defer_embedding_wgrad_compute": True}},
+    "--overlap-moe-expert-parallel-comm": {"changes": {"overlap_moe_expert_parallel_comm": True}},
+    "set config.finalize_model_grads_func": {"tied": True, "changes": {"finalize_model_grads_func": None}},
     "--untie-embeddings-and-output-weights": {"tied": True, "clip_grad": 1.0, "paci": {"clip": "stage"}},
     "must be one of 'global', 'stage'": {"paci": {"clip": "none"}},
     "'prediction': 'evry'}: must be 'off', 'window'": {"paci": {"prediction": "evry"}},
@@ -106,31 +109,41 @@ def test_rank_0_says_in_one_line_what_runs():
 
 
 def register_late(alias):
-    """Whether a training loop that has imported the selector by name calls the registered one, and what was logged."""
+    """What a training loop that has imported a schedule by name calls then, what the selector returns, and the log."""
     shim.install()
-    import megatron.core.pipeline_parallel
+    from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 
     import paci_schedule
     from paci_schedule.adapters.megatron import dispatch
 
+    stock = schedules.forward_backward_pipelining_without_interleaving
     loop = types.ModuleType("a_training_loop")
-    setattr(loop, alias, megatron.core.pipeline_parallel.get_forward_backward_func)
+    setattr(loop, alias, stock)
     sys.modules[loop.__name__] = loop
     logged = []
     dispatch.logger.warning = lambda text, *values: logged.append(text % values)
     paci_schedule.register("megatron")
-    return isinstance(getattr(loop, alias), dispatch.Selector), logged
+    paci_schedule.register("megatron")
+    ours = schedules.forward_backward_pipelining_without_interleaving
+    chosen = get_forward_backward_func(pp_size=2, vp_size=None)
+    return ours is not stock, getattr(loop, alias) is ours, chosen is ours, logged
 
 
-@pytest.mark.parametrize("alias", ["get_forward_backward_func", "gfb"])
-def test_a_schedule_selector_imported_before_registration_is_replaced(alias):
-    [(replaced, [said])] = run_ranks(register_late, 1, (alias,))
-    assert replaced
-    assert f"a_training_loop (as {alias}) imported get_forward_backward_func before" in said
+@pytest.mark.parametrize("alias", ["forward_backward_pipelining_without_interleaving", "schedule"])
+def test_a_schedule_imported_before_registration_is_replaced(alias):
+    """And the selector, whoever has it, returns the function of that name, as Megatron-core's own tests ask for."""
+    [(*replaced, [said])] = run_ranks(register_late, 1, (alias,))
+    assert replaced == [True] * 3
+    assert f"a_training_loop (as {alias}) imported a schedule of Megatron-core before" in said
 
 
 def refusals_of_bridge(jobs):
-    """As `refusals`, in a process that Megatron-Bridge's training loop runs in."""
+    """As `refusals`, in a process that Megatron-Bridge's training loop runs in, with messages and groups of its own."""
+    shim.install()
+    from paci_schedule.adapters.megatron.dispatch import Dispatcher
+
+    own = {"p2p_communicator": object(), "pg_collection": types.SimpleNamespace()}
+    Dispatcher.forward_backward = functools.partialmethod(Dispatcher.forward_backward, **own)
     sys.modules["megatron.bridge.training.train"] = types.ModuleType("megatron.bridge.training.train")
     return refusals(jobs)
 
@@ -138,7 +151,9 @@ def refusals_of_bridge(jobs):
 @STOCK
 def test_what_only_a_job_can_tell_is_refused_by_name():
     for said in run_ranks(refusals_of_bridge, 2, ([GptJob(calls=1)],)):
-        assert "Megatron-Bridge's own training loop" in said[0]
+        assert "a training loop of Megatron-Bridge's own (megatron.bridge.training.train)" in said[0]
+        assert "a p2p_communicator of your own" in said[0]
+        assert "a pg_collection with groups of its own" in said[0]
 
 
 def train_initialized(jobs):
@@ -158,13 +173,13 @@ def test_a_training_loop_of_ones_own_counts_its_own_calls():
 
 
 def call_stock(schedule):
-    """What a call of the selector's function gives where Megatron-core has no process groups yet."""
+    """What a call of a schedule gives where Megatron-core has no process groups yet."""
     shim.install()
-    from paci_schedule.adapters.megatron.dispatch import Selector
+    from paci_schedule.adapters.megatron.dispatch import Dispatcher
 
     model = torch.nn.Module()
     model.config = types.SimpleNamespace(pipeline_schedule=schedule)
-    return Selector(lambda: lambda **call: sorted(call))()(model=model, num_microbatches=2)
+    return Dispatcher().in_place_of(lambda **call: sorted(call))(model=model, num_microbatches=2)
 
 
 def test_a_stock_call_is_passed_on_unchanged():

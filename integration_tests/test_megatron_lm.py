@@ -181,10 +181,8 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_flag(checkout):
     flags = {
         "--rerun-mode": "validate_results",
         "--fp16": "",
-        "--log-energy": "",
+        "--adlr-autoresume": "",
         "--empty-unused-memory-level": "1",
-        "--context-parallel-size": "2",
-        "--multi-latent-attention": "",
     }
     said = pretrain(
         checkout,
@@ -246,10 +244,33 @@ def test_a_loop_of_ones_own_on_initialize_megatron_trains(checkout, tmp_path):
     script = tmp_path / "own.py"
     script.write_text(OWN_LOOP)
     still = "--lr 0 --min-lr 0 --train-iters 1 --eval-iters 0 --eval-interval 100 --save x --save-interval 1"
+    still += " --rerun-mode disabled"  # the stock schedule can check gradients with re-runs in pretrain() only
     said = [pretrain(checkout, schedule, 2, still, script=script) for schedule in ("paci", "1f1b")]
     paci, stock = (re.findall(r"call \d .*", each) for each in said)
     assert len(paci) == 3
     assert paci == stock
+
+
+def test_megatron_cores_own_example_trains_with_two_stages(checkout, tmp_path):
+    """examples/run_simple_mcore_train_loop.py, with a pipeline of two stages.  Its Adam changes no weights."""
+    example = Path(checkout, "examples", "run_simple_mcore_train_loop.py").read_text()
+    text, saving, _ = example.partition("    # Saving the model\n")
+    assert saving
+    first = "pre_process=parallel_state.is_pipeline_first_stage()"
+    for old, new in {
+        "tensor_model_parallel_size=2, pipeline_model_parallel_size=1": "pipeline_model_parallel_size=2",
+        "vocab_size=100,": f"vocab_size=100, {first}, post_process=parallel_state.is_pipeline_last_stage(),",
+        "num_microbatches=1": "num_microbatches=2",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    script = tmp_path / "loop.py"
+    script.write_text(text)
+    paci, stock = (pretrain(checkout, schedule, 2, script=script) for schedule in ("paci", "1f1b"))
+    assert 'runs the schedule "paci" on P = 2 stages, a = 2 micro-batches' in paci
+    losses = re.findall(r"Iteration \d: Losses reduced: \[{.*}\]", paci)
+    assert len(losses) == 5
+    assert losses == re.findall(r"Iteration \d: Losses reduced: \[{.*}\]", stock)
 
 
 @pytest.mark.parametrize(

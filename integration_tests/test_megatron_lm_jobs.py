@@ -1,13 +1,16 @@
 """Jobs of the real pretrain_gpt.py as production runs them: its other layers, its logs, its ends."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from integration_tests.pretraining import CHECKOUTS, logged, pretrain, weights
+from integration_tests.pretraining import CHECKOUTS, ROOT, logged, pretrain, weights
 
 pytestmark = pytest.mark.skipif(not CHECKOUTS, reason="MEGATRON_LM_CHECKOUT names no Megatron-LM checkout")
 
@@ -22,17 +25,27 @@ EXPERTS = (
     "--num-experts 4 --expert-model-parallel-size 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1 "
     "--moe-token-dispatcher-type allgather --moe-router-dtype fp64 --disable-bias-linear --global-batch-size 4"
 )
+SPREAD = "--context-parallel-size 2 --position-embedding-type rope"
+LATENT = (
+    "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 --kv-lora-rank 8 --q-lora-rank 8 "
+    "--position-embedding-type rope --qk-layernorm"
+)
 CALCULATOR = "megatron/core/num_microbatches_calculator.py"
 FURTHER_TOKENS = "megatron/core/transformer/multi_token_prediction.py"
 KINDS = {
     "experts": (2, EXPERTS),
+    "sequences over two ranks": (2, f"{SPREAD} --paci-prediction window"),
+    "latent attention": (1, LATENT),
     "tokens of a batch": (1, "--calculate-per-token-loss"),
     "further tokens": (1, "--mtp-num-layers 1 --position-embedding-type rope"),
     "weights gathered late": (
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16 --global-batch-size 4",
     ),
-    "interleaved chunks": (1, "--num-layers-per-virtual-pipeline-stage 1"),
+    "interleaved chunks": (
+        1,
+        "--num-layers-per-virtual-pipeline-stage 1 --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+    ),
     "a layout of interleaved chunks": (1, "--pipeline-model-parallel-layout Et|t|t|tL"),
     "batches that grow": (1, "--rampup-batch-size 2 2 8 --global-batch-size 6"),
     "batches that grow in steps": (1, "--step-batch-size-schedule 0:2,192:4"),
@@ -44,23 +57,22 @@ KINDS = {
 }
 
 
-def skip_what_megatron_lacks(checkout, flags):
-    """Of the flags of `KINDS`, those that this Megatron-LM does not know, or that it does not run without a GPU."""
+def fitting(checkout, flags):
+    """These flags of `KINDS` for this Megatron-LM; skips those that it does not know or does not run without a GPU."""
     has_steps = "step_batch_size" in Path(checkout, CALCULATOR).read_text(encoding="utf-8")
     if "--step-batch" in flags and not has_steps:
         pytest.skip("this Megatron-LM has no --step-batch-size-schedule")
-    if "--decrease-batch" in flags and has_steps:
-        pytest.skip("this Megatron-LM itself refuses a batch of evaluation that cannot be divided")
     if "--mtp" in flags and "is_inference_column" in Path(checkout, FURTHER_TOKENS).read_text(encoding="utf-8"):
         pytest.skip("this Megatron-LM needs Transformer Engine for --mtp-num-layers")
+    needs_evaluation = "--decrease-batch" in flags and has_steps  # of a size that the replicas can share
+    return f"{flags} --eval-global-batch-size 6" if needs_evaluation else flags
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_learning_rate_of_0_the_loss_is_the_stock_schedules(checkout, kind):
     """Of jobs whose micro-batches, layers, weights or losses are of another kind."""
-    replicas, flags = KINDS[kind]
-    skip_what_megatron_lacks(checkout, flags)
+    replicas, flags = KINDS[kind][0], fitting(checkout, KINDS[kind][1])
     by_samples = "--rampup" in flags or "--step-batch" in flags
     length = "--train-samples 28 --lr-decay-samples 28" if by_samples else "--train-iters 5"
     plain = "" if "chunks" in kind else flags  # which stock refuses for two stages here
@@ -76,34 +88,130 @@ def test_with_a_learning_rate_of_0_the_loss_is_the_stock_schedules(checkout, kin
     assert paci == stock
 
 
+INSTANCES = "--use-distributed-optimizer --num-distributed-optimizer-instances 2 --bf16 --global-batch-size 4"
+LEARNING = {
+    "experts": (1, f"{EXPERTS} --expert-model-parallel-size 1"),
+    "experts of two ranks": (2, EXPERTS),
+    "sequences over two ranks": (2, f"{SPREAD} {LATENT} --use-distributed-optimizer --calculate-per-token-loss"),
+    "instances of the optimizer": (4, INSTANCES),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shares", [1, 2])
-def test_experts_learn_what_they_learn_under_the_stock_schedule(checkout, shares, tmp_path):
+@pytest.mark.parametrize("kind", LEARNING)
+def test_a_stage_learns_what_it_learns_under_the_stock_schedule(checkout, kind, tmp_path):
     """With a pipe that is empty after every update, all weights are those of the stock schedule, to the bit."""
-    common = (
-        f"--lr 1e-2 --min-lr 1e-3 --train-iters 6 --ckpt-format torch --save-interval 1 {UNTIED} {EXPERTS} "
-        f"--expert-model-parallel-size {shares} --save"
-    )
+    replicas, flags = LEARNING[kind]
+    common = f"--lr 1e-2 --min-lr 1e-3 --train-iters 6 --ckpt-format torch --save-interval 1 {UNTIED} {flags} --save"
     paci, stock = (
-        logged(pretrain(checkout, schedule, 2, common, f"{tmp_path}/{schedule}", replicas=shares))
+        logged(pretrain(checkout, schedule, 2, common, f"{tmp_path}/{schedule}", replicas=replicas))
         for schedule in ("paci", "1f1b")
     )
     # In the norm of the gradients the other stage's part is late; it limits nothing here.
     assert [line[:3] for line in paci.values()] == [line[:3] for line in stock.values()]
     assert stock[6][2] != stock[1][2]
     ranks = sorted(path.name for path in (tmp_path / "1f1b" / "iter_0000006").glob("mp_rank_*"))
-    assert len(ranks) == 2 * shares
+    assert len(ranks) == 2 * (replicas if "experts" in kind else 1)
     for rank in ranks:
         ours, theirs = (weights(f"{tmp_path}/{schedule}/iter_0000006/{rank}") for schedule in ("paci", "1f1b"))
-        assert sum(".experts." in name for name in theirs) > 0
+        assert len(theirs) > 10
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    states = list((tmp_path / "paci" / "paci_schedule" / "iter_0000006").iterdir())
+    assert len(states) == 2 * (replicas if "distributed-optimizer" in flags else 1)
 
 
 @pytest.mark.slow
-def test_experts_wait_for_their_stage_alone(checkout, tmp_path):
-    flags = f"--lr 1e-3 --train-iters 5 {UNTIED} {EXPERTS} --log-params-norm --timing-log-level 2"
-    said = pretrain(checkout, "paci", 2, flags, replicas=2, trace=tmp_path / "paci")
-    assert said.count("load_balancing_loss") == 5
+def test_a_sequence_over_two_ranks_is_learnt_as_by_one(checkout):
+    """So the attention that the tests put in the place of Transformer Engine's is right, and so are the sums."""
+    flags = f"--lr 1e-2 --min-lr 1e-3 --train-iters 4 {UNTIED} --position-embedding-type rope"
+    spread, whole = (
+        logged(pretrain(checkout, "paci", 2, flags, f"--context-parallel-size {size}", replicas=size))
+        for size in (2, 1)
+    )
+    for found, expected in zip(spread.values(), whole.values(), strict=True):
+        assert found[0] == expected[0]
+        assert [*map(float, found[2:])] == pytest.approx([*map(float, expected[2:])], rel=2e-3)
+    assert len({line[2] for line in whole.values()}) == 4
+
+
+METERS = """
+import runpy, sys
+sys.path[0] = {checkout!r}
+import torch
+from megatron.core import energy_monitor
+energy_monitor.has_nvml = True
+monitor = energy_monitor.EnergyMonitor
+monitor.setup = monitor.shutdown = lambda self: None
+monitor._get_energy = lambda self: 7
+torch.cuda.temperature = torch.cuda.power_draw = torch.cuda.clock_rate = lambda *_: 0
+runpy.run_path({checkout!r} + "/pretrain_gpt.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_energy_and_stragglers_are_asked_for_at_log_lines_alone(checkout, tmp_path):
+    """There all ranks wait for all; in between none does."""
+    script = tmp_path / "metered.py"
+    script.write_text(METERS.format(checkout=checkout))
+    flags = f"--lr 1e-3 --train-iters 9 {UNTIED} --log-interval 3 --log-energy --log-straggler"
+    said = pretrain(checkout, "paci", 2, flags, script=script, trace=tmp_path / "paci")
+    assert len(re.findall(r"iteration +[369]/ .*energy per GPU", said)) == 3
+    assert said.count("MnRtt/Rnk") == 3
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"paci.{rank}").read_text())
+        waited = {iteration for iteration, _, ranks in seen if iteration is not None and len(ranks) > 1}
+        between = {iteration for iteration in waited if 2 < iteration < 8}
+        assert between
+        assert len({iteration % 3 for iteration in between}) == 1, waited
+
+
+DATA = """
+import sys
+from testing.megatron_cpu import shim
+shim.install()
+import numpy, torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+for seed, name in enumerate(sys.argv[1:]):
+    tokens = numpy.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(name + ".bin", dtype=numpy.int32)
+    for _ in range(6):
+        builder.add_item(torch.from_numpy(tokens.integers(0, 127, 49, dtype=numpy.int32)))
+        builder.end_document()
+    builder.finalize(name + ".idx")
+"""
+
+
+@pytest.mark.slow
+def test_whole_and_several_validation_sets_are_evaluated_as_under_the_stock_schedule(checkout, tmp_path):
+    """Between two calls, with micro-batches in flight; training goes on with its own data.  Then without training."""
+    names = [str(tmp_path / name) for name in ("train", "first", "second")]
+    path = os.pathsep.join([str(ROOT), checkout])
+    subprocess.run([sys.executable, "-c", DATA, *names], env={**os.environ, "PYTHONPATH": path}, check=True)
+    flags = (
+        f"--lr 0 --min-lr 0 --train-iters 5 {UNTIED} --eval-interval 2 --num-dataset-builder-threads 1 --seed 5 "
+        f"--train-data-path {names[0]} --valid-data-path {names[1]} {names[2]} --full-validation "
+        "--multiple-validation-sets"
+    )
+    paci, stock = (pretrain(checkout, schedule, 2, flags, real_data=True) for schedule in ("paci", "1f1b"))
+    losses = re.findall(r"validation-\d loss at .*?lm loss value: \S+", paci)
+    assert len(losses) >= 4
+    assert len({loss.rpartition(" ")[2] for loss in losses}) == 2  # of two sets, with weights that stay
+    assert losses == re.findall(r"validation-\d loss at .*?lm loss value: \S+", stock)
+    assert {key: value[:3] for key, value in logged(paci).items()} == {
+        key: value[:3] for key, value in logged(stock).items()
+    }
+    untrained = pretrain(checkout, "paci", 2, flags, "--skip-train", real_data=True)
+    assert {loss.rpartition(" ")[2] for loss in re.findall(r"lm loss value: \S+", untrained)} == {
+        loss.rpartition(" ")[2] for loss in losses
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [EXPERTS, SPREAD], ids=["experts", "sequences over two ranks"])
+def test_ranks_wait_for_their_stage_alone(checkout, flags, tmp_path):
+    common = f"--lr 1e-3 --train-iters 5 {UNTIED} --log-params-norm --timing-log-level 2"
+    said = pretrain(checkout, "paci", 2, common, flags, replicas=2, trace=tmp_path / "paci")
+    assert said.count("load_balancing_loss") == 5 * (flags == EXPERTS)
     for rank in range(4):
         seen = json.loads((tmp_path / f"paci.{rank}").read_text())
         steady = [ranks for iteration, _, ranks in seen if iteration == 3]
@@ -115,9 +223,9 @@ def test_experts_wait_for_their_stage_alone(checkout, tmp_path):
 @pytest.mark.slow
 def test_the_embedding_that_predicts_further_tokens_is_one_weight(checkout, tmp_path):
     """Without a drain on the way, though no stage waits for the other's gradient."""
-    skip_what_megatron_lacks(checkout, KINDS["further tokens"][1])
+    flags = fitting(checkout, KINDS["further tokens"][1])
     common = f"--lr 1e-2 --min-lr 1e-2 {UNTIED} --ckpt-format torch --save-interval 100 --train-iters 5"
-    pretrain(checkout, "paci", 2, common, KINDS["further tokens"][1], f"--save {tmp_path}")
+    pretrain(checkout, "paci", 2, common, flags, f"--save {tmp_path}")
     first, last = (weights(f"{tmp_path}/iter_0000005/mp_rank_00_{rank:03}") for rank in range(2))
     name = "embedding.word_embeddings.weight"
     assert torch.equal(first[name], last[name])

@@ -8,7 +8,9 @@ A script that is given --deepspeed... is a DeepSpeed job, and only DeepSpeed is 
 schedule from its config.  Any other script beside which, or on PYTHONPATH, the folder megatron/training of Megatron-LM
 is found is a Megatron-LM job, and only Megatron-core is registered with.  Megatron-LM has no flag for a schedule, so
 the launcher takes the following flags out of the script's arguments.  With another schedule than 1f1b it adds
---rerun-mode disabled, unless the user chose a mode.  For every other script it registers with what is installed.
+--rerun-mode disabled, unless the user chose a mode.  A script that names megatron.core itself, and not DeepSpeed, is a
+training loop of one's own: it may have the last two flags too.  For every other script the launcher registers with what
+is installed.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -18,6 +20,8 @@ the launcher takes the following flags out of the script's arguments.  With anot
     --paci-flush-warmup-steps UPDATES  that run 1F1B at the start of training [0]
     --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
     --paci-record FOLDER               write the ops of every rank, with their times, to this folder, for `paci trace`
+    --paci-train-iters CALLS           after which training ends, in a training loop of one's own
+    --paci-drain-interval CALLS        after which the pipe is empty each time, likewise
 """
 
 from __future__ import annotations
@@ -31,10 +35,13 @@ from functools import partial
 from typing import Any
 
 from paci_schedule import ConfigError, register
+from paci_schedule.adapters.frameworks import exists
+from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.options import Options, flag_options, parse
 from paci_schedule.adapters.probing import found_in
+from paci_schedule.adapters.ranks import is_rank_0
 
-__all__ = ["main", "without_reruns"]
+__all__ = ["main", "our_flags", "without_reruns"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +62,12 @@ def main(argv: list[str] | None = None) -> None:
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
-    framework = _framework_of(rest)
-    ours, rest = _our_flags().parse_known_args(rest) if framework == "megatron" else (argparse.Namespace(), rest)
-    if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+    is_megatron_lm = os.path.isdir(found_in("megatron.training") or "")
+    framework = _framework_of(script, rest, is_megatron_lm)
+    ours = argparse.Namespace()
+    if framework == "megatron":
+        ours, rest = our_flags(Options if is_megatron_lm else PaciOptions).parse_known_args(rest)
+    if is_megatron_lm and getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
         rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     # Here, so that a word about a wrong argument does not wait for torch.
@@ -82,14 +92,19 @@ def main(argv: list[str] | None = None) -> None:
         raise
 
 
-def _framework_of(arguments: list[str]) -> str:
-    """Which framework the script trains with; "" where its arguments and what lies beside it do not tell.
+def _framework_of(script: str, arguments: list[str], is_megatron_lm: bool) -> str:
+    """Which framework the script trains with; "" where its arguments, its text and what lies beside it do not tell.
 
     Megatron-LM has a folder megatron/training.  Projects that DeepSpeed drives have a megatron/training.py.
     """
     if any(word.startswith("--deepspeed") for word in arguments):
         return "deepspeed"
-    return "megatron" if os.path.isdir(found_in("megatron.training") or "") else ""
+    if is_megatron_lm:
+        return "megatron"
+    with open(script, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    is_own_loop = "megatron.core" in text and "deepspeed" not in text and exists("megatron.core")
+    return "megatron" if is_own_loop else ""
 
 
 def without_reruns(arguments: list[str]) -> list[str]:
@@ -99,29 +114,30 @@ def without_reruns(arguments: list[str]) -> list[str]:
     """
     if any(word.partition("=")[0] == "--rerun-mode" for word in arguments):
         return []
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         logger.warning("--rerun-mode disabled is set, since an iteration cannot be re-run with micro-batches in flight")
     return ["--rerun-mode", "disabled"]
 
 
-def _our_flags() -> argparse.ArgumentParser:
+def our_flags(options: type[Options]) -> argparse.ArgumentParser:
+    """What reads the flags of the schedule, those of these options among them, out of a command line."""
     flags = argparse.ArgumentParser(
         "paci_schedule.launch", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     flags.add_argument("--pipeline-schedule")
-    for name, value_of in flag_options(Options).items():
+    for name, value_of in flag_options(options).items():
         flag = f"--paci-{name.replace('_', '-')}"
         if value_of is bool:
             flags.add_argument(flag, action="store_true", default=argparse.SUPPRESS)
         else:
-            flags.add_argument(flag, type=partial(_value, name))
+            flags.add_argument(flag, type=partial(_value, options, name))
     return flags
 
 
-def _value(name: str, text: str) -> Any:
+def _value(options: type[Options], name: str, text: str) -> Any:
     """The value of a flag; argparse shows the error and names the flag."""
     try:
-        return parse(Options, name, text)
+        return parse(options, name, text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -29,6 +29,7 @@ LAYERS = {  # a folder, or a module at the top -> the others that it may import;
     "adapters": {"errors", "core", "plan", "predict", "trace", "measure", "runtime"},
     "cli": {"errors", "", "core", "simulate", "check", "plan", "draw", "trace", "rehearse", "adapters"},
     "launch": {"errors", "", "core", "runtime", "adapters"},
+    "startup": {"", "errors", "adapters"},
     "": {"errors", "core", "adapters"},
 }
 

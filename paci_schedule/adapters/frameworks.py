@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection
 from importlib import import_module
 
 from paci_schedule.adapters.probing import found_in
+from paci_schedule.adapters.ranks import is_rank_0
 from paci_schedule.errors import ConfigError, UnsupportedError, nearest
 
 __all__ = ["exists", "installed", "register_with"]
@@ -46,7 +46,7 @@ def register_with(frameworks: Collection[str]) -> None:
     if refused and (frameworks or not supported):
         raise UnsupportedError("  ".join(map(str, refused.values())))
     for adapter, error in refused.items():
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             logger.warning("a %s job would run its own schedule, as it is not registered: %s", adapter, error)
     for adapter in supported:
         try:

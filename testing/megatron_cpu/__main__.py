@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from testing.collectives import recorded
-from testing.megatron_cpu import shim
+from testing.megatron_cpu import attention, shim
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 
@@ -27,6 +27,7 @@ def build_nothing() -> None:
     sys.path.insert(0, str(Path(scripts[0]).resolve().parent) if scripts else "")
     try:
         importlib.import_module("megatron.core.datasets.utils").compile_helpers = lambda: None
+        attention.install()
         importlib.import_module("megatron.legacy.fused_kernels").load = lambda args: None
     except ImportError:  # later versions have no such kernels
         pass

@@ -69,6 +69,8 @@ class _CudaIsCpu(TorchFunctionMode):
             return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # Megatron compares "torch.cuda.FloatTensor"
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.device and isinstance(args[0], int):
+            args = (_mapped(args[0]),)
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _mapped(args[1]), *args[2:])
         if "device" in kwargs:

@@ -66,6 +66,10 @@ class DrainingEngine(StageLocalEngine):
         """Finish the outstanding backwards; every rank calls it."""
         raise NotImplementedError
 
+    def report(self, waits: bool = True) -> None:
+        """Print the newest update that is to be printed, and tell the monitor."""
+        raise NotImplementedError
+
     @contextmanager
     def drained(self) -> Iterator[PipelineModule]:
         """The module after a `drain`: while the pipe is empty, the parameters of all stages have the same version.

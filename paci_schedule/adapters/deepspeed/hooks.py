@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
 from paci_schedule.adapters.probing import TORCH_HOOKS, look_up, require
+from paci_schedule.adapters.ranks import is_rank_0
 from paci_schedule.adapters.versions import DEEPSPEED
 
 __all__ = [
@@ -98,7 +98,7 @@ def check_installed() -> None:
 def warn_if_untested() -> None:
     """Say on rank 0 that the installed DeepSpeed, which has every hook, is outside the tested range."""
     found = version("deepspeed")
-    if found not in TESTED and os.environ.get("RANK", "0") == "0":
+    if found not in TESTED and is_rank_0():
         logger.warning(
             "deepspeed %s is outside the tested range %s.  All %d hooks that the schedules stand on are there, but one "
             "may mean something else: compare the first losses with a run under 1F1B, or install deepspeed%s",

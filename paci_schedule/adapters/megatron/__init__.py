@@ -14,9 +14,10 @@ __all__ = ["load_state_dict", "look_at_arguments", "pipeline_stats", "probe", "r
 
 
 def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
-    """Let ``get_forward_backward_func`` choose by the model config's ``pipeline_schedule``.  Idempotent.
+    """Let Megatron-core's schedules look at the model config's ``pipeline_schedule``.  Idempotent.
 
-    Modules that have imported ``get_forward_backward_func`` by name get the new one under that name, with a warning.
+    They are what ``get_forward_backward_func`` returns.  Modules that have imported one of them by name get ours under
+    that name, with a warning.
 
     Args:
         default: the schedule of a model whose config names none; "1f1b" unless some call has set it.
@@ -24,8 +25,7 @@ def register(default: str | None = None, options: Mapping[str, Any] | None = Non
 
     Raises:
         ConfigError: `default` is not a schedule, or an option that the rules do not allow.
-        UnsupportedError: this Megatron-core is outside the tested range, a hook that we rely on is gone, or the stock
-            selector was imported by name already.
+        UnsupportedError: this Megatron-core is outside the tested range, or a hook that we rely on is gone.
     """
     from paci_schedule.adapters.megatron.dispatch import install
 

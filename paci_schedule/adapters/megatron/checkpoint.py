@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.adapters.megatron.publishing import folder_of, published
 from paci_schedule.runtime.deferred.state import DeferredState
@@ -60,7 +61,7 @@ def keep_deferred(
     stock_save = getattr(training.save_checkpoint, _STOCK, training.save_checkpoint)
 
     name = _rank_name(sharded)
-    writes = sharded or parallel_state.get_data_parallel_rank() == 0
+    writes = sharded or groups.replicas().rank() == 0
     stage = parallel_state.get_pipeline_model_parallel_rank()
 
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
@@ -130,5 +131,6 @@ def _rank_name(sharded: bool) -> str:
     name = f"stage{state.get_pipeline_model_parallel_rank()}of{state.get_pipeline_model_parallel_world_size()}"
     name += f"-tensor{state.get_tensor_model_parallel_rank()}of{state.get_tensor_model_parallel_world_size()}"
     if sharded:
-        name += f"-shard{state.get_data_parallel_rank()}of{state.get_data_parallel_world_size()}"
+        replicas = groups.replicas()
+        name += f"-shard{replicas.rank()}of{replicas.size()}"
     return f"{name}.pt"

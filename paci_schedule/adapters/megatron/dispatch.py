@@ -1,13 +1,14 @@
-"""The hook into Megatron-core: the function that the selector returns looks at the model's config when it is called.
+"""The hook into Megatron-core: its schedules look at the model's config when they are called.
 
-Megatron-LM imports the selector by name.  Where that has happened already, registration replaces it there too.
+``get_forward_backward_func`` stays as it is, and returns the schedules that stand here in the place of Megatron-core's
+own; training loops that import a schedule by name, without asking, get the same.  Where that has happened already,
+registration replaces it there too.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,12 +24,13 @@ from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import FRAMEWORK, ModelStream
+from paci_schedule.adapters.ranks import is_rank_0
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 
-__all__ = ["Selector", "install", "load_state", "stream_of"]
+__all__ = ["Dispatcher", "install", "load_state", "stream_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +38,16 @@ Model = torch.nn.Module | list[torch.nn.Module]
 ForwardBackward = Callable[..., list[Any]]  # of a batch
 
 _STREAM = "_paci_stream"  # of a model's first chunk: it refers to the model, so no table may keep it
+_DISPATCHER = "dispatcher"  # of a schedule of ours
+_SCHEDULES = (
+    "forward_backward_pipelining_without_interleaving",
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_no_pipelining",
+)
 
 
-class Selector:
-    """Stands in for ``get_forward_backward_func``.
-
-    Args:
-        stock: Megatron-core's own.
+class Dispatcher:
+    """Decides for each call which schedule it runs.
 
     Attributes:
         default: the schedule of a model whose config names none.
@@ -50,17 +55,21 @@ class Selector:
         states: of models that are yet to be trained, by their first chunk, to begin with.
     """
 
-    def __init__(self, stock: Callable[..., ForwardBackward]) -> None:
-        functools.update_wrapper(self, stock)  # it still takes what the hook is probed for
-        self.stock = stock
+    def __init__(self) -> None:
         self.default = "1f1b"
         self.options: Mapping[str, Any] = {}
         self.states: WeakKeyDictionary[torch.nn.Module, Mapping[str, Any]] = WeakKeyDictionary()
         self._unstaged: WeakSet[torch.nn.Module] = WeakSet()  # models of one stage that have said so
 
-    def __call__(self, *args: Any, **kwargs: Any) -> ForwardBackward:
-        """As Megatron-core's own; the function that it returns dispatches on the model's config."""
-        return functools.partial(self.forward_backward, self.stock(*args, **kwargs))
+    def in_place_of(self, stock: ForwardBackward) -> ForwardBackward:
+        """What takes the place of one of Megatron-core's schedules."""
+
+        @functools.wraps(stock)
+        def forward_backward(**call: Any) -> list[Any]:
+            return self.forward_backward(stock, **call)
+
+        setattr(forward_backward, _DISPATCHER, self)
+        return forward_backward
 
     def forward_backward(
         self, stock: ForwardBackward, *, model: Model, forward_only: bool = False, **call: Any
@@ -111,31 +120,36 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
         check_choice(default, f"pipeline schedule {default!r}", IN_EVERY_LOOP)
     if options is not None:
         PaciOptions.read(options)
-    selector = schedules.get_forward_backward_func
-    if not isinstance(selector, Selector):
-        selector = _replace(selector)
-    selector.default = default or selector.default
-    selector.options = selector.options if options is None else options
+    dispatcher = _installed() or _replace()
+    dispatcher.default = default or dispatcher.default
+    dispatcher.options = dispatcher.options if options is None else options
 
 
-def _replace(stock: Callable[..., ForwardBackward]) -> Selector:
-    """Put a selector in the place of `stock`, in every module that has imported it by name too."""
+def _installed() -> Dispatcher | None:
+    return getattr(schedules.forward_backward_pipelining_without_interleaving, _DISPATCHER, None)
+
+
+def _replace() -> Dispatcher:
+    """Put schedules of ours in the place of Megatron-core's, in every module that has imported one by name too."""
     check_installed()
-    selector = Selector(stock)
+    dispatcher = Dispatcher()
     early: list[str] = []
-    for importer, module in list(sys.modules.items()):
-        names = [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is stock]
-        for name in names:
-            setattr(module, name, selector)
-        if module is not schedules and module is not pipeline_parallel:
-            early += [f"{importer} (as {name})" for name in names]
-    if early and os.environ.get("RANK", "0") == "0":
+    for schedule_name in _SCHEDULES:
+        stock = getattr(schedules, schedule_name)
+        ours = dispatcher.in_place_of(stock)
+        for importer, module in list(sys.modules.items()):
+            names = [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is stock]
+            for name in names:
+                setattr(module, name, ours)
+            if module is not schedules and module is not pipeline_parallel:
+                early += [f"{importer} (as {name})" for name in names]
+    if early and is_rank_0():
         logger.warning(
-            "%s imported get_forward_backward_func before paci_schedule was registered: these have the new one now; "
+            "%s imported a schedule of Megatron-core before paci_schedule was registered: these have the new one now; "
             "what a module keeps elsewhere, in a class or as a default value, goes on with the stock schedule",
             ", ".join(sorted(early)),
         )
-    return selector
+    return dispatcher
 
 
 def stream_of(model: Model) -> ModelStream:
@@ -151,13 +165,13 @@ def stream_of(model: Model) -> ModelStream:
 
 def load_state(model: Model, state: Mapping[str, Any]) -> None:
     """Let a model that has no stream yet begin with `state`.  Raises ConfigError if it has one."""
-    selector = schedules.get_forward_backward_func
+    dispatcher = _installed()
     first = _chunks(model)[0]
-    if not isinstance(selector, Selector):
+    if dispatcher is None:
         raise ConfigError("call paci_schedule.register() before the state is loaded")
     if _stream(first) is not None:
         raise ConfigError("this model is being trained under PACI already: load its state before the first call")
-    selector.states[first] = state
+    dispatcher.states[first] = state
 
 
 def _stream(first: torch.nn.Module) -> ModelStream | None:

@@ -17,7 +17,9 @@ TESTED = SpecifierSet(MEGATRON_CORE)
 
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _HOOKS = {
-    f"{_SCHEDULES}:get_forward_backward_func": ("pp_size", "vp_size"),
+    f"{_SCHEDULES}:forward_backward_pipelining_without_interleaving": ("model", "num_microbatches", "forward_only"),
+    f"{_SCHEDULES}:forward_backward_pipelining_with_interleaving": ("model", "num_microbatches", "forward_only"),
+    f"{_SCHEDULES}:forward_backward_no_pipelining": ("model", "num_microbatches", "forward_only"),
     f"{_SCHEDULES}:forward_step": ("forward_step_func", "num_microbatches", "is_first_microbatch", "is_last_stage"),
     f"{_SCHEDULES}:backward_step": ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
     f"{_SCHEDULES}:deallocate_output_tensor": ("out", "deallocate_pipeline_outputs"),

@@ -18,11 +18,11 @@ class PaciOptions(Options):
     The updates of `flush_warmup_steps` are iterations of a Megatron-LM job, or calls in a training loop of one's own.
     """
 
-    train_iters: int | None = option(None, "a whole number of calls greater than 0", is_calls)
+    train_iters: int | None = option(None, "a whole number of calls greater than 0", is_calls, int)
     """Calls after which training ends; the last ones then cool down instead of reading ahead.  Megatron-LM's own
     --train-iters is known without it."""
 
-    drain_interval: int | None = option(None, "a whole number of calls greater than 0", is_calls)
+    drain_interval: int | None = option(None, "a whole number of calls greater than 0", is_calls, int)
     """Calls between two planned ends of the pipe (say, where checkpoints are saved), after which nothing is parked.
     Megatron-LM's own --save-interval and --exit-interval are known without it."""
 

@@ -28,8 +28,12 @@ _FOR_BUBBLES = {
     "overlap_param_gather_with_optimizer_step": False,
     "overlap_p2p_comm_warmup_flush": False,
     "defer_embedding_wgrad_compute": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+    "ep_overlap_early_attn_memory_release": False,
 }
-"""Arguments that interleave a stage's chunks, or fill a flush with work, and the values that stand for none."""
+"""Arguments that interleave a stage's chunks, overlap their work, or fill a flush with work, and the values that stand
+for none."""
 
 _SECONDS = 20  # that the other ranks leave rank 0 to write, before they end
 

@@ -43,6 +43,8 @@ _WRAPPERS = (
 )
 """What may be around the optimizers of a stage.  These step the stage's own weights, and each does so by itself."""
 
+_BRIDGES = {"megatron.bridge.training.train", "megatron.bridge.training.train_megatron_mimo"}
+
 
 def check_supported(
     chunks: list[torch.nn.Module],
@@ -88,11 +90,11 @@ def _reasons(
             for name in names:
                 if not hasattr(loaded(module), name):
                     yield f"{module}.{name} is gone in this Megatron-LM: use a version in {TESTED}"
-    elif "megatron.bridge.training.train" in sys.modules:
+    elif bridges := sorted(_BRIDGES & set(sys.modules)):
         yield (
-            "Megatron-Bridge's own training loop (megatron.bridge.training.train): not tried yet; it sums over all "
-            "stages in every iteration and saves without an empty pipe.  Train with Megatron-LM's pretrain_gpt.py, or "
-            "with a loop of your own, whose ends config.paci = {'train_iters': n, 'drain_interval': n} plans"
+            f"a training loop of Megatron-Bridge's own ({', '.join(bridges)}): not tried yet; it sums over all stages "
+            "in every iteration and saves without an empty pipe.  Train with Megatron-LM's pretrain_gpt.py, or with a "
+            "loop of your own, whose ends config.paci = {'train_iters': n, 'drain_interval': n} plans"
         )
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
@@ -113,6 +115,12 @@ def _reasons(
         yield (
             "'clip': 'stage' with --clip-grad and tied embeddings: stages would scale the gradients of their copies by "
             "different norms; use 'global', or --untie-embeddings-and-output-weights"
+        )
+    if ties and config.finalize_model_grads_func is None:
+        yield (
+            "tied embeddings in a training loop that does not set config.finalize_model_grads_func: the sum of their "
+            "gradients would keep both stages waiting; set it to megatron.core.distributed.finalize_model_grads, and "
+            "do not call that yourself"
         )
     layer_wise = any(isinstance(chain, LayerWiseDistributedOptimizer) for chain in chains(config))
     if layer_wise and getattr(ddp, "overlap_param_gather", False):
@@ -136,6 +144,8 @@ def _reasons(
     of_call = call.get("pg_collection")
     if of_call is not None and getattr(of_call, "pp", None) is not _pipeline():
         yield "a pg_collection with groups of its own: not tried yet; use parallel_state's"
+    if call.get("p2p_communicator") is not None:
+        yield "a p2p_communicator of your own, as between modules on other ranks: PACI has its own links; leave it out"
     if call.get("collect_non_loss_data"):
         yield "collect_non_loss_data in training: collect in evaluation"
 

@@ -46,34 +46,38 @@ MODEL = (
     ),
     _flag("enable_cuda_graph", "--enable-cuda-graph", "as --cuda-graph-impl; leave it off"),
     _flag("external_cuda_graph", "--external-cuda-graph", "as --cuda-graph-impl; leave it off"),
-    _flag("fp8", "--fp8-format", "not tried yet: scaling factors move under micro-batches in flight; use --bf16"),
+    _flag(
+        "fp8",
+        "--fp8-format",
+        "not tried: Transformer Engine keeps weights in fp8, which a late backward reads while an update writes them, "
+        "and only a GPU can tell whether their scaling factors fit then; use --bf16",
+    ),
     _flag("fp4", "--fp4-format", "as --fp8-format; use --bf16"),
     _flag(
         "defer_embedding_wgrad_compute",
         "--defer-embedding-wgrad-compute",
         "it fills the flush at the end of a batch, which is gone; leave it off",
     ),
-    _flag("delay_wgrad_compute", "--delay-wgrad-compute", "it splits the backward; leave it off"),
+    _flag(
+        "overlap_moe_expert_parallel_comm",
+        "--overlap-moe-expert-parallel-comm",
+        "it computes a forward and a backward of interleaved chunks at once, and there are none; leave it off",
+    ),
+    _flag("delay_wgrad_compute", "--delay-wgrad-compute", "as --overlap-moe-expert-parallel-comm; leave it off"),
     _flag(
         "num_microbatches_with_partial_activation_checkpoints",
         "config.num_microbatches_with_partial_activation_checkpoints",
         "it counts micro-batches within a flushed batch; use --recompute-granularity",
         lambda value: value is None,
     ),
-    _flag("cpu_offloading", "--cpu-offloading-num-layers", "not tried yet; leave it off"),
-    _flag("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "not tried yet"),
+    _flag("cpu_offloading", "--cpu-offloading-num-layers", "Megatron-core has it for one stage only; leave it off"),
+    _flag(
+        "fine_grained_activation_offloading",
+        "--fine-grained-activation-offloading",
+        "it counts the micro-batches of each iteration anew, so those in flight would get each other's activations; "
+        "leave it off, or use --recompute-granularity",
+    ),
     _flag("has_cond_embedder", "config.has_cond_embedder", "its gradients are summed over all stages; leave it off"),
-    _flag(
-        "context_parallel_size",
-        "--context-parallel-size",
-        "not tried: needs a GPU (Transformer Engine); use 1",
-        _at_most_one,
-    ),
-    _flag(
-        "multi_latent_attention",
-        "--multi-latent-attention",
-        "not tried: needs a GPU (Transformer Engine); leave it off",
-    ),
     _flag("qk_clip", "--qk-clip", "it reduces over the model-parallel ranks in every iteration; leave it off"),
     _flag("log_max_attention_logit", "--log-max-attention-logit", "as --qk-clip; leave it off"),
     _flag(
@@ -91,12 +95,6 @@ MODEL = (
 
 DDP = (
     _flag("use_megatron_fsdp", "--use-megatron-fsdp", "it frees weights that micro-batches in flight need; use DDP"),
-    _flag(
-        "num_distributed_optimizer_instances",
-        "--num-distributed-optimizer-instances",
-        "not tried yet; use 1",
-        _at_most_one,
-    ),
 )
 
 OPTIMIZER = (
@@ -106,10 +104,12 @@ OPTIMIZER = (
         "stages know each other's gradient norms late, so some would skip an update that others apply; leave it at inf",
         lambda value: value in (None, math.inf),
     ),
-    _flag("optimizer_cpu_offload", "--optimizer-cpu-offload", "not tried yet; leave it off"),
+    _flag(
+        "optimizer_cpu_offload",
+        "--optimizer-cpu-offload",
+        "not tried: Megatron has it with Transformer Engine's FusedAdam on a GPU only; leave it off",
+    ),
 )
-
-_EVERY_ITERATION = "every rank waits for all the others in every iteration; "
 
 JOB = (
     _flag(
@@ -118,8 +118,6 @@ JOB = (
         "an iteration cannot be re-run with micro-batches in flight; leave the flag out, or use disabled",
         lambda value: value in (None, "disabled"),
     ),
-    _flag("log_straggler", "--log-straggler", f"{_EVERY_ITERATION}leave it off"),
-    _flag("log_energy", "--log-energy", "every rank waits for all the others at every log line; leave it off"),
     _flag(
         "empty_unused_memory_level",
         "--empty-unused-memory-level",
@@ -133,7 +131,7 @@ JOB = (
     _flag(
         "inprocess_restart",
         "--inprocess-restart",
-        "micro-batches in flight cannot be restarted; let torchrun start the job again from its checkpoint",
+        "not tried: it needs NCCL and nvidia-resiliency-ext; let torchrun start the job again from its checkpoint",
     ),
     _flag("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
     _flag("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),

@@ -19,7 +19,6 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from paci_schedule.adapters.megatron import groups
-from paci_schedule.errors import UnsupportedError
 from paci_schedule.runtime.deferred.norms import CarriedNorms, NormGroup
 
 __all__ = ["StageSums", "chains", "is_sharded", "optimizers", "owner_of"]
@@ -147,17 +146,15 @@ def _sums(optimizer: MegatronOptimizer, is_layer_wise: bool) -> _Sums:
 def _part_of_stage(whole: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group of those ranks in `whole` that belong to this stage: its slices, those of its experts, or its shards.
 
-    Raises:
-        UnsupportedError: there is no such group.
+    Megatron-core has no group for one of several instances of the distributed optimizer in a stage; its ranks make one.
     """
     ranks = set(dist.get_process_group_ranks(whole)) & set(dist.get_process_group_ranks(groups.stage()))
     for group in (groups.tensor_parallel(), groups.experts(), groups.stage()):
         if set(dist.get_process_group_ranks(group)) == ranks:
             return group
-    raise UnsupportedError(
-        f"an optimizer sums its gradient norm over the ranks {sorted(ranks)} of a stage, for which Megatron-core has "
-        "no group: leave out --num-distributed-optimizer-instances and process groups of your own"
-    )
+    made = dist.new_group(sorted(ranks), use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup), "this rank is one of them"
+    return made
 
 
 def _all(config: Any) -> Iterator[MegatronOptimizer]:

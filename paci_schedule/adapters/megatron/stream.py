@@ -162,7 +162,7 @@ class ModelStream:
                 )
         self._end_call()
         if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._assembly.write_recording(parallel_state.get_data_parallel_rank())
+            self._assembly.write_recording(groups.replicas().rank())
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())
