@@ -129,7 +129,8 @@ def test_plan_prints_rows_reasons_and_settings(paci):
         "refused because",
         "drift up to 7, limit 1",
         '"pipeline_schedule": ',
-        "PipelineModule(num_stages=8)",
+        "CutPipelineModule(layers, num_stages=8, partition_method=[0, ",
+        '"data_types": {"grad_accum_dtype": "fp32"}',
         "--pipeline-schedule ",
     ):
         assert words in out

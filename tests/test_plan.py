@@ -1,5 +1,6 @@
 """The planner: the published ratios, the arithmetic of its rows, and why rows are refused."""
 
+import dataclasses
 import itertools
 import json
 
@@ -8,7 +9,7 @@ import pytest
 from paci_schedule import ConfigError
 from paci_schedule.plan.layers import Layer
 from paci_schedule.plan.search import Job, calibrated, search
-from paci_schedule.plan.settings import deepspeed_config, megatron_flags, pipeline_module
+from paci_schedule.plan.settings import deepspeed_config, megatron_flags, megatron_layout, pipeline_module
 from paci_schedule.plan.transformer import Model, built_in, from_config, from_layers, load_config
 
 GIB = 2**30
@@ -24,6 +25,13 @@ def uniform(count, forward=0.04, backward=0.08, parameters=1e6, input_bytes=1e4,
         output_bytes=input_bytes,
     )
     return Model([layer] * count, 1024, measured=True)
+
+
+def transformer(blocks):
+    """Layers as in `uniform`, which are an embedding, blocks and a head."""
+    (plain,) = uniform(1).layers
+    roles = ["embedding", *["block"] * blocks, "head"]
+    return Model([dataclasses.replace(plain, role=role) for role in roles], 1024, measured=True)
 
 
 def job(**changes):
@@ -168,21 +176,47 @@ def test_a_split_backward_cannot_recompute():
 
 
 def test_settings_of_a_row():
-    wanted = job(stages=(8,), micro_batch_sizes=(1,), schedules=("paci",), recompute=(True,))
+    model = transformer(6)
+    wanted = job(model=model, stages=(8,), micro_batch_sizes=(1,), schedules=("paci",), recompute=(True,))
     row = search(wanted)[0]
     assert deepspeed_config(wanted, row) == {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 8,
         "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 1},
         "pipeline_schedule": "paci",
     }
-    assert pipeline_module(row) == {"num_stages": 8, "activation_checkpoint_interval": 1}
+    assert pipeline_module(row) == {
+        "num_stages": 8,
+        "partition_method": [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        "activation_checkpoint_interval": 1,
+    }
     flags = megatron_flags(wanted, row)
     assert flags[flags.index("--pipeline-model-parallel-size") + 1] == "8"
+    assert flags[flags.index("--pipeline-model-parallel-layout") + 1] == "E|t|t|t|t|t|t|L"
     assert flags[flags.index("--pipeline-schedule") + 1] == "paci"
     assert "--recompute-granularity" in flags
+
+
+@pytest.mark.parametrize(
+    ("blocks", "bounds", "layout"),
+    [
+        (46, [0, 4, *range(7, 47, 3), 48], "Ettt|" + "ttt|" * 14 + "tL"),  # 3 + 14 x 3 + 1 = 46 blocks on 16 stages
+        (12, [0, 5, 9, 13, 14], "Etttt|tttt|tttt|L"),
+        (6, [0, 3, 5, 8], ""),  # two blocks on every stage, as Megatron-LM divides them by itself
+        (6, [0, 3, 6, 8], "Ett|ttt|tL"),
+        (3, [0, 5], ""),
+    ],
+)
+def test_the_layout_for_megatron_says_which_layers_each_stage_has(blocks, bounds, layout):
+    assert megatron_layout(transformer(blocks).layers, bounds) == layout
+
+
+def test_layers_without_roles_have_no_layout():
+    with pytest.raises(ConfigError, match='write "role" to each layer'):
+        megatron_layout(uniform(8).layers, [0, 4, 8])
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -207,7 +241,7 @@ def test_predictions_of_an_update(prediction, accumulation, count):
     assert row.predictions == count
     settings = deepspeed_config(job(prediction=prediction), row)
     assert settings.get("paci") == ({"prediction": prediction} if prediction != "off" else None)
-    flags = " ".join(megatron_flags(job(prediction=prediction), row))
+    flags = " ".join(megatron_flags(job(model=transformer(2), prediction=prediction), row))
     assert (f"--paci-prediction {prediction}" in flags) == (prediction != "off")
 
 

@@ -143,11 +143,13 @@ def plan_(
     rows = search(job)
     best = next((row for row in rows if not row.refused and row.schedule in IN_EVERY_LOOP), None)
     if as_json:
+        flags, refused = _megatron(job, best) if best else ([], "")
         settings = best and {
             "row": asdict(best),
             "deepspeed": deepspeed_config(job, best),
             "pipeline_module": pipeline_module(best),
-            "megatron": megatron_flags(job, best),
+            "megatron": flags or None,
+            "megatron_refused": refused,
         }
         print_json({"parameters": shape.parameters, "rows": [asdict(row) for row in rows], "settings": settings})
     else:
@@ -204,12 +206,21 @@ def _print_plan(job: Job, rows: Sequence[Row], best: Row | None, top: int) -> No
         )
     if best:
         module = ", ".join(f"{key}={value}" for key, value in pipeline_module(best).items())
+        flags, refused = _megatron(job, best)
         click.echo(
             f"\nThe fastest that runs with paci_schedule: {best.schedule}\n"
             f"DeepSpeed  {json.dumps(deepspeed_config(job, best))}\n"
-            f"           PipelineModule({module})\n"
-            f"Megatron   {' '.join(megatron_flags(job, best))}"
+            f"           paci_schedule.adapters.deepspeed.CutPipelineModule(layers, {module})\n"
+            f"Megatron   {' '.join(flags) or f'cannot run it: {refused}'}"
         )
+
+
+def _megatron(job: Job, row: Row) -> tuple[list[str], str]:
+    """Megatron-LM's flags of a row; if it cannot run the row, none, and the reason."""
+    try:
+        return megatron_flags(job, row), ""
+    except ConfigError as error:
+        return [], str(error)
 
 
 def _place(row: Row) -> tuple[str, str, str, str]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from paci_schedule.errors import ConfigError
 
-__all__ = ["Layer"]
+__all__ = ["ROLES", "Layer"]
+
+ROLES = "embedding", "block", "head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class Layer:
     """One layer of a model; its times and bytes are those of one micro-batch.
 
     Raises:
-        ConfigError: a number is negative or not finite.
+        ConfigError: a number is negative or not finite, or the role is unknown.
     """
 
     forward: float
@@ -45,11 +47,16 @@ class Layer:
     tied: str | None = None
     """The key of a layer that shares its parameters with others; a stage holds them once for each key."""
 
+    role: str = ""
+    """What the layer is in a transformer: one of `ROLES`, or "" where that is not known."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "tied" and not (math.isfinite(value) and value >= 0):
+            if field.name not in ("tied", "role") and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{field.name}={value!r}: a layer's cost must be finite and at least 0")
+        if self.role not in ("", *ROLES):
+            raise ConfigError(f"role={self.role!r}: must be one of {', '.join(ROLES)}, or left out")
 
     def scaled(self, size: float, seconds: float) -> Layer:
         """The same layer for a micro-batch `size` times as large, with `seconds` in place of every unit of time."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf, isqrt
 from typing import Any
 
@@ -136,6 +136,11 @@ class Row:
 
     refused: str = ""
     """Why the row cannot be run; empty where it can."""
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Where each stage begins and the last one ends: stage s has the layers bounds[s] to bounds[s + 1] - 1."""
+        return tuple(accumulate(self.layers, initial=0))
 
 
 def search(job: Job) -> list[Row]:

@@ -1,11 +1,21 @@
-"""The settings of a planned row: DeepSpeed's config, and Megatron-LM's flags."""
+"""The settings of a planned row: DeepSpeed's config and partition, and Megatron-LM's flags.
+
+What runs is what was planned: the same layers on every stage, and gradients that are summed in fp32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.errors import ConfigError
+from paci_schedule.plan.layers import ROLES, Layer
 from paci_schedule.plan.search import Job, Row
 
-__all__ = ["deepspeed_config", "megatron_flags", "pipeline_module"]
+__all__ = ["deepspeed_config", "megatron_flags", "megatron_layout", "pipeline_module"]
+
+_LETTERS = dict(zip(ROLES, "EtL", strict=True))
 
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
@@ -15,21 +25,29 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
         "train_micro_batch_size_per_gpu": row.micro_batch_size,
         "gradient_accumulation_steps": row.accumulation,
         "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": job.zero},
         "pipeline_schedule": row.schedule,
     }
     return config | ({"paci": {"prediction": job.prediction}} if _predicts(job, row) else {})
 
 
-def pipeline_module(row: Row) -> dict[str, int]:
-    """The arguments of DeepSpeed's PipelineModule that a row sets."""
-    return {"num_stages": row.stages} | ({"activation_checkpoint_interval": 1} if row.recompute else {})
+def pipeline_module(row: Row) -> dict[str, object]:
+    """The arguments of a `CutPipelineModule` that a row sets; DeepSpeed's own PipelineModule takes no bounds."""
+    arguments: dict[str, object] = {"num_stages": row.stages, "partition_method": list(row.bounds)}
+    return arguments | ({"activation_checkpoint_interval": 1} if row.recompute else {})
 
 
 def megatron_flags(job: Job, row: Row) -> list[str]:
-    """The Megatron-LM flags of a row, without those of the model itself."""
+    """The Megatron-LM flags of a row, without those of the model itself.
+
+    Raises:
+        ConfigError: Megatron-LM cannot run the row.
+    """
+    layout = megatron_layout(job.model.layers, row.bounds)
     flags = {
         "--pipeline-model-parallel-size": row.stages,
+        **({"--pipeline-model-parallel-layout": layout} if layout else {}),
         "--micro-batch-size": row.micro_batch_size,
         "--global-batch-size": job.global_batch,
         "--seq-length": job.model.sequence_length,
@@ -41,6 +59,22 @@ def megatron_flags(job: Job, row: Row) -> list[str]:
     arguments += ["--use-distributed-optimizer"] * job.zero
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     return arguments + recompute * row.recompute
+
+
+def megatron_layout(layers: Sequence[Layer], bounds: Sequence[int]) -> str:
+    """Megatron-LM's name of a partition: "Ett|ttt|ttL"; "" where Megatron-LM divides the layers so by itself.
+
+    Raises:
+        ConfigError: the layers are not an embedding, blocks and a head, so Megatron-LM has no name for them.
+    """
+    roles = [layer.role for layer in layers]
+    if roles != ["embedding", *["block"] * (len(roles) - 2), "head"]:
+        raise ConfigError(
+            "the layers' roles are not an embedding, blocks and a head, so Megatron-LM's layout is not known; write "
+            '"role" to each layer of the file'
+        )
+    stages = ["".join(_LETTERS[role] for role in roles[start:stop]) for start, stop in pairwise(bounds)]
+    return "" if len({stage.count("t") for stage in stages}) == 1 else "|".join(stages)
 
 
 def _predicts(job: Job, row: Row) -> bool:

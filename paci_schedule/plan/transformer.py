@@ -130,9 +130,15 @@ def from_config(config: dict[str, Any], sequence_length: int | None = None) -> M
         input_bytes=row,
         saved_bytes=sequence * (16 * hidden + 4 * inner),
         output_bytes=row,
+        role="block",
     )
     embedding = Layer(
-        forward=0.0, backward=0.0, parameters=hidden * vocabulary, input_bytes=_ID * sequence, output_bytes=row
+        forward=0.0,
+        backward=0.0,
+        parameters=hidden * vocabulary,
+        input_bytes=_ID * sequence,
+        output_bytes=row,
+        role="embedding",
     )
     head = Layer(
         forward=head_work,
@@ -140,6 +146,7 @@ def from_config(config: dict[str, Any], sequence_length: int | None = None) -> M
         parameters=hidden * vocabulary,
         input_bytes=row,
         saved_bytes=4 * sequence * vocabulary,
+        role="head",
     )
     return Model([embedding, *[block] * found["layers"], head], sequence, measured=False)
 
@@ -149,8 +156,8 @@ def from_layers(path: Path) -> Model:
 
     `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
     "input_bytes": 2e6, "count": 24}, ...]}`; "activation_bytes" is what a layer keeps from its forward to the end of
-    its backward, its input included; "count" repeats a layer and may be left out.  A layer hands on as much as the next
-    one gets.
+    its backward, its input included; "count" repeats a layer; "role" is "embedding", "block" or "head".  Both may be left
+    out, but Megatron's flags are only known with the roles.  A layer hands on as much as the next one gets.
 
     Raises:
         ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.
@@ -168,6 +175,7 @@ def from_layers(path: Path) -> Model:
                 parameters=values["parameters"],
                 input_bytes=values["input_bytes"],
                 saved_bytes=max(0.0, values["activation_bytes"] - values["input_bytes"]),
+                role=str(entry.get("role", "")),
             )
             layers += [layer] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
         sequence = int(content["sequence_length"])
