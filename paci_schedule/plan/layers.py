@@ -21,10 +21,10 @@ class Layer:
     """
 
     forward: float
-    """Seconds of the forward; floating-point operations where the model was read from its config."""
+    """Seconds of the forward."""
 
     backward: float
-    """The whole backward, in the same unit."""
+    """Seconds of the whole backward."""
 
     input_bytes: float = 0
     """What the layer gets from the layer before; it is kept until the backward."""
@@ -46,6 +46,9 @@ class Layer:
 
     tied: str | None = None
     """The key of a layer that shares its parameters with others; a stage holds them once for each key."""
+
+    own_parameters: float = 0
+    """Those of `parameters` that it does not share."""
 
     role: str = ""
     """What the layer is in a transformer: one of `ROLES`, or "" where that is not known."""
