@@ -6,13 +6,21 @@ import json
 
 import pytest
 
-from paci_schedule import ConfigError
+from paci_schedule import ConfigError, PipelineSpec
 from paci_schedule.plan.layers import Layer
-from paci_schedule.plan.search import Job, calibrated, search
+from paci_schedule.plan.hardware import Device, Link, preset
+from paci_schedule.plan.job import DATA_PARALLEL, Job, Row
+from paci_schedule.plan.models import Measured, built_in, from_layers, load_config
+from paci_schedule.plan.partition import evaluate, memory_of_stages
+from paci_schedule.plan.prices import costs_of
+from paci_schedule.plan.search import calibrated, search
 from paci_schedule.plan.settings import deepspeed_config, megatron_flags, megatron_layout, pipeline_module
-from paci_schedule.plan.transformer import Model, built_in, from_config, from_layers, load_config
+from paci_schedule.plan.transformer import from_config
 
 GIB = 2**30
+
+
+PLAIN = Device(memory=80 * GIB)  # one operation a second
 
 
 def uniform(count, forward=0.04, backward=0.08, parameters=1e6, input_bytes=1e4, saved_bytes=1e6):
@@ -24,20 +32,21 @@ def uniform(count, forward=0.04, backward=0.08, parameters=1e6, input_bytes=1e4,
         saved_bytes=saved_bytes,
         output_bytes=input_bytes,
     )
-    return Model([layer] * count, 1024, measured=True)
+    return Measured([layer] * count, 1024)
 
 
 def transformer(blocks):
     """Layers as in `uniform`, which are an embedding, blocks and a head."""
     (plain,) = uniform(1).layers
     roles = ["embedding", *["block"] * blocks, "head"]
-    return Model([dataclasses.replace(plain, role=role) for role in roles], 1024, measured=True)
+    return Measured([dataclasses.replace(plain, role=role) for role in roles], 1024)
 
 
-def job(**changes):
-    return Job(
-        **{"model": uniform(8), "devices": 8, "memory": 80 * GIB, "global_batch": 8, "recompute": (False,)} | changes
-    )
+def job(memory=80 * GIB, flops=1.0, bandwidth=float("inf"), latency=0.0, **changes):
+    link = Link(bandwidth=bandwidth, latency=latency)
+    device = Device(memory=memory, flops=flops, inside=link, between=link)
+    given = {"model": uniform(8), "device": device, "devices": 8, "global_batch": 8, "recompute": (False,)}
+    return Job(**given | changes)
 
 
 def best(rows, name, **wanted):
@@ -52,9 +61,9 @@ def test_ideal_ratios_of_eight_stages(accumulation, ratio):
     rows = search(job(global_batch=accumulation, stages=(8,), micro_batch_sizes=(1,)))
     paci = best(rows, "paci")
     assert (paci.accumulation, paci.drift) == (accumulation, 1)
-    assert paci.speedup == pytest.approx(ratio, rel=1e-12)
+    assert paci.against_1f1b == pytest.approx(ratio, rel=1e-12)
     assert paci.tokens_per_second == pytest.approx(1024 / 0.12)
-    assert best(rows, "1f1b").speedup == 1
+    assert best(rows, "1f1b").against_1f1b == 1
 
 
 def test_the_plan_projects_the_measured_throughputs_of_a_cluster():
@@ -108,7 +117,7 @@ def test_zero_divides_the_optimizer_over_the_replicas_and_recompute_keeps_inputs
 
 def test_the_slowest_stage_is_as_fast_as_it_can_be():
     light, heavy = uniform(1).layers[0], uniform(1, forward=0.08, backward=0.16).layers[0]
-    model = Model([light] * 5 + [heavy], 1024, measured=True)
+    model = Measured([light] * 5 + [heavy], 1024)
     row = search(
         job(
             model=model,
@@ -160,10 +169,10 @@ def test_rows_are_ranked_and_refusals_say_why():
     rows = search(job(memory=0.08 * GIB, global_batch=32, max_drift=1))
     runs = [row for row in rows if not row.refused]
     speeds = [row.tokens_per_second for row in runs]
-    assert all(faster >= slower * (1 - 1e-8) for faster, slower in itertools.pairwise(speeds))
+    assert all(faster >= slower * 0.99 for faster, slower in itertools.pairwise(speeds))
     assert speeds[0] > 1.2 * speeds[-1]
     assert rows[: len(runs)] == runs
-    assert {row.schedule for row in rows if row.stages == 1} == {"1f1b"}
+    assert {row.schedule for row in rows if row.stages == 1} == {DATA_PARALLEL}
     reasons = " | ".join(row.refused for row in rows)
     assert "GiB of 0.1" in reasons
     assert "limit 1" in reasons
@@ -294,15 +303,75 @@ def test_newer_configs_and_their_defaults(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = from_config(load_config(str(tmp_path)), sequence_length=16)
-    block = model.layers[1]
+    embedding, block, *_, head = model.layers_on(PLAIN, 1)
     matrices = 64 * 64 * 2 + 64 * 16 * 2 + 3 * 64 * 96
-    assert len(model.layers) == 5
+    assert (model.count, model.tied, model.gated) == (5, False, True)
     assert block.forward == 16 * (2 * matrices + 4 * 16 * 64)
     assert block.backward == 2 * block.forward
-    assert block.parameters == matrices + 4 * 64
-    assert model.layers[-1].forward == 16 * 2 * 64 * 100
-    wide = from_config(config | {"head_dim": 16}, sequence_length=16)
-    assert wide.layers[1].parameters - block.parameters == 64 * 8 * (8 + 8 + 2 + 2)
+    assert block.parameters == matrices + 2 * 64  # two RMSNorms, no biases
+    assert (embedding.parameters, head.parameters) == (100 * 64, 100 * 64 + 64)
+    # Of h = 64 bytes a token: two norms' outputs, queries and what the attention leaves, the second sum; keys and values
+    # of 16 each; gate, value and product of 96 each.
+    assert block.saved_bytes == 16 * 2 * (64 + 64 + 64 + 64 + 64 + 2 * 16 + 3 * 96)
+    assert head.saved_bytes == 16 * (2 * 64 + 4 * 100)
+    wide = from_config(config | {"head_dim": 16}, sequence_length=16).layers_on(PLAIN, 1)[1]
+    assert wide.parameters - block.parameters == 64 * 8 * (8 + 8 + 2 + 2)
+
+
+def test_the_layers_of_gpt2_are_those_of_the_model():
+    """The published sizes: 124,439,808 parameters, and 354,823,168 of the medium one, with their heads tied."""
+    sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+    assert from_config(sizes).parameters == 124_439_808
+    assert from_config(sizes | {"n_layer": 24, "n_embd": 1024}).parameters == 354_823_168
+    assert from_config(sizes, tied=False).parameters == 124_439_808 + 768 * 50257
+    block = from_config(sizes).layers_on(PLAIN, 1)[1]
+    assert block.saved_bytes + block.input_bytes == 34 * 1024 * 768  # arXiv 2205.05198, equation 2 without scores
+    unfused = dataclasses.replace(from_config(sizes), fused_attention=False).layers_on(PLAIN, 1)[1]
+    assert unfused.saved_bytes - block.saved_bytes == 5 * 12 * 1024**2  # the rest of the equation
+
+
+def test_slices_divide_the_layers_and_reduce_their_activations():
+    model = from_config(load_config("gpt2"))
+    device = dataclasses.replace(PLAIN, inside=Link(bandwidth=1e3))
+    whole, half = (model.layers_on(device, 2, slices)[1] for slices in (1, 2))
+    # Two all-reduces of 2 bytes a number; around a ring of two, half of them pass each link twice.
+    reduces = 2 * 2 * (1 / 2) * 2 * 2 * 1024 * 768 / 1e3
+    assert half.forward == pytest.approx(whole.forward / 2 + reduces)
+    assert half.backward == pytest.approx(whole.backward / 2 + reduces)
+    for name in ("parameters", "input_bytes", "saved_bytes", "output_bytes"):
+        assert getattr(half, name) == getattr(whole, name) / 2
+    assert model.check_tensor(5) == "5 slices do not divide the 12 heads"
+
+
+def test_a_small_micro_batch_uses_a_device_badly():
+    device = dataclasses.replace(PLAIN, saturation=64)
+    assert device.seconds(1000, tokens=64) == 2000  # half of what large ones reach
+    assert device.seconds(1000, tokens=64 * 9) == pytest.approx(10000 / 9)
+    assert dataclasses.replace(device, memory_bandwidth=4).seconds(0, 64, moved=8) == 2
+
+
+def test_links_depend_on_the_nodes():
+    """Two nodes of four: stages of two ranks cross from one node to the other behind the second stage only."""
+    inside, between = Link(bandwidth=100), Link(bandwidth=10)
+    device = dataclasses.replace(PLAIN, node=4, inside=inside, between=between)
+    wanted = Job(model=uniform(8), device=device, devices=8, global_batch=8)
+    row = Row(schedule="paci", stages=4, replicas=2, micro_batch_size=1, accumulation=4, recompute=False)
+    layers = wanted.model.layers_on(device, 1)
+    spec = PipelineSpec(stages=4, accumulation=4)
+    partition = evaluate(layers, memory_of_stages(spec), [0, 2, 4, 6, 8])
+    costs = costs_of(wanted, spec, row, layers, partition)
+    assert costs.bandwidth == [100, 10, 100]
+    # Replicas of a stage are in one node: half of 2e6 parameters, 8 bytes each, at 100 a second.
+    assert costs.step == [1e6 * 8 / 100] * 4
+    overlapped = costs_of(dataclasses.replace(wanted, overlap=True), spec, row, layers, partition)
+    assert overlapped.step == [pytest.approx(1e6 * 8 / 100 - 2 * 0.08)] * 4
+
+
+def test_presets_keep_a_reserve():
+    device = preset("H100")
+    assert (device.memory - device.usable) / GIB == 3
+    with pytest.raises(ConfigError, match="did you mean 'h100'"):
+        preset("h10")
 
 
 def test_measured_layers(tmp_path):
@@ -385,7 +454,7 @@ def test_many_devices_are_searched_by_their_divisors():
     assert all("stages with 1 chunks, and 8 layers" in row.refused for row in rows)
     rows = search(job(devices=36, global_batch=36, schedules=("1f1b",)))
     assert sorted({row.stages for row in rows}) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
-    assert [row.micro_batch_size for row in rows if row.stages == 6] == [1, 2]
+    assert sorted(row.micro_batch_size for row in rows if row.stages == 6) == [1, 2]
 
 
 def test_calibration_needs_one_run():

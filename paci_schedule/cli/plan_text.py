@@ -14,7 +14,7 @@ from paci_schedule.adapters.choice import IN_EVERY_LOOP
 from paci_schedule.cli.printing import screen
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.job import DATA_PARALLEL, Job, Row
-from paci_schedule.plan.ranking import lines
+from paci_schedule.plan.ranking import SLOWER, lines
 from paci_schedule.plan.settings import deepspeed_config, megatron_flags, pipeline_module
 
 __all__ = ["Settings", "print_plan", "settings_of"]
@@ -79,7 +79,7 @@ def print_plan(job: Job, rows: Sequence[Row], top: int) -> None:
 
 def _print_refused(rows: Sequence[Row]) -> None:
     """Print the first row for each reason to refuse one."""
-    refused = [row for row in rows if row.refused]
+    refused = [row for row in rows if row.refused and not row.refused.startswith(SLOWER)]
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in refused:
         reasons.setdefault((row.schedule, re.sub(r"[\d.]+", "#", row.refused)), []).append(row)

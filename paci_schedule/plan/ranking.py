@@ -13,9 +13,14 @@ from itertools import groupby
 
 from paci_schedule.plan.job import DATA_PARALLEL, Row
 
-__all__ = ["compared", "lines", "ranked"]
+__all__ = ["ALIKE", "SLOWER", "compared", "lines", "ranked"]
 
-_ALIKE = 0.99
+ALIKE = 0.99
+"""Speeds whose ratio is at least this count as equal."""
+
+SLOWER = "slower than another row of its schedule and division"
+"""How the reason of a refusal begins that says nothing about what can run."""
+
 _MEMORY = 2**30 / 10  # what a plan prints of it
 
 
@@ -25,7 +30,7 @@ def ranked(rows: Iterable[Row]) -> list[Row]:
     running = sorted((row for row in rows if not row.refused), key=lambda row: -row.tokens_per_second)
     ordered: list[Row] = []
     while running:
-        least = _ALIKE * running[0].tokens_per_second
+        least = ALIKE * running[0].tokens_per_second
         alike = [row for row in running if row.tokens_per_second >= least]
         ordered += sorted(alike, key=_preference)
         running = running[len(alike) :]

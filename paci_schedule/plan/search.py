@@ -20,7 +20,8 @@ from paci_schedule.plan.job import DATA_PARALLEL, Job, Row
 from paci_schedule.plan.layers import Layer
 from paci_schedule.plan.partition import NothingFitsError, Partition, StageMemory, balance, parameters_of_stages
 from paci_schedule.plan.prices import costs_of, drifted_share, memory_of
-from paci_schedule.plan.ranking import compared, ranked
+from paci_schedule.plan.ranking import ALIKE, SLOWER, compared, ranked
+from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.figures import time_per_micro_batch
 from paci_schedule.simulate.slack import least_slack
 
@@ -33,16 +34,17 @@ def search(job: Job) -> list[Row]:
     """All rows: first those that can run, as `plan.ranking` puts them, then the refused ones with their reasons.
 
     On one stage every schedule is plain gradient accumulation; such rows appear once, as data parallel.  Where links
-    take time, a row that can hide them with slack appears with and without it.
+    take time, a row that can hide them with slack appears with and without it.  A row is not simulated if even without
+    waiting for anything it would be more than 1% slower than another one of its schedule and division of the devices;
+    it is refused with that reason.
     """
     table = _Table(job)
-    rows = [
-        row
-        for shape in _shapes(job)
-        for name in job.schedules
-        if shape.stages > 1 or name == "1f1b"
-        for row in table.rows(name, shape)
-    ]
+    places: dict[tuple[str, int, int], list[_Shape]] = {}
+    for shape in _shapes(job):
+        for name in job.schedules:
+            if shape.stages > 1 or name == "1f1b":
+                places.setdefault((name, shape.stages, shape.slices), []).append(shape)
+    rows = [row for (name, *_), shapes in places.items() for row in table.place(name, shapes)]
     return ranked(compared(rows))
 
 
@@ -65,7 +67,7 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
     for _ in range(60):
         device = job.device
         unlimited = replace(job, device=replace(device, memory=inf))
-        (row,) = _Table(unlimited).rows("1f1b", shapes[0])
+        row = _Table(unlimited).row("1f1b", shapes[0])
         if row.refused:
             raise ConfigError(f"measured: 1f1b cannot run there ({row.refused}); name the measured run's stages")
         ratio = samples_per_second_per_device / row.samples_per_second_per_device
@@ -109,6 +111,22 @@ def _divisors(number: int) -> list[int]:
     return small + [number // count for count in reversed(small) if count * count != number]
 
 
+class _Draft(NamedTuple):
+    """A row that is not simulated yet, and what it takes to do so.
+
+    Attributes:
+        at_most: tokens per second of the whole job if nobody waited longer than the schedule itself requires; 0 where
+            the row is refused.
+    """
+
+    row: Row
+    chosen: Schedule
+    spec: PipelineSpec
+    shape: _Shape
+    costs: Costs | None = None
+    at_most: float = 0.0
+
+
 class _Table:
     """The rows of a job; a partition that several of them share is searched once."""
 
@@ -117,17 +135,48 @@ class _Table:
         self._layers: dict[tuple[int, int], list[Layer]] = {}
         self._known: dict[tuple[Any, ...], Partition | NothingFitsError] = {}
 
-    def rows(self, name: str, shape: _Shape) -> list[Row]:
-        """One row, simulated unless it is refused; and another one with slack where that can hide its links."""
-        spec = PipelineSpec(stages=shape.stages, accumulation=shape.accumulation)
-        row, slack = self._row(name, shape, spec)
-        if not any(slack):
-            return [row]
-        return [row, self._row(name, shape, replace(spec, extra_in_flight=slack))[0]]
+    def place(self, name: str, shapes: Sequence[_Shape]) -> list[Row]:
+        """The rows of a schedule on one division of the devices."""
+        drafts = sorted((self._draft(name, shape) for shape in shapes), key=lambda draft: -draft.at_most)
+        rows: list[Row] = []
+        best = 0.0
+        for draft in drafts:
+            if not draft.row.refused and draft.at_most < ALIKE * best:
+                slower = f"{SLOWER}, at most {draft.at_most:,.0f} tokens/s without any wait"
+                rows.append(replace(draft.row, refused=slower))
+                continue
+            rows += self._timed(draft)
+            best = max(best, *(row.tokens_per_second for row in rows))
+        return rows
 
-    def _row(self, name: str, shape: _Shape, spec: PipelineSpec) -> tuple[Row, tuple[int, ...]]:
-        """A row, and the slack that would hide its links."""
+    def row(self, name: str, shape: _Shape) -> Row:
+        """One row, simulated unless it is refused."""
+        return self._timed(self._draft(name, shape))[0]
+
+    def _timed(self, draft: _Draft) -> list[Row]:
+        """The row of a draft, simulated; and another one with slack where that can hide its links."""
+        if draft.costs is None:
+            return [draft.row]
+        row, spec = draft.row, draft.spec
+        try:
+            seconds = time_per_micro_batch(draft.chosen, spec, draft.costs)
+        except ConfigError as error:  # too many ops to simulate
+            return [replace(row, refused=str(error))]
+        samples = row.replicas * row.micro_batch_size / seconds
+        row = replace(
+            row,
+            tokens_per_second=samples * self._job.model.sequence_length,
+            samples_per_second_per_device=samples / self._job.devices,
+        )
+        if spec.extra_in_flight or "extra_in_flight" not in draft.chosen.options:
+            return [row]
+        slack = least_slack(draft.chosen, spec, draft.costs)
+        return [row, *(self._timed(self._draft(draft.row.schedule, draft.shape, slack)) if any(slack) else [])]
+
+    def _draft(self, name: str, shape: _Shape, slack: tuple[int, ...] = ()) -> _Draft:
+        """A row before it is simulated."""
         job, chosen = self._job, schedule(name)
+        spec = PipelineSpec(stages=shape.stages, accumulation=shape.accumulation, extra_in_flight=slack or 0)
         row = Row(
             schedule=name if shape.stages > 1 else DATA_PARALLEL,
             stages=shape.stages,
@@ -136,21 +185,21 @@ class _Table:
             micro_batch_size=shape.size,
             accumulation=shape.accumulation,
             recompute=shape.recompute,
-            extra_in_flight=spec.extra_in_flight if isinstance(spec.extra_in_flight, tuple) else (),
+            extra_in_flight=slack,
             drift=chosen.drift_bound(spec, 0),
             drifted=drifted_share(chosen, spec),
             predictions=predictions_of_an_update(spec, 0, job.prediction) if "prediction" in chosen.options else 0,
         )
         reason = _impossible(job, chosen, spec, row)
         if reason:
-            return replace(row, refused=reason), ()
+            return _Draft(replace(row, refused=reason), chosen, spec, shape)
         layers = self._layers_of(shape)
         memories = [memory_of(job, chosen, spec, row, stage) for stage in range(shape.stages)]
         partition = self._partition(shape, layers, memories)
         if isinstance(partition, NothingFitsError):
             memory = max(partition.nearest.peak_bytes)
-            limit = job.device.usable / _GIB
-            return replace(row, memory=memory, refused=f"needs {memory / _GIB:.1f} GiB of {limit:.1f}"), ()
+            refused = f"needs {memory / _GIB:.1f} GiB of {job.device.usable / _GIB:.1f}"
+            return _Draft(replace(row, memory=memory, refused=refused), chosen, spec, shape)
         row = replace(
             row,
             memory=max(partition.peak_bytes),
@@ -159,17 +208,10 @@ class _Table:
             stage_parameters=parameters_of_stages(layers, partition.bounds),
         )
         costs = costs_of(job, spec, row, layers, partition)
-        try:
-            seconds = time_per_micro_batch(chosen, spec, costs)
-        except ConfigError as error:  # too many ops to simulate
-            return replace(row, refused=str(error)), ()
-        samples = row.replicas * shape.size / seconds
-        row = replace(
-            row,
-            tokens_per_second=samples * job.model.sequence_length,
-            samples_per_second_per_device=samples / job.devices,
-        )
-        return row, least_slack(chosen, spec, costs) if "extra_in_flight" in chosen.options else ()
+        filling = sum(partition.seconds) - partition.slowest if name in ("gpipe", "1f1b") else 0.0
+        least = partition.slowest + filling / shape.accumulation
+        at_most = row.replicas * shape.size * job.model.sequence_length / least
+        return _Draft(row, chosen, spec, shape, costs, at_most)
 
     def _layers_of(self, shape: _Shape) -> list[Layer]:
         key = shape.size, shape.slices
