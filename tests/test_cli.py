@@ -46,8 +46,9 @@ def test_simulate_prints_its_figures_as_json(paci):
 def test_simulate_takes_every_option(paci):
     line = (
         "simulate --schedule paci --stages 4 --micro-batches 8 --batches 6 --forward 2,2,2,2 --backward 3 --weight 1 "
-        "--step 1 --latency 0.1,0.1,0.1 --bandwidth 100 --unit s --message-bytes 5 --jitter 0.05 --seed 7 --straggler 2:1.5 "
-        "--slow-link 1:0.7 --extra-in-flight 2 --cut leading --activation-bytes 10 --weight-bytes 20 --json"
+        "--step 1 --latency 0.1,0.1,0.1 --bandwidth 100 --unit s --message-bytes 5 --jitter 0.05 --seed 7 "
+        "--straggler 2:1.5 --slow-link 1:0.7 "
+        "--extra-in-flight 2 --cut leading --activation-bytes 10 --weight-bytes 20 --json"
     )
     code, out, _ = paci(*arguments(line))
     found = json.loads(out)

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.plan.layers import Layer
 from paci_schedule.plan.hardware import Device, Link, preset
 from paci_schedule.plan.job import DATA_PARALLEL, Job, Row
+from paci_schedule.plan.layers import Layer
 from paci_schedule.plan.models import Measured, built_in, from_layers, load_config
 from paci_schedule.plan.partition import evaluate, memory_of_stages
 from paci_schedule.plan.prices import costs_of
@@ -310,8 +310,8 @@ def test_newer_configs_and_their_defaults(tmp_path):
     assert block.backward == 2 * block.forward
     assert block.parameters == matrices + 2 * 64  # two RMSNorms, no biases
     assert (embedding.parameters, head.parameters) == (100 * 64, 100 * 64 + 64)
-    # Of h = 64 bytes a token: two norms' outputs, queries and what the attention leaves, the second sum; keys and values
-    # of 16 each; gate, value and product of 96 each.
+    # Of h = 64 bytes a token: two norms' outputs, queries and what the attention leaves, the second sum; keys and
+    # values of 16 each; gate, value and product of 96 each.
     assert block.saved_bytes == 16 * 2 * (64 + 64 + 64 + 64 + 64 + 2 * 16 + 3 * 96)
     assert head.saved_bytes == 16 * (2 * 64 + 4 * 100)
     wide = from_config(config | {"head_dim": 16}, sequence_length=16).layers_on(PLAIN, 1)[1]

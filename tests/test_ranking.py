@@ -12,7 +12,14 @@ GIB = 2**30
 
 
 def row(name, speed, **changes):
-    shape = {"stages": 4, "replicas": 2, "micro_batch_size": 1, "accumulation": 8, "recompute": False, "memory": 9 * GIB}
+    shape = {
+        "stages": 4,
+        "replicas": 2,
+        "micro_batch_size": 1,
+        "accumulation": 8,
+        "recompute": False,
+        "memory": 9 * GIB,
+    }
     return Row(schedule=name, tokens_per_second=speed, **shape | changes)
 
 
@@ -34,7 +41,13 @@ def test_within_one_percent_drift_counts_before_memory_and_memory_before_headroo
 
 def test_rows_are_compared_with_the_best_of_the_others_in_any_shape():
     """The fastest 1F1B has another shape than PACI: 59 tokens a second, where 1F1B in PACI's shape makes 35."""
-    rows = [row("paci", 65.6), row("1f1b", 35), row("1f1b", 59.2, stages=16), row("zb-h2", 66.3), row(DATA_PARALLEL, 20)]
+    rows = [
+        row("paci", 65.6),
+        row("1f1b", 35),
+        row("1f1b", 59.2, stages=16),
+        row("zb-h2", 66.3),
+        row(DATA_PARALLEL, 20),
+    ]
     paci = compared(rows)[0]
     assert paci.against_1f1b == pytest.approx(1.108, abs=5e-4)
     assert paci.against_zero_bubble == pytest.approx(0.989, abs=5e-4)

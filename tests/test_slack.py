@@ -15,7 +15,9 @@ PACI = schedule("paci")
 
 
 def time(costs, stages, slack, accumulation=4):
-    return time_per_micro_batch(PACI, PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=slack), costs)
+    return time_per_micro_batch(
+        PACI, PipelineSpec(stages=stages, accumulation=accumulation, extra_in_flight=slack), costs
+    )
 
 
 def test_one_round_at_the_slow_link_of_sixteen_stages_is_enough():
@@ -49,7 +51,7 @@ def test_no_smaller_slack_hides_the_links(seed):
 
 
 def test_stages_with_time_to_spare_hide_links_by_themselves():
-    """The slowest stage takes 12, the others 6: their circle of two rounds has 12 to spare, as much as the link takes."""
+    """The slowest stage takes 12, the others 6: their circle of two rounds has 12 to spare, as the link takes."""
     costs = Costs(forward=[2, 2, 4], backward=[4, 4, 8], latency=[6, 0])
     assert least_slack(PACI, PipelineSpec(stages=3, accumulation=4), costs) == (0, 0)
 

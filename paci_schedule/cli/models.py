@@ -1,4 +1,4 @@
-"""The model that `paci plan` is given by name: a built-in size, a file, a type of transformers, or a name on the hub."""
+"""The model that `paci plan` is given by name: a built-in size, a file, a type of transformers, or one on the hub."""
 
 from __future__ import annotations
 

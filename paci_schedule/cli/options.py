@@ -53,16 +53,14 @@ class _Slack(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 
     name = "COUNT[,COUNT...]"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
         if not isinstance(value, str):
             return value
         try:
-            counts = tuple(int(part) for part in value.split(","))
+            counts = [int(part) for part in value.split(",")]
         except ValueError:
             self.fail(f"{value!r} is not a whole number, nor whole numbers separated by commas", param, ctx)
-        return counts if len(counts) > 1 else counts[0]
+        return tuple(counts) if len(counts) > 1 else counts[0]
 
 
 class _Pair(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
@@ -207,14 +205,16 @@ costs_options = _several(
 
 
 def jobs(options: dict[str, Any]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
-    """The schedules, with the pipeline and the costs that `pipeline_options`, `costs_options`, `slack_option` describe.
+    """The schedules, each with the pipeline and the costs that the options describe.
 
     Of several schedules, each gets only those of --chunks, --cut, --extra-in-flight and --suggest-slack that it takes.
     """
     suggested = options.pop("suggest_slack")
     shape = {key: options.pop(key) for key in ("stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
     if suggested and shape["extra_in_flight"]:
-        raise ConfigError(f"extra_in_flight={shape['extra_in_flight']}: --suggest-slack chooses it; give one of the two")
+        raise ConfigError(
+            f"extra_in_flight={shape['extra_in_flight']}: --suggest-slack chooses it; give one of the two"
+        )
     names, found = options.pop("name").split(","), []
     for name in names:
         own = dict(shape)
@@ -246,8 +246,8 @@ def _costs_for(spec: PipelineSpec, options: dict[str, Any]) -> Costs:
     if options["bandwidth"] != float("inf"):
         if unit is None:
             raise ConfigError(
-                f"bandwidth={options['bandwidth']:g}: is in bytes per second, and the times have no unit; add --unit s, "
-                "ms or us, whichever --forward and --backward are in"
+                f"bandwidth={options['bandwidth']:g}: is in bytes per second, and the times have no unit; add "
+                "--unit s, ms or us, whichever --forward and --backward are in"
             )
         options["bandwidth"] *= _UNITS[unit]
     return Costs(**options)

@@ -81,7 +81,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     default="fused",
     help="Whether the attention keeps its scores, as an unfused one does (default fused).",
 )
-@click.option("--tied/--untied", default=None, help="Whether the head shares the embedding's weight, whatever the config says.")
+@click.option(
+    "--tied/--untied", default=None, help="Whether the head shares the embedding's weight, whatever the config says."
+)
 @click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (default 1).")
 @click.option(
     "--overlap-grad-reduce",

@@ -55,7 +55,9 @@ def print_plan(job: Job, rows: Sequence[Row], top: int) -> None:
         f"{job.device.usable / _GIB:.1f} GiB for tensors, {job.global_batch} sequences of "
         f"{job.model.sequence_length} tokens an update"
     )
-    table = Table("schedule", "stages x replicas", *["x slices"] * _sliced(rows), "size x accum.", "recompute", box=None)
+    table = Table(
+        "schedule", "stages x replicas", *["x slices"] * _sliced(rows), "size x accum.", "recompute", box=None
+    )
     for title in ("slack", "tokens/s", "samples/s/device", "vs 1f1b", "vs zb", "GiB", "drift", "drifted"):
         table.add_column(title)
     shown = lines(rows)
@@ -105,8 +107,8 @@ def _print_settings(job: Job, rows: Sequence[Row]) -> None:
         click.echo(f"\n{name}: {row.schedule}, {' '.join(_place(row, row.slices > 1))}")
         if row.predictions:
             click.echo(
-                f"Predictions an update on the first stage: {row.predictions}. Each computes as long as its optimizer's "
-                "step, which the plan leaves out; it counts only what replicas gather for them."
+                f"Predictions an update on the first stage: {row.predictions}. Each computes as long as its "
+                "optimizer's step, which the plan leaves out; it counts only what replicas gather for them."
             )
         if framework == "deepspeed":
             module = ", ".join(f"{key}={value}" for key, value in pipeline_module(row).items())

@@ -70,7 +70,9 @@ class Measured:
 
     @property
     def parameters(self) -> float:
-        shared = {layer.tied: layer.parameters - layer.own_parameters for layer in self.layers if layer.tied is not None}
+        shared = {
+            layer.tied: layer.parameters - layer.own_parameters for layer in self.layers if layer.tied is not None
+        }
         own = sum(layer.parameters if layer.tied is None else layer.own_parameters for layer in self.layers)
         return own + sum(shared.values())
 
@@ -124,8 +126,8 @@ def from_layers(path: Path) -> Measured:
 
     `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
     "input_bytes": 2e6, "count": 24}, ...]}`; "activation_bytes" is what a layer keeps from its forward to the end of
-    its backward, its input included; "count" repeats a layer; "role" is "embedding", "block" or "head".  Both may be left
-    out, but Megatron's flags are only known with the roles.  A layer hands on as much as the next one gets.
+    its backward, its input included; "count" repeats a layer; "role" is "embedding", "block" or "head".  Both may be
+    left out, but Megatron's flags are only known with the roles.  A layer hands on as much as the next one gets.
 
     Raises:
         ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.

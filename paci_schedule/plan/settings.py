@@ -15,7 +15,7 @@ from paci_schedule.plan.layers import ROLES, Layer
 
 __all__ = ["deepspeed_config", "megatron_flags", "megatron_layout", "pipeline_module"]
 
-_LETTERS = dict(zip(ROLES, "EtL", strict=True))
+_LETTERS: dict[str, str] = dict(zip(ROLES, "EtL", strict=True))
 
 
 def deepspeed_config(job: Job, row: Row) -> dict[str, object]:

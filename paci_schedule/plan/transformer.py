@@ -1,10 +1,10 @@
 """A decoder-only transformer, from a Hugging Face config: what its layers compute, move, and hold in memory.
 
 A token takes 2 operations for each matrix parameter and 4 s h for its attention, where s is the sequence length and h
-the width of all heads; the backward takes twice the forward.  Activations follow arXiv 2205.05198, section 4: of h bytes
-a token, 2 each for what a norm, a matrix product or the attention reads, and 1 for the mask of a dropout.  The s x s
-scores count only without a fused (flash) attention.  Tensor parallelism divides everything by its degree (sequence
-parallelism is taken for granted), and adds two all-reduces to the forward of a block, and two to its backward.
+the width of all heads; the backward takes twice the forward.  Activations follow arXiv 2205.05198, section 4: of h
+bytes a token, 2 each for what a norm, a matrix product or the attention reads, and 1 for the mask of a dropout.  The
+s x s scores count only without a fused (flash) attention.  Tensor parallelism divides everything by its degree
+(sequence parallelism is taken for granted), and adds two all-reduces to the forward of a block, and two to its backward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["Transformer", "from_config"]
 
 _MOST_LAYERS = 1000
 _ID = 8  # bytes of a token's number
-_MOVED = 200  # bytes a token and unit of width that a block's norms, activation functions and sums move, both ways
-_MOVED_SCORES = 60  # bytes a token, head and position that an attention moves that is not fused, both ways
-_MOVED_LOGITS = 20  # bytes a token and word that a loss moves, both ways
+_MOVED = 280  # bytes a token and unit of width that a block's norms, activation functions and sums move, both ways
+_MOVED_SCORES = 50  # bytes a token, head and position that an attention moves that is not fused, both ways
+_MOVED_LOGITS = 12  # bytes a token and word that a loss moves, both ways
 
 _KEYS = MappingProxyType(
     {  # what the planner needs -> the names that model families give it
@@ -175,7 +175,7 @@ def from_config(config: dict[str, Any], sequence_length: int | None = None, tied
     Args:
         config: with GPT-2's names of the keys, or with those of newer models.
         sequence_length: tokens of a sequence; None takes the longest that the config allows.
-        tied: whether the head shares the embedding's weight; None asks the config, where GPT-2's family ties by default.
+        tied: whether the head shares the embedding's weight; None asks the config, and GPT-2's ties by default.
 
     Raises:
         ConfigError: a key is missing or its value cannot be, or the model is a mixture of experts.

@@ -113,8 +113,8 @@ class Costs:
         if isinstance(value, Sequence):
             if len(value) != stages - 1:
                 raise ConfigError(
-                    f"{name}={list(value)}: {len(value)} values for the {stages - 1} links of {stages} stages; give one "
-                    "for each, or a single one for all"
+                    f"{name}={list(value)}: {len(value)} values for the {stages - 1} links of {stages} stages; give "
+                    "one for each, or a single one for all"
                 )
             return np.array([*value, worst(value, default=math.inf if worst is min else 0.0)], dtype=float)
         return np.full(stages, float(value))

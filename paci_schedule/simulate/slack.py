@@ -48,7 +48,9 @@ def least_slack(schedule: Schedule, spec: PipelineSpec, costs: Costs) -> tuple[i
     trips = (2 * (costs.latencies(spec.stages) + costs.transfers(spec.stages))).tolist()
     slowest = max(busy)
     if not slowest and any(trips[:-1]):
-        raise ConfigError("suggest_slack: the stages take no time, so no slack hides a link; give --forward, --backward")
+        raise ConfigError(
+            "suggest_slack: the stages take no time, so no slack hides a link; give --forward, --backward"
+        )
     rounds: list[int] = []
     room = slowest - busy[0]  # of the circle with the least room that ends at this stage
     for (_, after), trip in zip(pairwise(busy), trips, strict=False):
