@@ -19,17 +19,19 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+_BEGIN = dist.init_process_group  # before the stand-in for CUDA makes gloo of everything
+
 
 def main() -> None:
     """Build every stage for its first replica."""
     framework, plan, model = sys.argv[1], *(json.loads(Path(name).read_text()) for name in sys.argv[2:])
-    settings = plan["settings"]
+    settings = plan["settings"][framework]
     row, stages = settings["row"], settings["row"]["stages"]
     world = stages * row["replicas"]
     for stage in range(stages):
         rank = stage * row["replicas"]
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
-        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        _BEGIN("fake", rank=rank, world_size=world, store=FakeStore())
         built = {"deepspeed": _deepspeed, "megatron": _megatron}[framework](settings, model, stage)
         print(json.dumps(built), flush=True)
         dist.destroy_process_group()
@@ -43,11 +45,11 @@ def _deepspeed(settings: dict[str, Any], model: dict[str, Any], stage: int) -> d
     from paci_schedule.adapters.deepspeed import CutPipelineModule
     from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
 
-    config = settings["deepspeed"]
+    config = settings["settings"]
     schedule, options = read_schedule(config), PaciOptions.read(config)
     deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    sizes = GPT2Config(**model, tie_word_embeddings=False)
+    sizes = GPT2Config(**model)
     sizes._attn_implementation = "sdpa"
     module = CutPipelineModule(gpt2_layers(sizes), loss_fn=next_token_loss, **settings["pipeline_module"])
     plain = {key: value for key, value in config.items() if key not in ("pipeline_schedule", "paci")}
@@ -89,9 +91,11 @@ def _megatron(settings: dict[str, Any], model: dict[str, Any], stage: int) -> di
         parser.add_argument(f"--{flag}", type=int, default=1)
     for flag in ("pipeline-model-parallel-layout", "recompute-granularity", "recompute-method"):
         parser.add_argument(f"--{flag}")
-    args, rest = parser.parse_known_args(settings["megatron"])
+    args, rest = parser.parse_known_args(settings["settings"])
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, create_gloo_process_groups=False
+    )
     model_parallel_cuda_manual_seed(7)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if args.recompute_granularity is None:

@@ -223,6 +223,14 @@ def test_the_layout_for_megatron_says_which_layers_each_stage_has(blocks, bounds
     assert megatron_layout(transformer(blocks).layers, bounds) == layout
 
 
+def test_deepspeed_sums_in_fp32_with_zero_only_and_slices_nothing():
+    row = search(job(stages=(8,), micro_batch_sizes=(1,), schedules=("paci",)))[0]
+    with pytest.raises(ConfigError, match="plan with --zero 1"):
+        deepspeed_config(job(zero=0), row)
+    with pytest.raises(ConfigError, match="slices no layers"):
+        deepspeed_config(job(), dataclasses.replace(row, slices=2))
+
+
 def test_layers_without_roles_have_no_layout():
     with pytest.raises(ConfigError, match='write "role" to each layer'):
         megatron_layout(uniform(8).layers, [0, 4, 8])

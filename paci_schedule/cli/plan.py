@@ -205,9 +205,9 @@ def _device(
         raise ConfigError(f"tflops={tflops:g}: the layers' times were measured, so it has no effect; leave it out")
     if gpu is None and memory is None:
         raise ConfigError("memory is missing: give --memory GIB, or --gpu NAME")
+    check_amount("latency", latency or 0.0)
     if latency is not None and latency >= 1:
         raise ConfigError(f"latency={latency:g}: is in seconds, and no link takes so many; 20 us are 2e-5")
-    check_amount("latency", latency or 0.0)
     known = preset(gpu) if gpu is not None else Device(memory=inf)
     if memory is not None:
         known = replace(known, memory=memory * 2**30)

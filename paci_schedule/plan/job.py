@@ -110,6 +110,12 @@ class Row:
     """The predicted speed of the whole job; 0 where the row is refused."""
 
     samples_per_second_per_device: float = 0.0
+    seconds_per_micro_batch: float = 0.0
+    """In the steady state."""
+
+    stage_seconds: list[float] = field(default_factory=list)
+    """What a micro-batch takes each stage to compute, forward and backward."""
+
     against_1f1b: float | None = None
     """The speed relative to the fastest row of 1F1B, or without a pipeline; None without such a row."""
 

@@ -14,7 +14,7 @@ from paci_schedule.plan.hardware import Device
 from paci_schedule.plan.layers import Layer
 from paci_schedule.simulate.costs import check_amount
 
-__all__ = ["Measured", "Model", "built_in", "from_layers", "load_config"]
+__all__ = ["Measured", "Model", "built_in", "from_layers", "load_config", "write_layers"]
 
 
 class Model(Protocol):
@@ -85,6 +85,7 @@ class Measured:
 
 
 _MEASURED = "forward", "backward", "parameters", "activation_bytes", "input_bytes"
+_FURTHER = "workspace_bytes", "frozen_bytes"
 _MOST_LAYERS = 1000
 
 _SIZES = MappingProxyType(
@@ -122,12 +123,14 @@ def load_config(name: str) -> dict[str, Any] | None:
 
 
 def from_layers(path: Path) -> Measured:
-    """The layers that were measured, from a JSON file; times in seconds and bytes are those of one sequence.
+    """The layers that were measured, from a JSON file; times in seconds and bytes are those of one micro-batch.
 
-    `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
-    "input_bytes": 2e6, "count": 24}, ...]}`; "activation_bytes" is what a layer keeps from its forward to the end of
-    its backward, its input included; "count" repeats a layer; "role" is "embedding", "block" or "head".  Both may be
-    left out, but Megatron's flags are only known with the roles.  A layer hands on as much as the next one gets.
+    `{"sequence_length": 1024, "micro_batch_size": 1, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7,
+    "activation_bytes": 3e7, "input_bytes": 2e6, "count": 24}, ...]}`; "activation_bytes" is what a layer keeps from its
+    forward to the end of its backward, its input included.  These may be left out: "micro_batch_size" (1), "count",
+    which repeats a layer, "workspace_bytes" and "frozen_bytes" (0), "tied", the key of a shared weight, and "role",
+    which is "embedding", "block" or "head"; Megatron's flags are only known with the roles.  A layer hands on as much
+    as the next one gets.
 
     Raises:
         ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.
@@ -137,18 +140,15 @@ def from_layers(path: Path) -> Measured:
     try:
         for number, entry in enumerate(content["layers"]):
             values = {key: float(entry[key]) for key in _MEASURED}
+            values |= {key: float(entry.get(key, 0)) for key in _FURTHER}
             for key, value in values.items():
                 check_amount(f"{key} of layer {number}", value)
+            kept = values.pop("activation_bytes") - values["input_bytes"]
             layer = Layer(
-                forward=values["forward"],
-                backward=values["backward"],
-                parameters=values["parameters"],
-                input_bytes=values["input_bytes"],
-                saved_bytes=max(0.0, values["activation_bytes"] - values["input_bytes"]),
-                role=str(entry.get("role", "")),
+                **values, saved_bytes=max(0.0, kept), role=str(entry.get("role", "")), tied=entry.get("tied") or None
             )
             layers += [layer] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
-        sequence = int(content["sequence_length"])
+        sequence, size = int(content["sequence_length"]), int(content.get("micro_batch_size", 1))
     except ConfigError as error:
         raise ConfigError(f"layers={str(path)!r}: {error}") from None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -156,13 +156,36 @@ def from_layers(path: Path) -> Measured:
             f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs {', '.join(_MEASURED)}, and the "
             "file a sequence_length"
         ) from None
-    if not 1 <= len(layers) <= _MOST_LAYERS or sequence < 1:
+    if not 1 <= len(layers) <= _MOST_LAYERS or sequence < 1 or size < 1:
         raise ConfigError(f"layers={str(path)!r}: needs 1 to {_MOST_LAYERS} layers and a sequence_length of at least 1")
     if not any(layer.forward + layer.backward for layer in layers):
         raise ConfigError(f"layers={str(path)!r}: no layer takes any time; write the measured seconds")
     handed_on = [layer.input_bytes for layer in layers[1:]] + [0.0]
     layers = [replace(layer, output_bytes=size) for layer, size in zip(layers, handed_on, strict=True)]
-    return Measured(layers, sequence)
+    return Measured(layers, sequence, size)
+
+
+def write_layers(path: Path, layers: Sequence[Layer], sequence_length: int, micro_batch_size: int) -> None:
+    """Write measured layers to a file that `from_layers` reads.
+
+    Args:
+        path: the file; its folder is created if it is missing.
+        layers: their costs for one micro-batch.
+        sequence_length: tokens of a sequence.
+        micro_batch_size: sequences of the micro-batch.
+    """
+    entries = []
+    for layer in layers:
+        entry = {key: getattr(layer, key) for key in (*_MEASURED, *_FURTHER) if key != "activation_bytes"}
+        entry["activation_bytes"] = layer.input_bytes + layer.saved_bytes
+        entry |= {key: getattr(layer, key) for key in ("tied", "role") if getattr(layer, key)}
+        entries.append(entry)
+    content = {"sequence_length": sequence_length, "micro_batch_size": micro_batch_size, "layers": entries}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"output={str(path)!r}: cannot be written ({error}); name another file") from None
 
 
 def _read_json(option: str, path: Path) -> dict[str, Any]:

@@ -167,6 +167,7 @@ class _Table:
             row,
             tokens_per_second=samples * self._job.model.sequence_length,
             samples_per_second_per_device=samples / self._job.devices,
+            seconds_per_micro_batch=seconds,
         )
         if spec.extra_in_flight or "extra_in_flight" not in draft.chosen.options:
             return [row]
@@ -206,6 +207,7 @@ class _Table:
             headroom=sum(memory.limit for memory in memories) - sum(partition.peak_bytes),
             layers=[stop - start for start, stop in pairwise(partition.bounds)],
             stage_parameters=parameters_of_stages(layers, partition.bounds),
+            stage_seconds=list(partition.seconds),
         )
         costs = costs_of(job, spec, row, layers, partition)
         filling = sum(partition.seconds) - partition.slowest if name in ("gpipe", "1f1b") else 0.0

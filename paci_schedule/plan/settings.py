@@ -29,6 +29,8 @@ def deepspeed_config(job: Job, row: Row) -> dict[str, object]:
             f"{row.slices} slices: a PipelineModule slices no layers; write sliced layers yourself, or plan without "
             "--tensor-parallel"
         )
+    if not job.zero:
+        raise ConfigError("zero=0: DeepSpeed sums bf16 gradients in fp32 with ZeRO stage 1 only; plan with --zero 1")
     options: dict[str, object] = {"prediction": job.prediction} if _predicts(job, row) else {}
     options |= {"extra_in_flight": list(row.extra_in_flight)} if row.extra_in_flight else {}
     return {

@@ -4,7 +4,7 @@ A token takes 2 operations for each matrix parameter and 4 s h for its attention
 the width of all heads; the backward takes twice the forward.  Activations follow arXiv 2205.05198, section 4: of h
 bytes a token, 2 each for what a norm, a matrix product or the attention reads, and 1 for the mask of a dropout.  The
 s x s scores count only without a fused (flash) attention.  Tensor parallelism divides everything by its degree
-(sequence parallelism is taken for granted), and adds two all-reduces to the forward of a block, and two to its backward.
+(sequence parallelism is taken for granted), and adds two all-reduces to the forward of a block and two to its backward.
 """
 
 from __future__ import annotations

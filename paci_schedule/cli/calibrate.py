@@ -1,0 +1,48 @@
+"""`paci calibrate`: the costs of a recorded run, as `paci simulate` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from paci_schedule import trace
+from paci_schedule.cli.options import json_option
+from paci_schedule.cli.printing import print_json
+from paci_schedule.cli.trace import read_run
+from paci_schedule.core.schedules.registry import schedule
+from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.simulate.costs import Costs
+from paci_schedule.simulate.figures import time_per_micro_batch
+
+__all__ = ["calibrate"]
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option(
+    "--schedule", "name", default="paci", metavar="NAME", help="The schedule that was recorded (default paci)."
+)
+@json_option
+def calibrate(files: Sequence[Path], name: str, as_json: bool) -> None:
+    """Take the costs of ops and links from a recorded run.
+
+    Name one FILE for each stage, or the folder that holds them.  The options that are printed are those of `paci
+    simulate`, which can then say what another schedule, slack or more micro-batches would do for this job.
+    """
+    recordings = read_run(files)
+    costs = trace.recorded_costs(recordings)
+    spec = PipelineSpec(stages=len(recordings), accumulation=recordings[0].accumulation)
+    recorded = trace.seconds_per_micro_batch(recordings)
+    simulated = time_per_micro_batch(schedule(name), spec, Costs(**costs))
+    if as_json:
+        print_json({**costs, "recorded": recorded, "simulated": simulated})
+        return
+    listed = " ".join(
+        f"--{key} {','.join(f'{value:.6g}' for value in values)}" for key, values in costs.items() if values
+    )
+    click.echo(
+        f"--schedule {name} --stages {spec.stages} --micro-batches {spec.accumulation} {listed}\n"
+        f"a micro-batch: simulated {simulated:.4g} s, recorded {recorded:.4g} s ({simulated / recorded - 1:+.1%})"
+    )
