@@ -1,9 +1,9 @@
-"""Builds the stages of a printed plan one after the other in this process, with ranks that talk to nobody.
+"""Builds the stages of printed plans one after the other in this process, with ranks that talk to nobody.
 
-    python -m testing.planned FRAMEWORK PLAN.json MODEL.json
+    python -m testing.planned FRAMEWORK MODEL.json PLAN.json...
 
-PLAN.json is what `paci plan --json` printed for MODEL.json, a GPT-2 config.  For every stage a line of JSON is printed
-with what the framework built from the plan's settings.
+Each PLAN.json is what `paci plan --json` printed for MODEL.json, a GPT-2 config.  For every plan a line of JSON is
+printed: a list with what the framework built of each stage from the plan's settings.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ _BEGIN = dist.init_process_group  # before the stand-in for CUDA makes gloo of e
 
 
 def main() -> None:
-    """Build every stage for its first replica."""
-    framework, plan, model = sys.argv[1], *(json.loads(Path(name).read_text()) for name in sys.argv[2:])
-    settings = plan["settings"][framework]
-    row, stages = settings["row"], settings["row"]["stages"]
-    world = stages * row["replicas"]
-    for stage in range(stages):
-        rank = stage * row["replicas"]
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
-        _BEGIN("fake", rank=rank, world_size=world, store=FakeStore())
-        built = {"deepspeed": _deepspeed, "megatron": _megatron}[framework](settings, model, stage)
-        print(json.dumps(built), flush=True)
-        dist.destroy_process_group()
+    """Build every stage of each plan, for its first replica."""
+    framework, model, *plans = sys.argv[1], *(json.loads(Path(name).read_text()) for name in sys.argv[2:])
+    build = {"deepspeed": _deepspeed, "megatron": _megatron}[framework]
+    for plan in plans:
+        settings = plan["settings"][framework]
+        row, found = settings["row"], []
+        world = row["stages"] * row["replicas"]
+        for stage in range(row["stages"]):
+            rank = stage * row["replicas"]
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+            _BEGIN("fake", rank=rank, world_size=world, store=FakeStore())
+            found.append(build(settings, model))
+            dist.destroy_process_group()
+        print(json.dumps(found), flush=True)
 
 
-def _deepspeed(settings: dict[str, Any], model: dict[str, Any], stage: int) -> dict[str, Any]:
+def _deepspeed(settings: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     import deepspeed
     from transformers import GPT2Config
 
@@ -76,7 +78,7 @@ def _deepspeed(settings: dict[str, Any], model: dict[str, Any], stage: int) -> d
     }
 
 
-def _megatron(settings: dict[str, Any], model: dict[str, Any], stage: int) -> dict[str, Any]:
+def _megatron(settings: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     from testing.megatron_cpu import shim
 
     shim.install()
@@ -119,7 +121,7 @@ def _megatron(settings: dict[str, Any], model: dict[str, Any], stage: int) -> di
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=False,
-    )
+    ).bfloat16()  # as Megatron-LM does (Float16Module)
     return {
         "layers": len(built.decoder.layers) + first + last,
         "stage": parallel_state.get_pipeline_model_parallel_rank(),

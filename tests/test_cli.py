@@ -256,8 +256,8 @@ def test_profile_measures_layers_that_plan_reads(paci, tmp_path):
     assert layers["micro_batch_size"] == 4
     assert [layer["parameters"] for layer in layers["layers"]] == [72, 144, 136]
     assert [layer["input_bytes"] for layer in layers["layers"]] == [4 * 4 * 8, 4 * 4 * 8, 4 * 4 * 16]
-    line = "--devices 3 --stages 3 --memory 1 --global-batch 16 --micro-batch-size 4 --schedule 1f1b --recompute none --json"
-    (row,) = json.loads(paci("plan", "--layers", output, *arguments(line))[1])["rows"]
+    line = "--devices 3 --stages 3 --memory 1 --global-batch 16 --micro-batch-size 4 --schedule 1f1b --recompute none"
+    (row,) = json.loads(paci("plan", "--layers", output, *arguments(line), "--json")[1])["rows"]
     each = [layer["forward"] + layer["backward"] for layer in layers["layers"]]
     assert row["stage_seconds"] == pytest.approx(each)
     for source, said in (("x.py:model", "the file must exist"), (f"{script}:other", "has no function other")):

@@ -13,10 +13,11 @@ from paci_schedule.cli.printing import print_json
 from paci_schedule.cli.trace import read_run
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.figures import time_per_micro_batch
 
 __all__ = ["calibrate"]
+
+_COSTS = "forward", "backward", "weight", "step", "latency"
 
 
 @click.command()
@@ -35,13 +36,12 @@ def calibrate(files: Sequence[Path], name: str, as_json: bool) -> None:
     costs = trace.recorded_costs(recordings)
     spec = PipelineSpec(stages=len(recordings), accumulation=recordings[0].accumulation)
     recorded = trace.seconds_per_micro_batch(recordings)
-    simulated = time_per_micro_batch(schedule(name), spec, Costs(**costs))
+    simulated = time_per_micro_batch(schedule(name), spec, costs)
+    found = {key: value for key in _COSTS if isinstance(value := getattr(costs, key), Sequence) and value}
     if as_json:
-        print_json({**costs, "recorded": recorded, "simulated": simulated})
+        print_json({**found, "recorded": recorded, "simulated": simulated})
         return
-    listed = " ".join(
-        f"--{key} {','.join(f'{value:.6g}' for value in values)}" for key, values in costs.items() if values
-    )
+    listed = " ".join(f"--{key} {','.join(f'{each:.6g}' for each in values)}" for key, values in found.items())
     click.echo(
         f"--schedule {name} --stages {spec.stages} --micro-batches {spec.accumulation} {listed}\n"
         f"a micro-batch: simulated {simulated:.4g} s, recorded {recorded:.4g} s ({simulated / recorded - 1:+.1%})"

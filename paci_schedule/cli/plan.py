@@ -16,7 +16,7 @@ from paci_schedule.cli.plan_text import Settings, print_plan, settings_of
 from paci_schedule.cli.printing import print_json
 from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError
-from paci_schedule.plan.hardware import PRESETS, Device, preset
+from paci_schedule.plan.hardware import Device, preset, presets
 from paci_schedule.plan.job import Job
 from paci_schedule.plan.models import Model, from_layers
 from paci_schedule.plan.search import calibrated, search
@@ -43,7 +43,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--gpu",
     metavar="NAME",
-    help=f"Take speed, memory and links of a device: {', '.join(PRESETS)}; options below replace single figures.",
+    help=f"Take speed, memory and links of a device: {', '.join(presets())}; options below replace single figures.",
 )
 @click.option(
     "--memory", type=_POSITIVE, metavar="GIB", help="Memory of one device for tensors (with --gpu: less a reserve)."

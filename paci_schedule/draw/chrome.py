@@ -18,8 +18,8 @@ Notes = Sequence[Sequence[tuple[str, float, float]]]
 def chrome_trace(timelines: Mapping[str, Timeline], notes: Mapping[str, Notes] | None = None) -> dict[str, object]:
     """Timelines (title -> timeline, with times in seconds) as a Chrome trace for Perfetto (ui.perfetto.dev).
 
-    Each timeline becomes a process, and each stage a thread of it.  Where there are notes of a timeline, each stage gets
-    a second thread with them, and messages are arrows from op to op.
+    Each timeline becomes a process, and each stage a thread of it.  Where there are notes of a timeline, each stage
+    gets a second thread with them, and messages are arrows from op to op.
     """
     events: list[dict[str, object]] = []
     for process, (title, timeline) in enumerate(timelines.items()):

@@ -1,6 +1,6 @@
 """The devices of a job: how fast they compute, what they hold, and the links inside and between their nodes.
 
-The figures of `PRESETS` are those of NVIDIA's public data sheets: dense bf16 operations per second, bandwidth of the
+The figures of the presets are those of NVIDIA's public data sheets: dense bf16 operations per second, bandwidth of the
 device's memory, its size, NVLink in one direction, and one network adapter for each device.  Three more figures are not
 on any data sheet.  They were fitted to published throughput of Megatron-LM on A100s (docs/planning.md has the tables):
 
@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 from paci_schedule.errors import ConfigError, nearest
 
-__all__ = ["PRESETS", "Device", "Link", "preset"]
+__all__ = ["Device", "Link", "preset", "presets"]
 
 GIB = 2**30
 _TOKENS = 64  # of a micro-batch, with which a matrix product reaches half of what it can
@@ -117,7 +117,7 @@ def _of_data_sheet(
     )
 
 
-PRESETS = MappingProxyType(
+_PRESETS = MappingProxyType(
     {
         "a100-40gb": _of_data_sheet(312, 0.714, 40, 1.555, 300, 25),
         "a100": _of_data_sheet(312, 0.714, 80, 2.039, 300, 25),
@@ -126,11 +126,16 @@ PRESETS = MappingProxyType(
         "b200": _of_data_sheet(2250, 0.65, 180, 8.0, 900, 50),
     }
 )
-"""Name -> the SXM device of this name in nodes of 8: A100 with HDR InfiniBand, the others with NDR."""
+# The SXM devices of these names in nodes of 8: A100 with HDR InfiniBand, the others with NDR.
+
+
+def presets() -> tuple[str, ...]:
+    """The names of the known devices."""
+    return tuple(_PRESETS)
 
 
 def preset(name: str) -> Device:
     """The device called `name`.  Raises ConfigError where there is none."""
-    if name.lower() not in PRESETS:
-        raise ConfigError(f"gpu={name!r}: must be one of {nearest(name, PRESETS)}; or give --tflops and --memory")
-    return PRESETS[name.lower()]
+    if name.lower() not in _PRESETS:
+        raise ConfigError(f"gpu={name!r}: must be one of {nearest(name, _PRESETS)}; or give --tflops and --memory")
+    return _PRESETS[name.lower()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from paci_schedule.errors import ConfigError
 
-__all__ = ["ROLES", "Layer"]
+__all__ = ["Layer"]
 
 ROLES = "embedding", "block", "head"
 

@@ -1,7 +1,7 @@
 """What a recorded run lost its time to: a slow stage, a slow link, jitter, or data, each with its cost.
 
-A cost is the share of the run's time that it would not have taken without that cause (`trace.replay`).  Costs do not add
-up: two causes may delay the same op, and taking away one of them then gains little.
+A cost is the share of the run's time that it would not have taken without that cause (`trace.replay`).  Costs do not
+add up: two causes may delay the same op, and taking away one of them then gains little.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from paci_schedule.core.ops import OpKind
+from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.timeline import Span
 from paci_schedule.trace.file import Recording
 from paci_schedule.trace.replay import Replay
@@ -63,18 +64,25 @@ def stage_seconds(recordings: Sequence[Recording]) -> list[float]:
     return [sum(_medians(recording.spans).get(kind, 0.0) for kind in _WORK) for recording in recordings]
 
 
-def recorded_costs(recordings: Sequence[Recording]) -> dict[str, list[float]]:
-    """The costs of a run as `simulate.costs.Costs` takes them: means of every stage's ops, and the links' latencies.
+def recorded_costs(recordings: Sequence[Recording]) -> Costs:
+    """The costs of a run: means of every stage's ops, and the latencies of the links.
 
     Time between two ops that no record covers, and data reads, count with the op that follows them.
     """
     replay = Replay(recordings)
     means = [_means(steps) for steps in replay.delays()]
-    kinds = {"forward": OpKind.FORWARD, "backward": OpKind.BACKWARD, "weight": OpKind.WEIGHT, "step": OpKind.STEP}
-    costs = {name: [mean.get(kind, 0.0) for mean in means] for name, kind in kinds.items()}
-    if not any(costs["weight"]):
-        del costs["weight"]
-    return costs | {"latency": list(replay.links)}
+
+    def of(kind: OpKind) -> list[float]:
+        return [mean.get(kind, 0.0) for mean in means]
+
+    weight = of(OpKind.WEIGHT)
+    return Costs(
+        forward=of(OpKind.FORWARD),
+        backward=of(OpKind.BACKWARD),
+        weight=weight if any(weight) else None,
+        step=of(OpKind.STEP),
+        latency=list(replay.links),
+    )
 
 
 def ideal_seconds(recordings: Sequence[Recording]) -> float:
