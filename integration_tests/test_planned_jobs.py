@@ -12,12 +12,10 @@ from paci_schedule import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"n_layer": 12, "n_embd": 64, "n_head": 4, "vocab_size": 300, "n_positions": 32, "tie_word_embeddings": False}
+PREDICTED = "--schedule paci --prediction every --recompute full"
 PLANS = {  # command line -> global batch, micro-batch size
     "--devices 8 --stages 4 --global-batch 32 --micro-batch-size 4 --schedule paci": (32, 4),
-    "--devices 3 --stages 3 --global-batch 12 --micro-batch-size 2 --schedule paci --prediction every --recompute full": (
-        12,
-        2,
-    ),
+    f"--devices 3 --stages 3 --global-batch 12 --micro-batch-size 2 {PREDICTED}": (12, 2),
     "--devices 2 --stages 2 --global-batch 12 --micro-batch-size 2 --schedule paci --tflops 1 --latency 1e-4": (12, 2),
 }
 

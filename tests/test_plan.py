@@ -146,6 +146,56 @@ def test_where_the_even_partition_does_not_fit_an_uneven_one_is_found():
     assert refused.refused.startswith("needs 0.0 GiB of")
 
 
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "intermediate_size": 14336,
+    "hidden_act": "silu",
+}
+
+
+def test_llama_fits_wherever_any_partition_does():
+    """8 stages, micro-batches of 4 x 4096 tokens.  A block keeps 139,264 bytes a token with its input: 2 each of h for
+    the input, two norms, queries, what the attention leaves and the second sum, of 2 x 1024 for keys and values, and of
+    3 x 14336 for the MLP.  A second stage of 4 blocks has 7 in flight: 63.9 of 80 GB, besides 4 x 218 M parameters.
+    """
+    model, stages, tokens = from_config(LLAMA_3_8B, sequence_length=4096), 8, 4 * 4096
+    block, row, words = tokens * 139264, tokens * 2 * 4096, 128256 * 4096
+    parameters = [words, *[218_112_000] * 32, words + 4096]
+    live = [8 * tokens, *[block] * 32, row + tokens * (2 * 4096 + 4 * 128256)]
+    once = tokens * 6 * 128256  # the logits' copy and gradients
+    assert model.parameters == sum(parameters) == 8_030_261_248
+
+    def held(stage, start, stop):
+        kept = sum(live[start:stop]) + (live[0] if start == 0 else row) + (row if stop < 34 else 0)
+        return 18 * sum(parameters[start:stop]) + (stages - stage) * kept + once * (stop == 34)
+
+    def fits(limit):
+        """Whether any partition does: the stages are filled one after the other, for each layer adds to its stage."""
+        start = 0
+        for stage in range(stages):
+            stop = max(end for end in range(start, 35) if end == start or held(stage, start, end) <= limit)
+            start = stop
+        return start == 34
+
+    low, high = 40 * GIB, 200 * GIB
+    while high - low > 1e5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    assert high < 76 * GIB
+    shape = {"stages": (8,), "micro_batch_sizes": (4,), "schedules": ("1f1b",), "global_batch": 32, "zero": 0}
+    for limit, runs in ((80 * GIB, True), (high + 1e5, True), (low - 1e5, False)):
+        (found,) = search(job(model=model, memory=limit, flops=1e14, **shape))
+        assert bool(found.refused) != runs
+        if runs:
+            bounds = list(itertools.pairwise(found.bounds))
+            assert found.memory == max(held(stage, *span) for stage, span in enumerate(bounds)) <= limit
+
+
 def test_replicas_pay_for_their_gradients():
     fast, slow = (
         search(
