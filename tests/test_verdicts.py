@@ -110,10 +110,11 @@ def test_a_part_of_a_run_is_judged_as_well():
 
 @pytest.mark.parametrize("jitter", [0.0, 0.1])
 def test_costs_of_a_run_simulate_it(jitter):
-    """Unequal stages, a slow link and updates: the simulator makes of these costs what was recorded, within 3%."""
+    """Unequal stages, a slow link and updates: the simulator makes of their costs what was recorded, within 3%."""
     costs = {"forward": [2, 3, 2, 1], "backward": [5, 4, 4, 5], "latency": [0, 1, 0.5], "step": 0.7}
     run, _ = recordings(**costs, jitter=jitter)
     found = recorded_costs(run)
+    assert found.jitter == pytest.approx(jitter, abs=0.02)
     if not jitter:
         assert found.forward == pytest.approx([2, 3, 2, 1])
         assert found.backward == pytest.approx([5, 4, 4, 5])
@@ -121,4 +122,4 @@ def test_costs_of_a_run_simulate_it(jitter):
         assert found.latency[1] == pytest.approx(1)
     spec = PipelineSpec(stages=STAGES, accumulation=ACCUMULATION)
     again = time_per_micro_batch(schedule("paci"), spec, found)
-    assert again == pytest.approx(seconds_per_micro_batch(run), rel=0.03 if not jitter else 0.1)
+    assert again == pytest.approx(seconds_per_micro_batch(run), rel=0.03)

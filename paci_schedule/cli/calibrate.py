@@ -17,7 +17,7 @@ from paci_schedule.simulate.figures import time_per_micro_batch
 
 __all__ = ["calibrate"]
 
-_COSTS = "forward", "backward", "weight", "step", "latency"
+_COSTS = "forward", "backward", "weight", "step", "latency", "jitter"
 
 
 @click.command()
@@ -37,12 +37,17 @@ def calibrate(files: Sequence[Path], name: str, as_json: bool) -> None:
     spec = PipelineSpec(stages=len(recordings), accumulation=recordings[0].accumulation)
     recorded = trace.seconds_per_micro_batch(recordings)
     simulated = time_per_micro_batch(schedule(name), spec, costs)
-    found = {key: value for key in _COSTS if isinstance(value := getattr(costs, key), Sequence) and value}
+    found = {key: value for key in _COSTS if (value := getattr(costs, key))}
     if as_json:
         print_json({**found, "recorded": recorded, "simulated": simulated})
         return
-    listed = " ".join(f"--{key} {','.join(f'{each:.6g}' for each in values)}" for key, values in found.items())
+    listed = " ".join(f"--{key} {_listed(value)}" for key, value in found.items())
     click.echo(
         f"--schedule {name} --stages {spec.stages} --micro-batches {spec.accumulation} {listed}\n"
         f"a micro-batch: simulated {simulated:.4g} s, recorded {recorded:.4g} s ({simulated / recorded - 1:+.1%})"
     )
+
+
+def _listed(value: float | Sequence[float]) -> str:
+    """One number, or the numbers of all stages, as an option takes them."""
+    return ",".join(f"{each:.6g}" for each in (value if isinstance(value, Sequence) else [value]))

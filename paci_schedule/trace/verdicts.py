@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import product
+from statistics import mean, median, pstdev
 
 from paci_schedule.core.ops import OpKind
 from paci_schedule.simulate.costs import Costs
@@ -20,6 +21,7 @@ __all__ = ["Verdict", "ideal_seconds", "recorded_costs", "seconds_per_micro_batc
 
 _LEAST = 0.01  # of the run: a smaller cost is not worth a line
 _SLOWER = 1.05  # than the others, from where on a stage counts as slow
+_ROUNDING = 1e-6
 _WORK = OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT
 
 
@@ -65,7 +67,7 @@ def stage_seconds(recordings: Sequence[Recording]) -> list[float]:
 
 
 def recorded_costs(recordings: Sequence[Recording]) -> Costs:
-    """The costs of a run: means of every stage's ops, and the latencies of the links.
+    """The costs of a run: means of every stage's ops, how much these vary, and the latencies of the links.
 
     Time between two ops that no record covers, and data reads, count with the op that follows them.
     """
@@ -73,7 +75,7 @@ def recorded_costs(recordings: Sequence[Recording]) -> Costs:
     means = [_means(steps) for steps in replay.delays()]
 
     def of(kind: OpKind) -> list[float]:
-        return [mean.get(kind, 0.0) for mean in means]
+        return [each.get(kind, 0.0) for each in means]
 
     weight = of(OpKind.WEIGHT)
     return Costs(
@@ -82,6 +84,7 @@ def recorded_costs(recordings: Sequence[Recording]) -> Costs:
         weight=weight if any(weight) else None,
         step=of(OpKind.STEP),
         latency=list(replay.links),
+        jitter=_variation(replay.delays()),
     )
 
 
@@ -177,7 +180,17 @@ def _means(steps: Sequence[tuple[Span, float]]) -> dict[OpKind, float]:
     lengths: dict[OpKind, list[float]] = {}
     for span, before in steps:
         lengths.setdefault(span.op.kind, []).append(before + span.end - span.start)
-    return {kind: sum(each) / len(each) for kind, each in lengths.items()}
+    return {kind: mean(each) for kind, each in lengths.items()}
+
+
+def _variation(rows: Sequence[Sequence[tuple[Span, float]]]) -> float:
+    """The coefficient of variation of F, B and W, on average over kinds and stages."""
+    found = []
+    for steps, kind in product(rows, _WORK):
+        lengths = [before + span.end - span.start for span, before in steps if span.op.kind is kind]
+        if len(lengths) > 1 and any(lengths):
+            found.append(pstdev(lengths) / mean(lengths))
+    return mean(found) if found and max(found) > _ROUNDING else 0.0
 
 
 def _medians(spans: Sequence[Span]) -> dict[OpKind, float]:
