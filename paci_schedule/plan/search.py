@@ -188,7 +188,6 @@ class _Table:
             recompute=shape.recompute,
             extra_in_flight=slack,
             drift=chosen.drift_bound(spec, 0),
-            drifted=drifted_share(chosen, spec),
             predictions=predictions_of_an_update(spec, 0, job.prediction) if "prediction" in chosen.options else 0,
         )
         reason = _impossible(job, chosen, spec, row)
@@ -204,6 +203,7 @@ class _Table:
         row = replace(
             row,
             memory=max(partition.peak_bytes),
+            drifted=drifted_share(chosen, spec),
             headroom=sum(memory.limit for memory in memories) - sum(partition.peak_bytes),
             layers=[stop - start for start, stop in pairwise(partition.bounds)],
             stage_parameters=parameters_of_stages(layers, partition.bounds),
