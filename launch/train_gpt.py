@@ -40,6 +40,7 @@ from paci_schedule import PaciError
 from paci_schedule.adapters.deepspeed import balanced_cut
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.plan.partition import Partition
+from paci_schedule.runtime.build_lock import watch_build_locks
 
 _DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "gpt_tiny.json"
 
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _train(args: argparse.Namespace) -> None:
     if "RANK" not in os.environ:
         raise LaunchError("no RANK in the environment: start with torchrun --nproc-per-node STAGES launch/train_gpt.py")
+    watch_build_locks()
     take_device()
     world = int(os.environ["WORLD_SIZE"])
     stages = args.stages or world

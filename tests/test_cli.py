@@ -8,7 +8,7 @@ import types
 import pytest
 
 from paci_schedule import UnsupportedError, cli
-from paci_schedule.cli import environment
+from paci_schedule.cli import environment, models
 from tests.test_trace import recorded
 
 
@@ -46,8 +46,9 @@ def test_simulate_prints_its_figures_as_json(paci):
 def test_simulate_takes_every_option(paci):
     line = (
         "simulate --schedule paci --stages 4 --micro-batches 8 --batches 6 --forward 2,2,2,2 --backward 3 --weight 1 "
-        "--step 1 --latency 0.1,0.1,0.1 --bandwidth 100 --message-bytes 5 --jitter 0.05 --seed 7 --straggler 2:1.5 "
-        "--slow-link 1:0.7 --extra-in-flight 2 --cut leading --activation-bytes 10 --weight-bytes 20 --json"
+        "--step 1 --latency 0.1,0.1,0.1 --bandwidth 100 --unit s --message-bytes 5 --jitter 0.05 --seed 7 "
+        "--straggler 2:1.5 --slow-link 1:0.7 "
+        "--extra-in-flight 2 --cut leading --activation-bytes 10 --weight-bytes 20 --json"
     )
     code, out, _ = paci(*arguments(line))
     found = json.loads(out)
@@ -75,6 +76,30 @@ def test_simulate_compares_schedules(paci):
     ]
     found = json.loads(paci(*arguments(line), "--extra-in-flight", "2", "--json")[1])
     assert [row["peak_in_flight"][0] for row in found] == [8, 15, 10]
+
+
+SLOW = "--schedule paci --stages 16 --micro-batches 16 --forward 20 --backward 40 --slow-link 7:20"
+
+
+def test_simulate_takes_slack_for_each_link_and_suggests_it(paci):
+    """Round trips of 40 ms on link 7, which one round of 60 hides: see tests/test_slack.py."""
+    one = ",".join("1" if link == 7 else "0" for link in range(15))
+    given = json.loads(paci(*arguments(f"simulate {SLOW} --extra-in-flight {one} --json"))[1])
+    suggested = json.loads(paci(*arguments(f"simulate {SLOW} --suggest-slack --json"))[1])
+    assert suggested == given
+    assert given["time_per_micro_batch"] == pytest.approx(60)
+    assert given["extra_in_flight"] == [0] * 7 + [1] + [0] * 7
+    assert f"extra in flight       {one}" in paci(*arguments(f"simulate {SLOW} --suggest-slack"))[1]
+    assert paci(*arguments(f"show {SLOW} --extra-in-flight {one} --width 90"))[0] == 0
+
+
+def test_bytes_per_second_go_with_the_unit_of_the_times(paci):
+    """A message of 1 MB at 1 GB/s takes 1 ms, there and back 2: two stages alone wait for both in two rounds of 3."""
+    line = "simulate --schedule paci --stages 2 --micro-batches 4 --message-bytes 1e6 --bandwidth 1e9 --json "
+    milli = json.loads(paci(*arguments(line + "--unit ms --forward 1 --backward 2"))[1])
+    whole = json.loads(paci(*arguments(line + "--unit s --forward 1e-3 --backward 2e-3"))[1])
+    assert milli["time_per_micro_batch"] == pytest.approx(4)
+    assert whole["time_per_micro_batch"] == pytest.approx(4e-3)
 
 
 def test_simulate_at_the_scale_of_a_cluster(paci):
@@ -129,12 +154,13 @@ def test_plan_prints_rows_reasons_and_settings(paci):
         "refused because",
         "drift up to 7, limit 1",
         '"pipeline_schedule": ',
-        "PipelineModule(num_stages=8)",
+        "CutPipelineModule(layers, num_stages=8, partition_method=[0, ",
+        '"data_types": {"grad_accum_dtype": "fp32"}',
         "--pipeline-schedule ",
     ):
         assert words in out
     found = json.loads(paci(*arguments(line), "--json")[1])
-    assert found["settings"]["deepspeed"]["train_batch_size"] == 64
+    assert found["settings"]["deepspeed"]["settings"]["train_batch_size"] == 64
     assert {row["schedule"] for row in found["rows"]} >= {"paci", "1f1b", "zb-v"}
 
 
@@ -158,6 +184,23 @@ def test_plan_knows_the_types_of_transformers(paci):
     assert found["parameters"] == pytest.approx(6.74e9, rel=0.01)
 
 
+def test_only_names_with_an_owner_are_asked_for_on_the_hub(paci, monkeypatch):
+    monkeypatch.setattr(models, "_on_the_hub", lambda name: 1 / 0)
+    _, _, err = paci(*arguments(f"{PLAN} --model lama"))
+    assert "no type in transformers" in err
+    assert "not on the hub" not in err
+    _, _, err = paci(*arguments(f"{PLAN} --model someone/lama"))
+    assert "not on the hub (division by zero)" in err
+
+
+def test_without_transformers_a_type_says_what_is_missing(paci, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = paci(*arguments(f"{PLAN} --model llama"))
+    assert code == 2
+    assert "need transformers, which is not installed: pip install transformers" in err
+    assert "hub (" not in err
+
+
 def test_trace_tells_where_the_time_went(paci, tmp_path):
     recorded(tmp_path)
     code, out, _ = paci("trace", tmp_path)
@@ -168,6 +211,87 @@ def test_trace_tells_where_the_time_went(paci, tmp_path):
     assert found["makespan"] == pytest.approx(found["simulated_makespan"])
     assert found["spent"][1]["compute"] == pytest.approx(18)
     assert "simulated" in (tmp_path / "run.svg").read_text()
+
+
+def test_trace_gives_verdicts_and_an_ideal(paci, tmp_path):
+    """In tests/test_trace.py's run of F 1 and B 2 nobody is slow; here stage 1's ops take 4 s where others' take 3."""
+    recorded(tmp_path / "even")
+    out = paci("trace", tmp_path / "even")[1]
+    assert "No stage, link, jitter or data costs 1% of the run." in out
+    assert "ideal (equal stages that never wait) 19.500 s" in out  # 6 micro-batches of 3 s, 3 updates of 0.5 s
+    recorded(tmp_path / "uneven", costs={"forward": [1, 4 / 3, 1], "backward": [2, 8 / 3, 2]})
+    said = json.loads(paci("trace", tmp_path / "uneven", "--json")[1])["verdicts"]
+    assert [(verdict["cause"], verdict["where"]) for verdict in said] == [("stage", 1)]
+    assert "stage 1 is 33% slower than the others: costs" in paci("trace", tmp_path / "uneven")[1]
+
+
+def test_calibrate_prints_the_options_of_simulate(paci, tmp_path):
+    recorded(tmp_path, batches=20, costs={"forward": [1, 4 / 3, 1], "backward": [2, 8 / 3, 2]})
+    options, comparison = paci("calibrate", tmp_path)[1].splitlines()
+    assert options.startswith(
+        "--schedule paci --stages 3 --micro-batches 2 --forward 1,1.33333,1 --backward 2,2.66667,2 "
+    )
+    # Stage 1 takes 4 s a micro-batch and half an update of 0.5 s.
+    assert comparison.startswith("a micro-batch: simulated 4.25 s, recorded 4.2")
+    same = json.loads(paci("calibrate", tmp_path, "--json")[1])
+    assert same["simulated"] == pytest.approx(same["recorded"], rel=0.03)
+    found = json.loads(paci("simulate", *arguments(options), "--json")[1])
+    assert found["time_per_micro_batch"] == pytest.approx(4.25, rel=1e-4)
+
+
+def test_profile_measures_layers_that_plan_reads(paci, tmp_path):
+    pytest.importorskip("deepspeed")
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import torch\n"
+        "def model():\n"
+        "    layers = [torch.nn.Linear(8, 8), torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)]\n"
+        "    return {'layers': layers, 'micro_batch': (torch.ones(4, 8), torch.ones(4, 8)),\n"
+        "            'loss_fn': torch.nn.functional.mse_loss, 'sequence_length': 1}\n"
+    )
+    output = tmp_path / "made" / "layers.json"
+    code, out, _ = paci("profile", f"{script}:model", "--output", output, "--repeats", 1)
+    assert (code, "3 layers" in out) == (0, True)
+    layers = json.loads(output.read_text())
+    assert layers["micro_batch_size"] == 4
+    assert [layer["parameters"] for layer in layers["layers"]] == [72, 144, 136]
+    assert [layer["input_bytes"] for layer in layers["layers"]] == [4 * 4 * 8, 4 * 4 * 8, 4 * 4 * 16]
+    line = "--devices 3 --stages 3 --memory 1 --global-batch 16 --micro-batch-size 4 --schedule 1f1b --recompute none"
+    (row,) = json.loads(paci("plan", "--layers", output, *arguments(line), "--json")[1])["rows"]
+    each = [layer["forward"] + layer["backward"] for layer in layers["layers"]]
+    assert row["stage_seconds"] == pytest.approx(each)
+    for source, said in (("x.py:model", "the file must exist"), (f"{script}:other", "has no function other")):
+        assert said in paci("profile", source, "--output", output)[2]
+
+
+def test_trace_compares_with_a_plan(paci, tmp_path):
+    """The plan: three stages of 3 s, as recorded, but for the updates of 0.5 s for every two micro-batches."""
+    recorded(tmp_path / "run")
+    layer = {"forward": 1, "backward": 2, "parameters": 1, "activation_bytes": 1, "input_bytes": 1, "count": 3}
+    (tmp_path / "layers.json").write_text(json.dumps({"sequence_length": 8, "layers": [layer]}))
+    line = "--devices 3 --stages 3 --memory 1 --global-batch 2 --micro-batch-size 1 --schedule paci --json"
+    plan = tmp_path / "plan.json"
+    plan.write_text(paci("plan", "--layers", tmp_path / "layers.json", *arguments(line))[1])
+    out = paci("trace", tmp_path / "run", "--against", plan)[1]
+    assert "a micro-batch: planned 3 s, recorded 3.2" in out
+    assert "stage 1: planned 3 s, recorded 3 s (+0.0%)" in out
+    other = tmp_path / "other.json"
+    other.write_text(plan.read_text().replace('"accumulation": 2', '"accumulation": 4'))
+    assert "and 4 micro-batches an update, the run 3 and 2" in paci("trace", tmp_path / "run", "--against", other)[2]
+    assert "holds no plan" in paci("trace", tmp_path / "run", "--against", tmp_path / "layers.json")[2]
+
+
+def test_a_chrome_trace_has_waits_data_and_messages(paci, tmp_path):
+    recorded(tmp_path)
+    paci("trace", tmp_path, "--output", tmp_path / "run.json")
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    named = {event["name"] for event in events}
+    assert {"stage 1, waits and data"} <= {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"wait for gradient 0", "activation", "gradient"} <= named
+    sent = {event["id"]: event for event in events if event["ph"] == "s"}
+    taken = {event["id"]: event for event in events if event["ph"] == "f"}
+    assert len(sent) == 2 * 2 * 6  # two links, both ways, six micro-batches
+    assert all(abs(taken[at]["tid"] - sent[at]["tid"]) == 1 and taken[at]["ts"] >= sent[at]["ts"] for at in sent)
 
 
 def test_trace_draws_the_last_batches(paci, tmp_path):
@@ -309,6 +433,16 @@ PLAN = "plan --devices 8 --memory 80 --global-batch 64"
         (f"{PLAN} --model gpt2 --prediction evry", "prediction='evry': must be 'off', 'window'"),
         (f"{PLAN} --model gpt2 --latency inf", "latency=inf: must be a number from 0"),
         (f"{PLAN} --layers none.json --sequence-length 8", "--sequence-length=8: the layers were measured"),
+        (f"simulate --schedule paci {SIZE} --bandwidth 1e9", "--bandwidth=1e+09: is in bytes per second"),
+        (f"simulate --schedule paci {SIZE} --extra-in-flight 1,2,3", "3 stages have 2 links"),
+        (f"simulate --schedule paci {SIZE} --extra-in-flight 1,x", "'1,x' is not a whole number"),
+        (f"simulate --schedule 1f1b {SIZE} --suggest-slack", "--suggest-slack: 1f1b has a fixed number"),
+        (f"simulate --schedule paci {SIZE} --suggest-slack --extra-in-flight 1", "--suggest-slack chooses it"),
+        (f"{PLAN} --layers docs/layers.json --tflops 100", "--tflops=100: the layers' times were measured"),
+        (f"{PLAN} --model gpt2 --latency 20", "--latency=20: is in seconds"),
+        (f"{PLAN} --model gpt2 --gpu h10", "did you mean 'h100'?"),
+        ("plan --model gpt2 --devices 8 --global-batch 64", "memory is missing: give --memory GIB, or --gpu NAME"),
+        (f"{PLAN} --model gpt2 --tensor-parallel 3", "--tensor-parallel=3: must divide the 8 devices"),
         ("trace", "no trace files"),
         ("trace no-such-file", "cannot be read"),
         ("draw", "No such command 'draw'"),

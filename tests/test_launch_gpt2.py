@@ -4,11 +4,13 @@ import os
 
 import pytest
 import torch
+from torch.utils.file_baton import FileBaton
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from transformers import GPT2LMHeadModel
 
+from launch import train_gpt
 from launch.errors import LaunchError
 from launch.gpt2 import SIZES, gpt2_config, gpt2_layers, next_token_loss
 
@@ -90,3 +92,21 @@ def test_a_config_comes_from_a_name_or_a_file(tmp_path, config):
     assert mine.resid_pdrop == mine.embd_pdrop == mine.attn_pdrop == 0.25
     with pytest.raises(LaunchError, match="model 'mediun': must be one of tiny, small, medium"):
         gpt2_config("mediun", vocabulary=VOCABULARY, sequence_length=7)
+
+
+def test_training_guards_against_a_stale_build_lock_before_anything_is_built(monkeypatch, capsys):
+    """PyTorch's wait for the lock of a build is replaced before the first kernel is asked for."""
+    monkeypatch.setattr(FileBaton, "wait", waits_for_ever := object())
+    monkeypatch.setenv("RANK", "0")
+    seen = []
+
+    def take_device():
+        seen.append(FileBaton.wait)
+        raise LaunchError("far enough")
+
+    monkeypatch.setattr(train_gpt, "take_device", take_device)
+    with pytest.raises(SystemExit):
+        train_gpt.main(["--output", "runs"])
+    assert "far enough" in capsys.readouterr().err
+    assert len(seen) == 1
+    assert seen[0] is not waits_for_ever

@@ -15,16 +15,19 @@ STAGES, ACCUMULATION = 3, 2
 def record(folder, stage, rows, wall=1000.0, mono=50.0, stages=STAGES):
     """Write a trace file; `rows` are (op, start, end) in seconds since the run began."""
     header = {"stage": stage, "stages": stages, "accumulation": ACCUMULATION, "clock": {"wall": wall, "mono": mono}}
+    folder.mkdir(exist_ok=True)
     path = folder / f"stage{stage}.jsonl"
     lines = [header] + [{"op": op, "start": start + mono, "end": end + mono} for op, start, end in rows]
     path.write_text("\n".join(json.dumps(line) for line in lines))
     return path
 
 
-def recorded(folder, skew=(0.0, 0.0, 0.0), batches=3, drains=1, step=0.5):
+def recorded(folder, skew=(0.0, 0.0, 0.0), batches=3, drains=1, step=0.5, costs=None):
     """Trace files of a simulated run of PACI (F 1, B 2), with waits, drained and begun anew `drains` times."""
     spec = PipelineSpec(stages=STAGES, accumulation=ACCUMULATION)
-    timeline = simulate(schedule("paci"), spec, Costs(forward=1.0, backward=2.0, step=step), batches)
+    timeline = simulate(
+        schedule("paci"), spec, Costs(**{"forward": 1.0, "backward": 2.0, "step": step} | (costs or {})), batches
+    )
     paths = []
     for stage, row in enumerate(timeline.rows):
         rows, free = [], None

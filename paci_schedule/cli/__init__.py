@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import click
 
 from paci_schedule import __version__
+from paci_schedule.cli.calibrate import calibrate
 from paci_schedule.cli.check import check
 from paci_schedule.cli.doctor import doctor
 from paci_schedule.cli.plan import plan_
+from paci_schedule.cli.profile import profile
 from paci_schedule.cli.rehearse import rehearse
 from paci_schedule.cli.show import show
 from paci_schedule.cli.simulate import simulate_
@@ -50,7 +52,7 @@ def _paci() -> None:
     """Draw, check, simulate, plan and rehearse pipeline schedules, and read recorded runs."""
 
 
-for _command in (show, check, simulate_, plan_, rehearse, trace_, doctor):
+for _command in (show, check, simulate_, plan_, profile, rehearse, trace_, calibrate, doctor):
     _paci.add_command(_command)
 
 

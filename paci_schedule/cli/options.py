@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from paci_schedule.core.schedules.registry import SCHEDULES, schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.costs import Costs, check_amount
+from paci_schedule.simulate.slack import least_slack
 
 __all__ = [
     "at_least_one",
@@ -22,6 +24,7 @@ __all__ = [
     "output_option",
     "pipeline_options",
     "shape_of",
+    "slack_option",
     "variant_options",
     "width_option",
 ]
@@ -43,6 +46,21 @@ class _Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]: 
         except ValueError:
             self.fail(f"{value!r} is not a number, nor numbers separated by commas", param, ctx)
         return numbers if len(numbers) > 1 else numbers[0]
+
+
+class _Slack(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A whole number, or whole numbers separated by commas: one for each link."""
+
+    name = "COUNT[,COUNT...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
+        if not isinstance(value, str):
+            return value
+        try:
+            counts = [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number, nor whole numbers separated by commas", param, ctx)
+        return tuple(counts) if len(counts) > 1 else counts[0]
 
 
 class _Pair(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
@@ -94,10 +112,10 @@ variant_options = _several(
     ),
     click.option(
         "--extra-in-flight",
-        type=int,
+        type=_Slack(),
         default=0,
-        metavar="K",
-        help="Micro-batches in flight beyond the usual ones (only paci; default 0).",
+        metavar="K[,K...]",
+        help="Rounds of slack on the links together, or with commas on each link (only paci; default 0).",
     ),
 )
 
@@ -107,6 +125,12 @@ pipeline_options = _several(
     click.option("--micro-batches", type=int, required=True, metavar="M", help="Number of micro-batches in a batch."),
     variant_options,
 )
+
+slack_option = click.option(
+    "--suggest-slack", is_flag=True, help="Take the least --extra-in-flight that hides the links (only paci)."
+)
+
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # in seconds
 
 costs_options = _several(
     click.option(
@@ -137,7 +161,12 @@ costs_options = _several(
         type=float,
         default=float("inf"),
         metavar="BYTES",
-        help="Bytes that a link carries in a unit of time (default: no limit).",
+        help="Bytes that a link carries in a second (default: no limit); needs --unit.",
+    ),
+    click.option(
+        "--unit",
+        type=click.Choice(list(_UNITS)),
+        help="The unit of all times, which --bandwidth has to know; without it any unit will do.",
     ),
     click.option(
         "--message-bytes",
@@ -176,11 +205,16 @@ costs_options = _several(
 
 
 def jobs(options: dict[str, Any]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
-    """The schedules, with the pipeline and the costs that `pipeline_options` and `costs_options` describe.
+    """The schedules, each with the pipeline and the costs that the options describe.
 
-    Of several schedules, each gets only those of --chunks, --cut and --extra-in-flight that it takes.
+    Of several schedules, each gets only those of --chunks, --cut, --extra-in-flight and --suggest-slack that it takes.
     """
+    suggested = options.pop("suggest_slack")
     shape = {key: options.pop(key) for key in ("stages", "micro_batches", "chunks", "cut", "extra_in_flight")}
+    if suggested and shape["extra_in_flight"]:
+        raise ConfigError(
+            f"extra_in_flight={shape['extra_in_flight']}: --suggest-slack chooses it; give one of the two"
+        )
     names, found = options.pop("name").split(","), []
     for name in names:
         own = dict(shape)
@@ -190,7 +224,10 @@ def jobs(options: dict[str, Any]) -> list[tuple[Schedule, PipelineSpec, Costs]]:
             own["cut"] = shape["cut"] if "leading" in takes else None
             own["extra_in_flight"] = shape["extra_in_flight"] if "extra_in_flight" in takes else 0
         chosen, spec = shape_of(name, **own)
-        found.append((chosen, spec, _costs_for(spec, dict(options))))
+        costs = _costs_for(spec, dict(options))
+        if suggested and (len(names) == 1 or "extra_in_flight" in chosen.options):
+            spec = replace(spec, extra_in_flight=least_slack(chosen, spec, costs))
+        found.append((chosen, spec, costs))
     return found
 
 
@@ -205,6 +242,14 @@ def _costs_for(spec: PipelineSpec, options: dict[str, Any]) -> Costs:
     options["latency"] = _with(
         "latency", options["latency"], spec.stages - 1, slow_links, lambda old, new: new, "slow_link"
     )
+    unit = options.pop("unit")
+    if options["bandwidth"] != float("inf"):
+        if unit is None:
+            raise ConfigError(
+                f"bandwidth={options['bandwidth']:g}: is in bytes per second, and the times have no unit; add "
+                "--unit s, ms or us, whichever --forward and --backward are in"
+            )
+        options["bandwidth"] *= _UNITS[unit]
     return Costs(**options)
 
 
@@ -231,7 +276,12 @@ def _with(
 
 
 def shape_of(
-    name: str, stages: int, micro_batches: int, chunks: int | None, cut: str | None, extra_in_flight: int
+    name: str,
+    stages: int,
+    micro_batches: int,
+    chunks: int | None,
+    cut: str | None,
+    extra_in_flight: int | tuple[int, ...],
 ) -> tuple[Schedule, PipelineSpec]:
     """The schedule and the pipeline, checked against each other."""
     if cut is not None and "leading" not in schedule(name).options:

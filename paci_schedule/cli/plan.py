@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
-from paci_schedule.adapters.choice import IN_EVERY_LOOP
+from paci_schedule.cli.models import config_of
 from paci_schedule.cli.options import json_option
-from paci_schedule.cli.printing import print_json, screen
+from paci_schedule.cli.plan_text import Settings, print_plan, settings_of
+from paci_schedule.cli.printing import print_json
 from paci_schedule.core.schedules.registry import SCHEDULES
-from paci_schedule.errors import ConfigError, nearest
-from paci_schedule.plan.search import Job, Row, calibrated, search
-from paci_schedule.plan.settings import deepspeed_config, megatron_flags, pipeline_module
-from paci_schedule.plan.transformer import built_in, from_config, from_layers, load_config
+from paci_schedule.errors import ConfigError
+from paci_schedule.plan.hardware import Device, preset, presets
+from paci_schedule.plan.job import Job
+from paci_schedule.plan.models import Model, from_layers
+from paci_schedule.plan.search import calibrated, search
+from paci_schedule.plan.settings import pipeline_module
+from paci_schedule.plan.transformer import from_config
+from paci_schedule.simulate.costs import check_amount
 
 __all__ = ["plan_"]
 
@@ -37,7 +40,14 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "--layers", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="A JSON file of measured layers."
 )
 @click.option("--devices", type=int, required=True, metavar="N", help="Number of devices.")
-@click.option("--memory", type=_POSITIVE, required=True, metavar="GIB", help="Memory of one device.")
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help=f"Take speed, memory and links of a device: {', '.join(presets())}; options below replace single figures.",
+)
+@click.option(
+    "--memory", type=_POSITIVE, metavar="GIB", help="Memory of one device for tensors (with --gpu: less a reserve)."
+)
 @click.option(
     "--global-batch", type=int, required=True, metavar="G", help="Number of sequences in an optimizer update."
 )
@@ -47,9 +57,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--tflops",
     type=_POSITIVE,
-    default=100.0,
     metavar="T",
-    help="Tera operations that a device really does in a second (default 100).",
+    help="Tera operations that a device really does in a second (default 100 without --gpu).",
 )
 @click.option(
     "--measured",
@@ -60,12 +69,37 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--bandwidth",
     type=_POSITIVE,
-    default=float("inf"),
     metavar="GB",
-    help="Gigabytes that a link carries in a second (default: no limit).",
+    help="Gigabytes that every link carries in a second (default without --gpu: no limit).",
 )
-@click.option("--latency", type=float, default=0.0, metavar="SECONDS", help="Latency of a message (default 0).")
+@click.option(
+    "--latency", type=float, metavar="SECONDS", help="Latency of a message on every link (default without --gpu: 0)."
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["fused", "unfused"]),
+    default="fused",
+    help="Whether the attention keeps its scores, as an unfused one does (default fused).",
+)
+@click.option(
+    "--tied/--untied", default=None, help="Whether the head shares the embedding's weight, whatever the config says."
+)
 @click.option("--zero", type=int, default=1, metavar="STAGE", help="ZeRO stage of the optimizer, 0 or 1 (default 1).")
+@click.option(
+    "--overlap-grad-reduce",
+    "overlap",
+    is_flag=True,
+    help="Replicas reduce their gradients during the last backward (Megatron's option of this name).",
+)
+@click.option(
+    "--tensor-parallel",
+    "slices",
+    type=int,
+    multiple=True,
+    default=(1,),
+    metavar="T",
+    help="Search these degrees of tensor parallelism; can be repeated (default 1).",
+)
 @click.option(
     "--max-drift",
     type=int,
@@ -98,11 +132,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 def plan_(
     model: str | None,
     layers: Path | None,
-    sequence_length: int | None,
-    tflops: float,
     measured: float | None,
-    memory: float,
-    bandwidth: float,
     schedules: Sequence[str],
     sizes: Sequence[int],
     recompute: str,
@@ -113,25 +143,16 @@ def plan_(
 ) -> None:
     """Search for the fastest pipeline of a model.
 
-    The search covers stages, micro-batch size, accumulation, schedule and recomputation.
+    The search covers stages, replicas, micro-batch size, accumulation, schedule, recomputation and, where asked for,
+    tensor parallelism.
 
     If no pipeline can run, the exit code is 1.
     """
-    if model is not None and layers is None:
-        shape = from_config(_config(model), sequence_length)
-    elif layers is not None and model is None:
-        if sequence_length:
-            raise ConfigError(
-                f"sequence_length={sequence_length}: the layers were measured at the file's; leave it out"
-            )
-        shape = from_layers(layers)
-    else:
-        raise ConfigError("the model is missing or given twice: give either --model NAME or --layers FILE")
+    shape = _model(model, layers, {name: given.pop(name) for name in ("sequence_length", "attention", "tied")})
+    names = "gpu", "memory", "tflops", "bandwidth", "latency"
     job = Job(
         model=shape,
-        memory=memory * 2**30,
-        flops=1.0 if shape.measured else tflops * 1e12,
-        bandwidth=bandwidth * 1e9,
+        device=_device(shape, **{name: given.pop(name) for name in names}),
         schedules=schedules or tuple(SCHEDULES),
         micro_batch_sizes=sizes,
         recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute],
@@ -141,114 +162,59 @@ def plan_(
     if measured is not None:
         job = calibrated(job, measured)
     rows = search(job)
-    best = next((row for row in rows if not row.refused and row.schedule in IN_EVERY_LOOP), None)
     if as_json:
-        settings = best and {
-            "row": asdict(best),
-            "deepspeed": deepspeed_config(job, best),
-            "pipeline_module": pipeline_module(best),
-            "megatron": megatron_flags(job, best),
-        }
-        print_json({"parameters": shape.parameters, "rows": [asdict(row) for row in rows], "settings": settings})
+        found = {"parameters": shape.parameters, "rows": [asdict(row) for row in rows]}
+        print_json(found | {"settings": {name: _as_json(each) for name, each in settings_of(job, rows).items()}})
     else:
-        _print_plan(job, rows, best, top)
+        print_plan(job, rows, top)
     if all(row.refused for row in rows):
         raise click.exceptions.Exit(1)
 
 
-def _print_plan(job: Job, rows: Sequence[Row], best: Row | None, top: int) -> None:
-    """Print the `top` fastest rows, an example of every reason to refuse one, and the settings of the best row."""
-    console = screen()
-    console.print(
-        f"{job.model.parameters / 1e9:.2f} B parameters, {len(job.model.layers)} layers, {job.devices} devices, "
-        f"{job.global_batch} sequences of {job.model.sequence_length} tokens an update"
-    )
-    running = [row for row in rows if not row.refused]
-    table = Table(
-        "schedule",
-        "stages x replicas",
-        "size x accum.",
-        "recompute",
-        "tokens/s",
-        "samples/s/device",
-        "vs 1f1b",
-        "GiB",
-        "drift",
-        box=None,
-    )
-    for row in running[:top]:
-        table.add_row(
-            *_place(row),
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.samples_per_second_per_device:.4g}",
-            f"{round(row.speedup, 9):.3f}" if row.speedup else "",
-            f"{row.memory / 2**30:.1f}",
-            str(row.drift),
-        )
-    console.print(table if running else "No pipeline can run; raise --memory, --max-drift or --global-batch.")
-    reasons: dict[tuple[str, str], list[Row]] = {}
-    for row in rows[len(running) :]:
-        reasons.setdefault((row.schedule, re.sub(r"[\d.]+", "#", row.refused)), []).append(row)
-    if reasons:
-        console.print(f"\n{len(rows) - len(running)} of {len(rows)} rows refused; the first for each reason:")
-        refused = Table(
-            "schedule", "stages x replicas", "size x accum.", "recompute", "rows", "refused because", box=None
-        )
-        for like in reasons.values():
-            refused.add_row(*_place(like[0]), str(len(like)), like[0].refused)
-        console.print(refused)
-    if best and best.predictions:
-        click.echo(
-            f"\nPredictions an update on the first stage: {best.predictions}. Each computes as long as its optimizer's "
-            "step, which the plan leaves out; it counts only what replicas gather for them."
-        )
-    if best:
-        module = ", ".join(f"{key}={value}" for key, value in pipeline_module(best).items())
-        click.echo(
-            f"\nThe fastest that runs with paci_schedule: {best.schedule}\n"
-            f"DeepSpeed  {json.dumps(deepspeed_config(job, best))}\n"
-            f"           PipelineModule({module})\n"
-            f"Megatron   {' '.join(megatron_flags(job, best))}"
-        )
+def _as_json(settings: Settings) -> dict[str, Any]:
+    row = settings.row
+    if row is None:
+        return {"refused": settings.refused}
+    return {"row": asdict(row), "settings": settings.settings, "pipeline_module": pipeline_module(row)}
 
 
-def _place(row: Row) -> tuple[str, str, str, str]:
-    return (
-        row.schedule,
-        f"{row.stages} x {row.replicas}",
-        f"{row.micro_batch_size} x {row.accumulation}",
-        "full" if row.recompute else "none",
-    )
-
-
-def _config(name: str) -> dict[str, Any]:
-    """The config of a model: a built-in one, a file, the default of a type in transformers, or one on the hub."""
-    config = load_config(name)
-    if config is not None:
-        return config
-    try:
-        from transformers import CONFIG_MAPPING
-
-        found = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else _on_the_hub(name)
-        return found.get_text_config().to_dict()
-    except (
-        Exception
-    ) as error:  # of transformers, the hub's client or its transport: any of them may find that there is none
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+def _model(name: str | None, file: Path | None, given: dict[str, Any]) -> Model:
+    """The model, from its config or from the file of its measured layers."""
+    if name is not None and file is None:
+        shape = from_config(config_of(name), given["sequence_length"], given["tied"])
+        return replace(shape, fused_attention=given["attention"] == "fused")
+    if file is None or name is not None:
+        raise ConfigError("the model is missing or given twice: give either --model NAME or --layers FILE")
+    if given["sequence_length"]:
         raise ConfigError(
-            f"model={name!r}: not a built-in size ({nearest(name, built_in())}), no file, no type in transformers, and "
-            f"not on the hub ({reason}); give a config.json"
-        ) from None
+            f"sequence_length={given['sequence_length']}: the layers were measured at the file's; leave it out"
+        )
+    return from_layers(file)
 
 
-def _on_the_hub(name: str) -> Any:
-    """The PretrainedConfig of a model on the Hugging Face hub, or the copy of it on this machine."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
-    except OSError:
-        # Asked once: from_pretrained asks for half a minute where there is no network.
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
-        return AutoConfig.from_pretrained(name)
+def _device(
+    model: Model,
+    gpu: str | None,
+    memory: float | None,
+    tflops: float | None,
+    bandwidth: float | None,
+    latency: float | None,
+) -> Device:
+    """The devices, from the preset and what replaces parts of it."""
+    if model.measured and (tflops is not None):
+        raise ConfigError(f"tflops={tflops:g}: the layers' times were measured, so it has no effect; leave it out")
+    if gpu is None and memory is None:
+        raise ConfigError("memory is missing: give --memory GIB, or --gpu NAME")
+    check_amount("latency", latency or 0.0)
+    if latency is not None and latency >= 1:
+        raise ConfigError(f"latency={latency:g}: is in seconds, and no link takes so many; 20 us are 2e-5")
+    known = preset(gpu) if gpu is not None else Device(memory=inf)
+    if memory is not None:
+        known = replace(known, memory=memory * 2**30)
+    if model.measured:
+        known = replace(known, flops=1.0, saturation=0.0, memory_bandwidth=inf)
+    elif tflops is not None or gpu is None:
+        known = replace(known, flops=(100.0 if tflops is None else tflops) * 1e12)
+    changes = {"bandwidth": bandwidth and bandwidth * 1e9, "latency": latency}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(known, inside=replace(known.inside, **changes), between=replace(known.between, **changes))

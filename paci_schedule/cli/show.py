@@ -14,6 +14,7 @@ from paci_schedule.cli.options import (
     json_option,
     output_option,
     pipeline_options,
+    slack_option,
     width_option,
 )
 from paci_schedule.cli.printing import print_grid, print_json, screen
@@ -27,6 +28,7 @@ __all__ = ["show"]
 @click.command("show")
 @pipeline_options
 @costs_options
+@slack_option
 @click.option("--batches", type=int, default=1, metavar="N", help="Number of batches to draw (default 1).")
 @width_option
 @output_option

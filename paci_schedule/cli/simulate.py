@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from paci_schedule.cli.options import costs_options, jobs, json_option, pipeline_options
+from paci_schedule.cli.options import costs_options, jobs, json_option, pipeline_options, slack_option
 from paci_schedule.cli.printing import print_json, screen
 from paci_schedule.simulate.figures import figures_of
 
@@ -20,6 +20,7 @@ __all__ = ["simulate_"]
 @click.command("simulate")
 @pipeline_options
 @costs_options
+@slack_option
 @click.option(
     "--batches",
     type=int,
@@ -37,6 +38,7 @@ def simulate_(batches: int | None, activation_bytes: float, weight_bytes: float,
     for chosen, spec, costs in jobs(options):
         figures = figures_of(chosen, spec, costs, batches, activation_bytes=activation_bytes, weight_bytes=weight_bytes)
         shape = {"schedule": chosen.name, "stages": spec.stages, "micro_batches": spec.accumulation, "batches": batches}
+        shape |= {"extra_in_flight": spec.extra_in_flight}
         found.append(shape | asdict(figures))
     if as_json:
         print_json(found if len(found) > 1 else found[0])
@@ -50,7 +52,7 @@ def _figures(found: dict[str, Any]) -> Table:
     table = Table(title=title, show_header=False, box=None, title_justify="left")
     for key, value in found.items():
         if key not in ("schedule", "stages", "micro_batches", "batches", "counted_batches") and (
-            not isinstance(value, list) or any(value)
+            (not isinstance(value, list) or any(value)) and (key != "extra_in_flight" or value)
         ):
             table.add_row(key.replace("_", " "), _brief(value))
     return table
@@ -72,6 +74,8 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _brief(value: Any) -> str:
     """A figure for a table; for many stages only the first, the last and the largest value."""
+    if isinstance(value, tuple):  # of each link, as the option takes it
+        return ",".join(map(str, value))
     if isinstance(value, list) and isinstance(value[0], dict):
         return _brief(dict(sum((Counter(each) for each in value), Counter()))) + " over all stages"
     if isinstance(value, list):

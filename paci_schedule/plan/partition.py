@@ -24,7 +24,16 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.layers import Layer
 
-__all__ = ["NothingFitsError", "Partition", "StageMemory", "balance", "check_bounds", "evaluate", "memory_of_stages"]
+__all__ = [
+    "NothingFitsError",
+    "Partition",
+    "StageMemory",
+    "balance",
+    "check_bounds",
+    "evaluate",
+    "memory_of_stages",
+    "parameters_of_stages",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +198,11 @@ def evaluate(
     )
 
 
+def parameters_of_stages(layers: Sequence[Layer], bounds: Sequence[int]) -> list[float]:
+    """The trained parameters of each stage of a partition."""
+    return [list(_spans_from(layers[start:stop], 0))[-1].parameters for start, stop in pairwise(bounds)]
+
+
 def check_bounds(bounds: Sequence[int], layers: int, stages: int) -> None:
     """Raises ConfigError unless `bounds` divide so many layers into so many stages, none of them empty."""
     rises = all(start < stop for start, stop in pairwise(bounds))
@@ -236,7 +250,9 @@ def _spans_from(layers: Sequence[Layer], recompute_every: int) -> Iterator[_Span
             seconds, live, running = seconds + took, live + kept, max(running, once)
             chunk.clear()
         chunk.append(layer)
-        if layer.tied not in tied:
+        if layer.tied in tied:
+            parameters += layer.own_parameters
+        else:
             parameters, frozen = parameters + layer.parameters, frozen + layer.frozen_bytes
         if layer.tied is not None:
             tied.add(layer.tied)

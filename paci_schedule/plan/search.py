@@ -1,160 +1,51 @@
 """The search for the fastest pipeline of a job: every division of the devices, every schedule, with memory and drift.
 
 The layers are divided by `partition.balance`: the slowest stage is as fast as the memory of the stages allows.
-Data-parallel replicas average their gradients in a ring when a stage steps.  A stage's memory holds weights (bf16),
-gradients and optimizer states (fp32; AdamW's two moments and the master copy, divided over the replicas under ZeRO-1),
-the weights that its schedule stashes, and the activations in flight.  Predicted weights are written over the bf16
-weights; replicas gather them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from math import inf, isqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from paci_schedule.core.schedules.base import Schedule
-from paci_schedule.core.schedules.registry import SCHEDULES, schedule
+from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.core.staleness import interval_of, predictions_of_an_update
+from paci_schedule.core.staleness import predictions_of_an_update
 from paci_schedule.errors import ConfigError
-from paci_schedule.plan.partition import NothingFitsError, Partition, StageMemory, balance
-from paci_schedule.plan.transformer import Model
-from paci_schedule.simulate.costs import Costs, check_amount
+from paci_schedule.plan.job import DATA_PARALLEL, Job, Row
+from paci_schedule.plan.layers import Layer
+from paci_schedule.plan.partition import NothingFitsError, Partition, StageMemory, balance, parameters_of_stages
+from paci_schedule.plan.prices import costs_of, drifted_share, memory_of
+from paci_schedule.plan.ranking import ALIKE, SLOWER, compared, ranked
+from paci_schedule.simulate.costs import Costs
 from paci_schedule.simulate.figures import time_per_micro_batch
+from paci_schedule.simulate.slack import least_slack
 
-__all__ = ["Job", "Row", "calibrated", "search"]
+__all__ = ["calibrated", "search"]
 
 _GIB = 2**30
-_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be trained, on which devices, and what the search may choose.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    model: Model
-    """The layers to divide."""
-
-    devices: int
-    """The number of devices, which are all alike."""
-
-    memory: float
-    """The memory of one device, in bytes."""
-
-    global_batch: int
-    """The number of sequences in an optimizer update."""
-
-    flops: float = 1.0
-    """Floating-point operations that a device does in a second.  For measured layers: how many times as fast a device
-    is as the one that they were measured on."""
-
-    bandwidth: float = float("inf")
-    """Bytes per second between two devices."""
-
-    latency: float = 0.0
-    """Seconds that a message is on its way, whatever its size."""
-
-    zero: int = 1
-    """ZeRO stage of the optimizer state: 0 or 1."""
-
-    max_drift: int = 1
-    """The most updates between a forward and its backward."""
-
-    schedules: Sequence[str] = tuple(SCHEDULES)
-    """The schedules to search."""
-
-    stages: Sequence[int] = ()
-    """The numbers of stages to search; empty means every divisor of `devices`."""
-
-    micro_batch_sizes: Sequence[int] = ()
-    """The micro-batch sizes to search, in sequences; empty means every power of 2 that divides a replica's share."""
-
-    recompute: Sequence[bool] = (False, True)
-    """Whether layers are recomputed in the backward."""
-
-    prediction: str | int = "off"
-    """When PACI predicts the weights of stale forwards (`core.staleness.interval_of`)."""
-
-    def __post_init__(self) -> None:
-        for name in ("devices", "global_batch", "memory", "flops", "bandwidth"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be more than 0")
-        if self.flops == inf:
-            raise ConfigError(f"flops={self.flops}: must be finite; give what a device really does")
-        check_amount("latency", self.latency)
-        if self.max_drift < 0:
-            raise ConfigError(f"max_drift={self.max_drift}: must be at least 0")
-        if self.zero not in (0, 1):
-            raise ConfigError(f"zero={self.zero}: pipelines run with ZeRO stage 0 or 1; take one of them")
-        for stages in self.stages:
-            if stages < 1 or self.devices % stages:
-                raise ConfigError(f"stages={stages}: must divide the {self.devices} devices")
-        for size in self.micro_batch_sizes:
-            if size < 1 or self.global_batch % size:
-                raise ConfigError(f"micro_batch_size={size}: must divide the global batch of {self.global_batch}")
-        for name in self.schedules:
-            schedule(name)
-        interval_of(self.prediction)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way to run the job."""
-
-    schedule: str
-    stages: int
-    replicas: int
-    micro_batch_size: int
-    accumulation: int
-    recompute: bool
-    tokens_per_second: float = 0.0
-    """The predicted speed of the whole job; 0 where the row is refused."""
-
-    samples_per_second_per_device: float = 0.0
-    speedup: float | None = None
-    """The speed relative to 1f1b with the same stages, micro-batch size and recompute; None without such a row."""
-
-    memory: float = 0.0
-    """Bytes of the fullest stage."""
-
-    drift: int = 0
-    """The bound of the drift at the first stage."""
-
-    layers: list[int] = field(default_factory=list)
-    """How many layers each stage holds."""
-
-    predictions: int = 0
-    """How often the first stage predicts its weights in an update.  Each prediction takes as long as an optimizer step;
-    the plan counts only the part of it that replicas spend on sending."""
-
-    refused: str = ""
-    """Why the row cannot be run; empty where it can."""
 
 
 def search(job: Job) -> list[Row]:
-    """All rows: first those that can run, beginning with the fastest, then the refused ones with their reasons.
+    """All rows: first those that can run, as `plan.ranking` puts them, then the refused ones with their reasons.
 
-    On one stage every schedule is plain gradient accumulation; such rows appear once, as 1f1b.
+    On one stage every schedule is plain gradient accumulation; such rows appear once, as data parallel.  Where links
+    take time, a row that can hide them with slack appears with and without it.  A row is not simulated if even without
+    waiting for anything it would be more than 1% slower than another one of its schedule and division of the devices;
+    it is refused with that reason.
     """
     table = _Table(job)
-    rows = [
-        table.row(name, *shape) for shape in _shapes(job) for name in job.schedules if shape[0] > 1 or name == "1f1b"
-    ]  # on one stage all schedules are gradient accumulation
-    baseline = {_place(row): row.tokens_per_second for row in rows if row.schedule == "1f1b" and not row.refused}
-    rows = [
-        replace(row, speedup=row.tokens_per_second / baseline[_place(row)])
-        if _place(row) in baseline and not row.refused
-        else row
-        for row in rows
-    ]
-    return sorted(rows, key=_rank)
+    places: dict[tuple[str, int, int], list[_Shape]] = {}
+    for shape in _shapes(job):
+        for name in job.schedules:
+            if shape.stages > 1 or name == "1f1b":
+                places.setdefault((name, shape.stages, shape.slices), []).append(shape)
+    rows = [row for (name, *_), shapes in places.items() for row in table.place(name, shapes)]
+    return ranked(compared(rows))
 
 
 def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
@@ -168,44 +59,50 @@ def calibrated(job: Job, samples_per_second_per_device: float) -> Job:
     """
     if not samples_per_second_per_device > 0:
         raise ConfigError(f"measured={samples_per_second_per_device}: must be more than 0")
-    shapes = [shape for shape in _shapes(job) if not shape[-1]]
+    shapes = [shape for shape in _shapes(job) if not shape.recompute]
     if len(shapes) != 1:
         raise ConfigError(
             f"measured: {len(shapes)} pipelines match; name the measured one's stages and micro-batch size"
         )
     for _ in range(60):
-        row = _Table(replace(job, memory=inf)).row("1f1b", *shapes[0])
+        device = job.device
+        unlimited = replace(job, device=replace(device, memory=inf))
+        row = _Table(unlimited).row("1f1b", shapes[0])
         if row.refused:
             raise ConfigError(f"measured: 1f1b cannot run there ({row.refused}); name the measured run's stages")
         ratio = samples_per_second_per_device / row.samples_per_second_per_device
         if abs(ratio - 1) < 1e-9:
             return job
-        job = replace(job, flops=job.flops * ratio)
+        faster = replace(device, flops=device.flops * ratio, memory_bandwidth=device.memory_bandwidth * ratio)
+        job = replace(job, device=faster)
     raise ConfigError(
         f"measured={samples_per_second_per_device}: cannot be reached with this bandwidth and latency; correct these"
     )
 
 
-def _rank(row: Row) -> tuple[bool, float, float, int]:
-    """The key by which rows are sorted; speeds that differ only in rounding count as equal."""
-    return bool(row.refused), -float(f"{row.tokens_per_second:.9g}"), row.memory, row.drift
+class _Shape(NamedTuple):
+    """A division of the devices and of the batch."""
+
+    stages: int
+    slices: int
+    size: int
+    accumulation: int
+    recompute: bool
 
 
-def _place(row: Row) -> tuple[int, int, bool]:
-    return row.stages, row.micro_batch_size, row.recompute
-
-
-def _shapes(job: Job) -> Iterator[tuple[int, int, int, bool]]:
-    """(stages, micro-batch size, accumulation, recompute) of every pipeline to search."""
-    for stages in job.stages or _divisors(job.devices):
-        share, rest = divmod(job.global_batch * stages, job.devices)
-        if rest:
-            continue  # the replicas cannot share the batch evenly
-        sizes = job.micro_batch_sizes or [1 << power for power in range(share.bit_length())]
-        for size in sizes:
-            if share % size == 0:
-                for recompute in job.recompute:
-                    yield stages, size, share // size, recompute
+def _shapes(job: Job) -> Iterator[_Shape]:
+    """Every pipeline to search."""
+    for slices in job.slices:
+        for stages in job.stages or _divisors(job.devices // slices):
+            replicas, unused = divmod(job.devices, stages * slices)
+            share, rest = divmod(job.global_batch, max(1, replicas))
+            if rest or unused or not replicas:
+                continue  # the replicas cannot share the batch, or the devices, evenly
+            sizes = job.micro_batch_sizes or [1 << power for power in range(share.bit_length())]
+            for size in sizes:
+                if share % size == 0:
+                    for recompute in job.recompute:
+                        yield _Shape(stages, slices, size, share // size, recompute)
 
 
 def _divisors(number: int) -> list[int]:
@@ -214,54 +111,124 @@ def _divisors(number: int) -> list[int]:
     return small + [number // count for count in reversed(small) if count * count != number]
 
 
+class _Draft(NamedTuple):
+    """A row that is not simulated yet, and what it takes to do so.
+
+    Attributes:
+        at_most: tokens per second of the whole job if nobody waited longer than the schedule itself requires; 0 where
+            the row is refused.
+    """
+
+    row: Row
+    chosen: Schedule
+    spec: PipelineSpec
+    shape: _Shape
+    costs: Costs | None = None
+    at_most: float = 0.0
+
+
 class _Table:
     """The rows of a job; a partition that several of them share is searched once."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._layers: dict[tuple[int, int], list[Layer]] = {}
         self._known: dict[tuple[Any, ...], Partition | NothingFitsError] = {}
 
-    def row(self, name: str, stages: int, size: int, accumulation: int, recompute: bool) -> Row:
+    def place(self, name: str, shapes: Sequence[_Shape]) -> list[Row]:
+        """The rows of a schedule on one division of the devices."""
+        drafts = sorted((self._draft(name, shape) for shape in shapes), key=lambda draft: -draft.at_most)
+        rows: list[Row] = []
+        best = 0.0
+        for draft in drafts:
+            if not draft.row.refused and draft.at_most < ALIKE * best:
+                slower = f"{SLOWER}, at most {draft.at_most:,.0f} tokens/s without any wait"
+                rows.append(replace(draft.row, refused=slower))
+                continue
+            rows += self._timed(draft)
+            best = max(best, *(row.tokens_per_second for row in rows))
+        return rows
+
+    def row(self, name: str, shape: _Shape) -> Row:
         """One row, simulated unless it is refused."""
-        job, chosen, spec = self._job, schedule(name), PipelineSpec(stages=stages, accumulation=accumulation)
-        replicas = job.devices // stages
+        return self._timed(self._draft(name, shape))[0]
+
+    def _timed(self, draft: _Draft) -> list[Row]:
+        """The row of a draft, simulated; and another one with slack where that can hide its links."""
+        if draft.costs is None:
+            return [draft.row]
+        row, spec = draft.row, draft.spec
+        try:
+            seconds = time_per_micro_batch(draft.chosen, spec, draft.costs)
+        except ConfigError as error:  # too many ops to simulate
+            return [replace(row, refused=str(error))]
+        samples = row.replicas * row.micro_batch_size / seconds
+        row = replace(
+            row,
+            tokens_per_second=samples * self._job.model.sequence_length,
+            samples_per_second_per_device=samples / self._job.devices,
+            seconds_per_micro_batch=seconds,
+        )
+        if spec.extra_in_flight or "extra_in_flight" not in draft.chosen.options:
+            return [row]
+        slack = least_slack(draft.chosen, spec, draft.costs)
+        return [row, *(self._timed(self._draft(draft.row.schedule, draft.shape, slack)) if any(slack) else [])]
+
+    def _draft(self, name: str, shape: _Shape, slack: tuple[int, ...] = ()) -> _Draft:
+        """A row before it is simulated."""
+        job, chosen = self._job, schedule(name)
+        spec = PipelineSpec(stages=shape.stages, accumulation=shape.accumulation, extra_in_flight=slack or 0)
         row = Row(
-            schedule=name,
-            stages=stages,
-            replicas=replicas,
-            micro_batch_size=size,
-            accumulation=accumulation,
-            recompute=recompute,
+            schedule=name if shape.stages > 1 else DATA_PARALLEL,
+            stages=shape.stages,
+            slices=shape.slices,
+            replicas=job.devices // shape.stages // shape.slices,
+            micro_batch_size=shape.size,
+            accumulation=shape.accumulation,
+            recompute=shape.recompute,
+            extra_in_flight=slack,
             drift=chosen.drift_bound(spec, 0),
             predictions=predictions_of_an_update(spec, 0, job.prediction) if "prediction" in chosen.options else 0,
         )
         reason = _impossible(job, chosen, spec, row)
         if reason:
-            return replace(row, refused=reason)
-        partition = self._partition(row, [_memory(job, chosen, spec, row, stage) for stage in range(stages)])
+            return _Draft(replace(row, refused=reason), chosen, spec, shape)
+        layers = self._layers_of(shape)
+        memories = [memory_of(job, chosen, spec, row, stage) for stage in range(shape.stages)]
+        partition = self._partition(shape, layers, memories)
         if isinstance(partition, NothingFitsError):
             memory = max(partition.nearest.peak_bytes)
-            return replace(row, memory=memory, refused=f"needs {memory / _GIB:.1f} GiB of {job.memory / _GIB:.1f}")
-        held = [stop - start for start, stop in pairwise(partition.bounds)]
-        row = replace(row, memory=max(partition.peak_bytes), layers=held)
-        try:
-            seconds = time_per_micro_batch(chosen, spec, _costs(job, spec, row, partition))
-        except ConfigError as error:  # too many ops to simulate
-            return replace(row, refused=str(error))
-        samples = replicas * size / seconds
-        return replace(
+            refused = f"needs {memory / _GIB:.1f} GiB of {job.device.usable / _GIB:.1f}"
+            return _Draft(replace(row, memory=memory, refused=refused), chosen, spec, shape)
+        row = replace(
             row,
-            tokens_per_second=samples * job.model.sequence_length,
-            samples_per_second_per_device=samples / job.devices,
+            memory=max(partition.peak_bytes),
+            drifted=drifted_share(chosen, spec),
+            headroom=sum(memory.limit for memory in memories) - sum(partition.peak_bytes),
+            layers=[stop - start for start, stop in pairwise(partition.bounds)],
+            stage_parameters=parameters_of_stages(layers, partition.bounds),
+            stage_seconds=list(partition.seconds),
         )
+        costs = costs_of(job, spec, row, layers, partition)
+        filling = sum(partition.seconds) - partition.slowest if name in ("gpipe", "1f1b") else 0.0
+        least = partition.slowest + filling / shape.accumulation
+        at_most = row.replicas * shape.size * job.model.sequence_length / least
+        return _Draft(row, chosen, spec, shape, costs, at_most)
 
-    def _partition(self, row: Row, memories: Sequence[StageMemory]) -> Partition | NothingFitsError:
+    def _layers_of(self, shape: _Shape) -> list[Layer]:
+        key = shape.size, shape.slices
+        if key not in self._layers:
+            self._layers[key] = self._job.model.layers_on(self._job.device, *key)
+        return self._layers[key]
+
+    def _partition(
+        self, shape: _Shape, layers: Sequence[Layer], memories: Sequence[StageMemory]
+    ) -> Partition | NothingFitsError:
         """The fastest partition of the row's layers, or why there is none."""
-        key = row.micro_batch_size, row.recompute, *memories
+        key = shape.size, shape.slices, shape.recompute, *memories
         if key not in self._known:
-            layers = [layer.scaled(row.micro_batch_size, 1 / self._job.flops) for layer in self._job.model.layers]
             try:
-                self._known[key] = balance(layers, memories, recompute_every=int(row.recompute))
+                self._known[key] = balance(layers, memories, recompute_every=int(shape.recompute))
             except NothingFitsError as error:
                 self._known[key] = error
         return self._known[key]
@@ -269,8 +236,8 @@ class _Table:
 
 def _impossible(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row) -> str:
     """Why the row cannot run, whatever its memory; "" where it can."""
-    if spec.stages * chosen.chunks > len(job.model.layers):
-        return f"{spec.stages} stages with {chosen.chunks} chunks, and {len(job.model.layers)} layers"
+    if spec.stages * chosen.chunks > job.model.count:
+        return f"{spec.stages} stages with {chosen.chunks} chunks, and {job.model.count} layers"
     if row.recompute and chosen.splits_backward:
         return "recomputing in B would keep the activations that W needs after all"
     if row.drift > job.max_drift:
@@ -279,43 +246,4 @@ def _impossible(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row) -> str
         chosen.check(spec)
     except ConfigError as error:
         return str(error)
-    return ""
-
-
-def _memory(job: Job, chosen: Schedule, spec: PipelineSpec, row: Row, stage: int) -> StageMemory:
-    """The memory of one stage."""
-    optimizer = _OPTIMIZER / (row.replicas if job.zero else 1)
-    versions = chosen.weight_versions(spec, stage)
-    if row.predictions and interval_of(job.prediction) != 1 and spec.look_ahead(stage) > spec.accumulation:
-        versions += 1  # a prediction that stands while DeepSpeed's train_batch returns the real weights
-    return StageMemory(
-        in_flight=chosen.in_flight(spec, stage) / chosen.chunks,
-        bytes_per_parameter=_WEIGHT * versions + _GRADIENT + optimizer,
-        limit=job.memory,
-    )
-
-
-def _costs(job: Job, spec: PipelineSpec, row: Row, partition: Partition) -> Costs:
-    """The costs of ops and messages in this row, in seconds."""
-    stages = [job.model.layers[start:stop] for start, stop in pairwise(partition.bounds)]
-    speed = row.micro_batch_size / job.flops
-    forward = [sum(layer.forward for layer in layers) * speed for layers in stages]
-    turn = (row.replicas - 1) / row.replicas / job.bandwidth  # of one byte of every parameter, around the ring
-    gathers = [_gathers(job, spec, stage) if row.predictions else 0 for stage in range(spec.stages)]
-    return Costs(
-        forward=forward,
-        backward=[whole - early for whole, early in zip(partition.seconds, forward, strict=True)],
-        step=[
-            sum(layer.parameters for layer in layers) * turn * (2 * _GRADIENT + _WEIGHT * count)
-            for layers, count in zip(stages, gathers, strict=True)
-        ],
-        latency=job.latency,
-        bandwidth=job.bandwidth,
-        message_bytes=job.model.layers[-1].input_bytes * row.micro_batch_size,
-    )
-
-
-def _gathers(job: Job, spec: PipelineSpec, stage: int) -> int:
-    """How often in an update a stage's replicas gather weights: those of a prediction, and the real ones after it."""
-    made = predictions_of_an_update(spec, stage, job.prediction)
-    return 2 * made if interval_of(job.prediction) == 1 else made + min(made, 1)
+    return job.model.check_tensor(row.slices) if row.slices > 1 else ""

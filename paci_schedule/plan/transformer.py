@@ -1,45 +1,29 @@
-"""The model that the planner divides: a row of layers, from a Hugging Face config or from a file of measured layers.
+"""A decoder-only transformer, from a Hugging Face config: what its layers compute, move, and hold in memory.
 
-From a config the figures are computed.  A token takes 2 operations for each matrix parameter and 4 s h for its
-attention, where s is the sequence length and h the hidden size; the backward takes twice the forward.  Activations
-follow arXiv 2205.05198, equation 2, without the s x s terms, which flash attention does not keep.
+A token takes 2 operations for each matrix parameter and 4 s h for its attention, where s is the sequence length and h
+the width of all heads; the backward takes twice the forward.  Activations follow arXiv 2205.05198, section 4: of h
+bytes a token, 2 each for what a norm, a matrix product or the attention reads, and 1 for the mask of a dropout.  The
+s x s scores count only without a fused (flash) attention.  Tensor parallelism divides everything by its degree
+(sequence parallelism is taken for granted), and adds two all-reduces to the forward of a block and two to its backward.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from paci_schedule.errors import ConfigError
+from paci_schedule.plan.hardware import Device
 from paci_schedule.plan.layers import Layer
-from paci_schedule.simulate.costs import check_amount
 
-__all__ = ["Model", "built_in", "from_config", "from_layers", "load_config"]
+__all__ = ["Transformer", "from_config"]
 
-
-@dataclass(frozen=True)
-class Model:
-    """A row of layers; their figures are those of a micro-batch of one sequence.
-
-    Attributes:
-        layers: from the first to the last.
-        sequence_length: tokens of a sequence.
-        measured: True where the layers' times are seconds, False where they are floating-point operations.
-    """
-
-    layers: Sequence[Layer]
-    sequence_length: int
-    measured: bool
-
-    @property
-    def parameters(self) -> float:
-        """The number of parameters of all layers."""
-        return sum(layer.parameters for layer in self.layers)
-
+_MOST_LAYERS = 1000
+_ID = 8  # bytes of a token's number
+_MOVED = 280  # bytes a token and unit of width that a block's norms, activation functions and sums move, both ways
+_MOVED_SCORES = 50  # bytes a token, head and position that an attention moves that is not fused, both ways
+_MOVED_LOGITS = 12  # bytes a token and word that a loss moves, both ways
 
 _KEYS = MappingProxyType(
     {  # what the planner needs -> the names that model families give it
@@ -50,56 +34,153 @@ _KEYS = MappingProxyType(
         "sequence": ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
     }
 )
-
-_MEASURED = "forward", "backward", "parameters", "activation_bytes", "input_bytes"
 _EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
-_MOST_LAYERS = 1000
-_ID = 8  # bytes of a token's number
-
-_SIZES = MappingProxyType(
-    {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
-        "gpt2": (12, 768, 12),
-        "gpt2-medium": (24, 1024, 16),
-        "gpt2-large": (36, 1280, 20),
-        "gpt2-xl": (48, 1600, 25),
-        "gpt-1.5b": (22, 2304, 24),
-        "gpt-6.2b": (30, 4096, 32),
-        "gpt-14.6b": (46, 5120, 40),
-        "gpt-28.3b": (62, 6144, 48),
-    }
-)
 
 
-def built_in() -> tuple[str, ...]:
-    """The names of the sizes that need no file."""
-    return tuple(_SIZES)
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """An embedding, equal blocks and a head."""
+
+    layers: int
+    """The number of blocks."""
+
+    hidden: int
+    heads: int
+    key_value_heads: int
+    """Fewer than `heads` where queries share keys and values (GQA)."""
+
+    head_width: float
+    inner: int
+    """The width inside the MLP."""
+
+    vocabulary: int
+    sequence: int
+    gated: bool
+    """Whether the MLP has a third matrix, its gate (SwiGLU)."""
+
+    biases: bool
+    """Whether matrices and norms have biases."""
+
+    dropout: bool
+    """Whether the masks of dropouts are kept."""
+
+    positions: int
+    """Learned position embeddings; 0 where positions are rotary."""
+
+    tied: bool
+    """Whether the head shares the embedding's weight."""
+
+    fused_attention: bool = True
+
+    measured = False
+
+    @property
+    def count(self) -> int:
+        """The number of layers, embedding and head among them."""
+        return self.layers + 2
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        return self.sequence
+
+    @property
+    def parameters(self) -> float:
+        """The number of parameters; a tied weight counts once."""
+        embedding, block, head = self._parameters()
+        return embedding + self.layers * block + head - self.tied * self.vocabulary * self.hidden
+
+    def check_tensor(self, slices: int) -> str:
+        """Why tensor parallelism cannot make so many slices; "" where it can."""
+        for name, value in (("heads", self.heads), ("key-value heads", self.key_value_heads), ("inner", self.inner)):
+            if value % slices:
+                return f"{slices} slices do not divide the {value} {name}"
+        return ""
+
+    def layers_on(self, device: Device, size: int, slices: int = 1) -> list[Layer]:
+        """The layers for micro-batches of `size` sequences on such devices, each of which holds one of the slices.
+
+        The device's links inside a node carry the all-reduces between slices.
+        """
+        tokens, hidden, words = size * self.sequence, self.hidden, self.vocabulary
+        row = 2 * tokens * hidden / slices
+        scores = 0 if self.fused_attention else self.heads * self.sequence
+        width = self.heads * self.head_width
+        embedding, block, head = (count / slices for count in self._parameters())
+        work = tokens * (2 * self._matrices() + 4 * self.sequence * width) / slices
+        moved = tokens * (_MOVED * hidden + _MOVED_SCORES * scores) / slices
+        reduces = 2 * 2 * (slices - 1) / slices * 2 * tokens * hidden / device.inside.bandwidth if slices > 1 else 0.0
+        head_work, head_moved = tokens * 2 * hidden * words / slices, tokens * _MOVED_LOGITS * words / slices
+        shared = "embedding" if self.tied else None
+        return [
+            Layer(
+                forward=0.0,
+                backward=0.0,
+                parameters=embedding,
+                input_bytes=_ID * tokens,
+                output_bytes=row,
+                role="embedding",
+                tied=shared,
+                own_parameters=embedding - words * hidden / slices,
+            ),
+            *[
+                Layer(
+                    forward=device.seconds(work, tokens, moved / 3) + reduces,
+                    backward=device.seconds(2 * work, tokens, moved * 2 / 3) + reduces,
+                    parameters=block,
+                    input_bytes=row,
+                    saved_bytes=self._saved() * tokens / slices,
+                    output_bytes=row,
+                    role="block",
+                )
+            ]
+            * self.layers,
+            Layer(
+                forward=device.seconds(head_work, tokens, head_moved / 3),
+                backward=device.seconds(2 * head_work, tokens, head_moved * 2 / 3),
+                parameters=head,
+                input_bytes=row,
+                saved_bytes=row + 4 * tokens * words / slices,
+                workspace_bytes=6 * tokens * words / slices,
+                role="head",
+                tied=shared,
+                own_parameters=head - words * hidden / slices,
+            ),
+        ]
+
+    def _matrices(self) -> float:
+        """The matrix parameters of a block."""
+        attention = 2 * self.hidden * self.head_width * (self.heads + self.key_value_heads)
+        return attention + (3 if self.gated else 2) * self.hidden * self.inner
+
+    def _parameters(self) -> tuple[float, float, float]:
+        """The parameters of the embedding, of a block and of the head."""
+        norm = (2 if self.biases else 1) * self.hidden
+        own = self.head_width * (self.heads + 2 * self.key_value_heads) + self.hidden + self.inner + self.hidden
+        block = self._matrices() + 2 * norm + self.biases * own
+        return (self.vocabulary + self.positions) * self.hidden, block, norm + self.hidden * self.vocabulary
+
+    def _saved(self) -> float:
+        """Bytes a token that a block keeps besides its input."""
+        width, pairs = self.heads * self.head_width, 2 * self.key_value_heads * self.head_width
+        attention = 2 * self.hidden + 2 * (width + pairs) + 2 * width
+        mlp = 4 * self.hidden + (6 if self.gated else 4) * self.inner
+        scores = 0 if self.fused_attention else (5 if self.dropout else 4) * self.heads * self.sequence
+        return attention + mlp + 2 * self.hidden * self.dropout + scores
 
 
-def load_config(name: str) -> dict[str, Any] | None:
-    """The config called `name`: a built-in size, a JSON file, or a folder with a config.json; None if there is none.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if name in _SIZES:
-        layers, hidden, heads = _SIZES[name]
-        return {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50257, "n_positions": 1024}
-    path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    return _read_json("model", path) if path.exists() else None
-
-
-def from_config(config: dict[str, Any], sequence_length: int | None = None) -> Model:
-    """The layers of a transformer with this Hugging Face config: an embedding, blocks and an untied head.
+def from_config(config: dict[str, Any], sequence_length: int | None = None, tied: bool | None = None) -> Transformer:
+    """The transformer with this Hugging Face config.
 
     Args:
         config: with GPT-2's names of the keys, or with those of newer models.
         sequence_length: tokens of a sequence; None takes the longest that the config allows.
+        tied: whether the head shares the embedding's weight; None asks the config, and GPT-2's ties by default.
 
     Raises:
         ConfigError: a key is missing or its value cannot be, or the model is a mixture of experts.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for need, names in _KEYS.items():
         values = [config[name] for name in names if isinstance(config.get(name), int)]
         if not values:
@@ -108,90 +189,25 @@ def from_config(config: dict[str, Any], sequence_length: int | None = None) -> M
     for key in _EXPERTS:
         if (config.get(key) or 1) != 1:
             raise ConfigError(f"{key}={config[key]!r}: the planner knows dense models only; measure the layers")
-    hidden, vocabulary, sequence = found["hidden"], found["vocabulary"], sequence_length or found["sequence"]
-    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
-    queries, keys = found["heads"], config.get("num_key_value_heads") or found["heads"]
-    width = config.get("head_dim") or hidden / queries if queries else 0
-    given = {**found, "inner": inner, "key-value heads": keys, "head width": width, "sequence": sequence}
+    like_gpt2 = "n_embd" in config
+    gated = (config.get("hidden_act") or config.get("hidden_activation")) in ("silu", "swish", "gelu_pytorch_tanh")
+    given = {
+        **found,
+        "sequence": sequence_length or found["sequence"],
+        "inner": config.get("intermediate_size") or config.get("n_inner") or 4 * found["hidden"],
+        "key_value_heads": config.get("num_key_value_heads") or found["heads"],
+        "head_width": config.get("head_dim") or (found["hidden"] / found["heads"] if found["heads"] else 0),
+    }
     for name, value in given.items():
         if not isinstance(value, int | float) or not value >= 1:
             raise ConfigError(f"model config with {name}={value!r}: must be a number of at least 1")
     if found["layers"] > _MOST_LAYERS:
         raise ConfigError(f"model config with layers={found['layers']}: must be at most {_MOST_LAYERS}")
-    gated = config.get("hidden_act") in ("silu", "swish")
-    matrices = 2 * hidden * width * (queries + keys) + (3 if gated else 2) * hidden * inner
-    row = 2 * sequence * hidden
-    block_work = sequence * (2 * matrices + 4 * sequence * hidden)
-    head_work = sequence * 2 * hidden * vocabulary
-    block = Layer(
-        forward=block_work,
-        backward=2 * block_work,
-        parameters=matrices + 4 * hidden,
-        input_bytes=row,
-        saved_bytes=sequence * (16 * hidden + 4 * inner),
-        output_bytes=row,
+    return Transformer(
+        **given,
+        gated=gated,
+        biases=not gated,
+        dropout=bool(config.get("resid_pdrop", 0.1 if like_gpt2 else 0) or config.get("hidden_dropout", 0)),
+        positions=found["sequence"] if like_gpt2 and "rotary_dim" not in config else 0,
+        tied=bool(config.get("tie_word_embeddings", like_gpt2)) if tied is None else tied,
     )
-    embedding = Layer(
-        forward=0.0, backward=0.0, parameters=hidden * vocabulary, input_bytes=_ID * sequence, output_bytes=row
-    )
-    head = Layer(
-        forward=head_work,
-        backward=2 * head_work,
-        parameters=hidden * vocabulary,
-        input_bytes=row,
-        saved_bytes=4 * sequence * vocabulary,
-    )
-    return Model([embedding, *[block] * found["layers"], head], sequence, measured=False)
-
-
-def from_layers(path: Path) -> Model:
-    """The layers that were measured, from a JSON file; times in seconds and bytes are those of one sequence.
-
-    `{"sequence_length": 1024, "layers": [{"forward": 0.1, "backward": 0.2, "parameters": 1e7, "activation_bytes": 3e7,
-    "input_bytes": 2e6, "count": 24}, ...]}`; "activation_bytes" is what a layer keeps from its forward to the end of
-    its backward, its input included; "count" repeats a layer and may be left out.  A layer hands on as much as the next
-    one gets.
-
-    Raises:
-        ConfigError: the file cannot be read, a key is missing or not a number of at least 0, or nothing takes time.
-    """
-    content = _read_json("layers", path)
-    layers: list[Layer] = []
-    try:
-        for number, entry in enumerate(content["layers"]):
-            values = {key: float(entry[key]) for key in _MEASURED}
-            for key, value in values.items():
-                check_amount(f"{key} of layer {number}", value)
-            layer = Layer(
-                forward=values["forward"],
-                backward=values["backward"],
-                parameters=values["parameters"],
-                input_bytes=values["input_bytes"],
-                saved_bytes=max(0.0, values["activation_bytes"] - values["input_bytes"]),
-            )
-            layers += [layer] * min(int(entry.get("count", 1)), _MOST_LAYERS + 1)
-        sequence = int(content["sequence_length"])
-    except ConfigError as error:
-        raise ConfigError(f"layers={str(path)!r}: {error}") from None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(
-            f"layers={str(path)!r}: {type(error).__name__} {error}; each layer needs {', '.join(_MEASURED)}, and the "
-            "file a sequence_length"
-        ) from None
-    if not 1 <= len(layers) <= _MOST_LAYERS or sequence < 1:
-        raise ConfigError(f"layers={str(path)!r}: needs 1 to {_MOST_LAYERS} layers and a sequence_length of at least 1")
-    if not any(layer.forward + layer.backward for layer in layers):
-        raise ConfigError(f"layers={str(path)!r}: no layer takes any time; write the measured seconds")
-    handed_on = [layer.input_bytes for layer in layers[1:]] + [0.0]
-    layers = [replace(layer, output_bytes=size) for layer, size in zip(layers, handed_on, strict=True)]
-    return Model(layers, sequence, measured=True)
-
-
-def _read_json(option: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}={str(path)!r}: cannot be read as JSON ({error}); name a JSON file") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{option}={str(path)!r}: must hold a JSON object, not a {type(content).__name__}")
-    return content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -47,8 +47,9 @@ class Costs:
     latency: PerStage = 0.0
     """The time from the end of a send to its arrival; a list has one for each link between neighbours, in order."""
 
-    bandwidth: float = math.inf
-    """Bytes that a link carries in a unit of time; messages in the same direction go one after the other."""
+    bandwidth: PerStage = math.inf
+    """Bytes that a link carries in a unit of time; messages in the same direction go one after the other.  A list has
+    one for each link between neighbours, in order."""
 
     message_bytes: float = 0.0
     """Bytes of an activation, and of a gradient, between two stages."""
@@ -74,7 +75,7 @@ class Costs:
                 f"jitter={self.jitter}: must be at most {_MOST_JITTER}; it is the standard deviation of an op's time "
                 "divided by its mean, such as 0.05 for 5%"
             )
-        if not self.bandwidth:
+        if not all(self.bandwidth if isinstance(self.bandwidth, Sequence) else [self.bandwidth]):
             raise ConfigError("bandwidth=0: must be more than 0; leave it out for links of any bandwidth")
 
     def durations(self, schedule: Schedule, stages: int) -> dict[OpKind, np.ndarray]:
@@ -96,24 +97,27 @@ class Costs:
 
     def latencies(self, stages: int) -> np.ndarray:
         """The latency of the link after each stage, shape (stages,); from the last stage to the first the longest."""
-        if isinstance(self.latency, Sequence):
-            if len(self.latency) != stages - 1:
-                raise ConfigError(
-                    f"latency={list(self.latency)}: {len(self.latency)} values for the {stages - 1} links of "
-                    f"{stages} stages; give one for each, or a single one for all"
-                )
-            return np.array([*self.latency, max(self.latency, default=0.0)], dtype=float)
-        return np.full(stages, float(self.latency))
+        return self._of_links("latency", stages, max)
 
-    @property
-    def transfer(self) -> float:
-        """How long a message occupies its link."""
-        return self.message_bytes / self.bandwidth
+    def transfers(self, stages: int) -> np.ndarray:
+        """How long a message occupies the link after each stage, shape (stages,); likewise."""
+        return self.message_bytes / self._of_links("bandwidth", stages, min)
 
     def noise(self, kind: OpKind, chunk: int, stages: int) -> Noise | None:
         """The jitter of one kind of op of one chunk, or None without jitter."""
         varies = self.jitter and kind is not OpKind.STEP
         return Noise(self.jitter, [self.seed, list(OpKind).index(kind), chunk], stages) if varies else None
+
+    def _of_links(self, name: str, stages: int, worst: Callable[..., float]) -> np.ndarray:
+        value = getattr(self, name)
+        if isinstance(value, Sequence):
+            if len(value) != stages - 1:
+                raise ConfigError(
+                    f"{name}={list(value)}: {len(value)} values for the {stages - 1} links of {stages} stages; give "
+                    "one for each, or a single one for all"
+                )
+            return np.array([*value, worst(value, default=math.inf if worst is min else 0.0)], dtype=float)
+        return np.full(stages, float(value))
 
     def _spread(self, name: str, stages: int) -> np.ndarray:
         value = getattr(self, name)

@@ -88,14 +88,14 @@ def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs:
     """Run the stages until each has finished or waits for good."""
     stages, (forward, backward, weight, step) = len(ops), _KINDS
     takes = durations(schedule, ops, costs)
-    latencies, transfer, last = costs.latencies(stages), costs.transfer, stages * schedule.chunks - 1
+    latencies, transfers, last = costs.latencies(stages), costs.transfers(stages), stages * schedule.chunks - 1
     position = [
         [schedule.position(stages, stage, chunk) for chunk in range(schedule.chunks)] for stage in range(stages)
     ]
     home = {at: stage for stage, row in enumerate(position) for at in row}
-    wrap = float(latencies[-1])
-    latency = {(low, low + 1): float(latencies[low]) for low in range(stages - 1)}
-    latency |= {(high, low): value for (low, high), value in latency.items()}
+    wrap = float(transfers[-1]), float(latencies[-1])
+    links = {(low, low + 1): (float(transfers[low]), float(latencies[low])) for low in range(stages - 1)}
+    links |= {(high, low): value for (low, high), value in links.items()}
     arrived: dict[tuple[OpKind, int, int], float] = {}
     link_free: dict[tuple[int, int], float] = {}
     free, synced = [0.0] * stages, [0] * stages
@@ -105,8 +105,9 @@ def _run(schedule: Schedule, ops: list[list[Op]], calls: list[list[int]], costs:
         """Send what an op made to position `at`; returns the stage that may now go on."""
         there = home[at]
         if there != stage:
+            transfer, latency = links.get((stage, there), wrap)
             end = link_free[stage, there] = max(end, link_free.get((stage, there), 0.0)) + transfer
-            end += latency.get((stage, there), wrap)
+            end += latency
         arrived[kind, at, index] = end
         return there
 

@@ -92,10 +92,11 @@ def _later(op: Op, micro_batches: int, accumulation: int) -> Op:
 
 
 def _run(schedule: Schedule, spec: PipelineSpec, programs: list[list[Op]], costs: Costs) -> list[list[Span]]:
-    takes, latencies = durations(schedule, programs, costs), costs.latencies(spec.stages).tolist()
+    takes = durations(schedule, programs, costs)
+    links = list(zip(costs.latencies(spec.stages).tolist(), costs.transfers(spec.stages).tolist(), strict=True))
     buffers = [schedule.gradients_on_wire(spec, stage) for stage in range(1, spec.stages)]
-    down = [_Wire(latencies[low], costs.transfer, 1) for low in range(spec.stages - 1)]
-    up = [_Wire(latencies[low], costs.transfer, count) for low, count in enumerate(buffers)]
+    down = [_Wire(*links[low], 1) for low in range(spec.stages - 1)]
+    up = [_Wire(*links[low], count) for low, count in enumerate(buffers)]
     now, position = [0.0] * spec.stages, [0] * spec.stages
     rows: list[list[Span]] = [[] for _ in programs]
 

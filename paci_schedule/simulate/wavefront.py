@@ -81,8 +81,9 @@ class _Sweep:
     def __init__(self, schedule: Schedule, spec: PipelineSpec, costs: Costs, count: int) -> None:
         stages, base = spec.stages, costs.durations(schedule, spec.stages)
         self.count, self.update_every = count, schedule.micro_batches_per_update(spec)
-        self.latency, self.transfer = costs.latencies(stages), costs.transfer
-        self.latency_up = np.roll(self.latency, 1)
+        self.latency, self.transfer = costs.latencies(stages), costs.transfers(stages)
+        self.latency_up, self.transfer_up = np.roll(self.latency, 1), np.roll(self.transfer, 1)
+        self.transfers = bool(self.transfer.any())
         self.stage = np.arange(stages)
         self.ahead = np.array([spec.look_ahead(stage) for stage in range(stages)])
         reach = stages + int(self.ahead[0])
@@ -130,8 +131,8 @@ class _Sweep:
         takes = self.forward.of(row, lambda: (level - self.stage[row]) // 2)
         ends = self.free[row] = starts + takes
         self.busy[row] += takes
-        if self.transfer:
-            ends = self.down_free[row] = np.maximum(ends, self.down_free[row]) + self.transfer
+        if self.transfers:
+            ends = self.down_free[row] = np.maximum(ends, self.down_free[row]) + self.transfer[row]
         self.activation[row.start + 1 : row.stop + 1 : 2] = ends + self.latency[row]
         return starts
 
@@ -149,8 +150,8 @@ class _Sweep:
             update = self.step[row] * ((micro_batch + 1) % self.update_every == 0)
             self.free[row] += update
             self.busy[row] += update
-        if self.transfer:
-            ends = self.up_free[row] = np.maximum(ends, self.up_free[row]) + self.transfer
+        if self.transfers:
+            ends = self.up_free[row] = np.maximum(ends, self.up_free[row]) + self.transfer_up[row]
         self.gradient[goes] = ends + self.latency_up[row]
 
 

@@ -15,7 +15,7 @@ from paci_schedule.simulate.execute import execute
 from paci_schedule.simulate.timeline import Span, Timeline
 from paci_schedule.trace.file import Recording
 
-__all__ = ["last_batches", "merge", "simulated", "spent", "timeline"]
+__all__ = ["between_ops", "last_batches", "merge", "simulated", "spent", "timeline"]
 
 _CATEGORIES = {
     OpKind.FORWARD: "compute",
@@ -66,6 +66,22 @@ def last_batches(timeline: Timeline, accumulation: int, batches: int) -> Timelin
     """The same timeline, of which only the last batches are drawn, as the last stage counts them."""
     forwards = [span for span in timeline.rows[-1] if span.op.kind is OpKind.FORWARD]
     return replace(timeline, shown_from=forwards[max(0, len(forwards) - batches * accumulation)].start)
+
+
+def between_ops(recordings: Sequence[Recording]) -> list[list[tuple[str, float, float]]]:
+    """For each stage of merged recordings its waits for messages and its data reads: name, start and end, on the clock
+    of `timeline`."""
+    begin = min(span.start for recording in recordings for span in recording.spans)
+    names = {OpKind.RECV_ACTIVATION: "wait for activation", OpKind.RECV_GRADIENT: "wait for gradient"}
+    found = []
+    for recording in (each.shifted(-begin) for each in recordings):
+        waits = [
+            (f"{names[span.op.kind]} {span.op.index}", span.start, span.end)
+            for span in recording.spans
+            if span.op.kind in names
+        ]
+        found.append(sorted([*waits, *(("data", *read) for read in recording.data)], key=lambda note: note[1]))
+    return found
 
 
 def spent(recording: Recording) -> dict[str, float]:
