@@ -236,7 +236,7 @@ def test_an_evaluation_that_one_rank_misses_does_not_hang():
     first, second = ranks.gather_outcomes(evaluate_alone, 2, (job,), timeout=60, grace=1)
     assert second.ended == "killed"
     assert first.raised[:1] == ("LinkError",), first
-    assert "evaluated together with the other ranks (rank 1)" in first.error
+    assert "evaluated together with the other ranks of the job (rank 1)" in first.error
 
 
 @pytest.mark.parametrize("batches", [1, 0], ids=["waits for a gradient", "waits for the norms"])

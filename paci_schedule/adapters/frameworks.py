@@ -14,7 +14,11 @@ __all__ = ["exists", "installed", "register_with"]
 
 logger = logging.getLogger(__name__)
 
-_ADAPTERS = {"deepspeed": "deepspeed", "megatron": "megatron.core"}  # adapter -> the package that it is for
+_ADAPTERS = {
+    "deepspeed": "deepspeed",
+    "megatron": "megatron.core",
+    "torch": "torch.distributed.pipelining",
+}  # adapter -> the package that it is for
 
 
 def installed() -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
 
-__all__ = ["Options", "flag_options", "is_calls", "is_count", "option", "parse", "read"]
+__all__ = ["LaggingOptions", "Options", "flag_options", "is_calls", "is_count", "option", "parse", "read"]
 
 Check = Callable[[Any, str], object]
 """Raises ConfigError where a value breaks its rule; the second argument is the option as its user wrote it."""
@@ -91,6 +91,18 @@ class Options:
 
     record: str | None = option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "", str)
     """Folder to record runs in: where the pipe is empty, each rank's newest ops with their times, for `paci trace`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaggingOptions(Options):
+    """Those where backwards may lag behind the calls of the training loop by as much as a user likes."""
+
+    extra_in_flight: int | tuple[int, ...] = option(
+        0,
+        "a whole number of at least 0, or a list of one for each link",
+        lambda value: is_count(value) or (isinstance(value, list | tuple) and all(map(is_count, value))),
+    )
+    """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
 
 
 def read(model: type[_OptionsT], block: object, written: str, write: Callable[[str, str], str]) -> _OptionsT:

@@ -179,8 +179,12 @@ class StageRunner:
 
     def train_batch(self) -> torch.Tensor | None:
         """Admit a micro-batches.  Returns the losses as `take_losses` does."""
-        self._call(self.schedule.call(self.spec, self.admitted))
+        self.admit_batch()
         return self.take_losses()
+
+    def admit_batch(self) -> None:
+        """Admit a micro-batches.  The losses of what is finished are those that are taken next."""
+        self._call(self.schedule.call(self.spec, self.admitted))
 
     def lead_batch(self, last: int | None = None) -> torch.Tensor:
         """Finish a micro-batches, forwards leading, and return their mean losses.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from paci_schedule.adapters.choice import check_choice
-from paci_schedule.adapters.options import Options, is_count, option, read
+from paci_schedule.adapters.options import LaggingOptions, read
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.errors import ConfigError
 
@@ -17,15 +17,8 @@ _OF_DRIFT = frozenset({"clip", "flush_warmup_steps", "prediction", "prediction_r
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaciOptions(Options):
+class PaciOptions(LaggingOptions):
     """The block ``"paci"``."""
-
-    extra_in_flight: int | tuple[int, ...] = option(
-        0,
-        "a whole number of at least 0, or a list of one for each link",
-        lambda value: is_count(value) or (isinstance(value, list | tuple) and all(map(is_count, value))),
-    )
-    """Rounds of slack that hide slow links: a number for each link, or one for all together (`PipelineSpec`)."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PaciOptions:
