@@ -266,8 +266,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._reporter.add(update)
 
     def report(self, waits: bool = True) -> None:
-        """Print the newest update that is due, and tell the monitor, once; only if `waits` also where the device has to be
-        waited for."""
+        """Print and monitor the newest update that is due, once; where the device is not that far, only if `waits`."""
         if self._reporter is not None:
             self._reporter.flush(waits)
 
