@@ -266,11 +266,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._reporter.add(update)
 
     def report(self, waits: bool = True) -> None:
-        """Print the newest update that is to be printed, and tell the monitor; it is told of each once.
-
-        Args:
-            waits: for the device, where it has not come to the update's loss yet.
-        """
+        """Print and monitor the newest update that is due, once; where the device is not that far, only if `waits`."""
         if self._reporter is not None:
             self._reporter.flush(waits)
 

@@ -1,0 +1,84 @@
+"""Public training programs on DeepSpeed from stock checkouts, which environment variables name, on two ranks."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+__all__ = ["ROOT", "checkout", "config", "run", "started", "stubs"]
+
+ROOT = Path(__file__).resolve().parents[1]
+FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "paci_schedule.launch")
+
+
+def checkout(variable):
+    """The folder that an environment variable names; the test is skipped where it names none."""
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{variable} names no checkout")
+    return Path(path)
+
+
+def started(script, *arguments, path=()):
+    """Run a script on two ranks through the launcher; returns what it wrote.  `arguments` may hold spaces."""
+    return run(*TORCHRUN, script, *(word for argument in arguments for word in str(argument).split()), path=path)
+
+
+def run(*command, path=(), folder=None):
+    """Run Python, with more folders from which it imports; returns what it wrote."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, command)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT), *FURTHER]),
+            "DS_ACCELERATOR": "cpu",
+            "LOCAL_SIZE": "2",  # which DeepSpeed reads for the number of devices on a CPU
+            "LOCAL_WORLD_SIZE": "2",  # for as many devices the CPU plays CUDA
+            "OMP_NUM_THREADS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        },
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def config(folder, schedule, **settings):
+    """A DeepSpeed config in a file; the key is the whole difference between the schedules."""
+    path = folder / f"{schedule}.json"
+    key = {} if schedule == "1f1b" else {"pipeline_schedule": schedule}
+    path.write_text(json.dumps({**settings, **key}))
+    return path
+
+
+def stubs(folder, modules, plays_cuda=False):
+    """Stand-ins for packages that are not installed here: source text by the name of the module.
+
+    Args:
+        folder: made anew, to be put into the path.
+        modules: by name; with dots for a module in a package.
+        plays_cuda: whether the CPU plays CUDA in every process (`testing.megatron_cpu`).
+    """
+    folder.mkdir()
+    for name, text in modules.items():
+        at = folder
+        *packages, last = name.split(".")
+        for package, inside in itertools.pairwise([*packages, last]):
+            at /= package
+            at.mkdir(exist_ok=True)
+            with (at / "__init__.py").open("a") as file:
+                file.write(f"from . import {inside}\n")
+        (at / f"{last}.py").write_text(text)
+    if plays_cuda:
+        (folder / "sitecustomize.py").write_text("from testing.megatron_cpu import shim\nshim.install()\n")
+    return folder
