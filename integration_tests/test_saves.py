@@ -182,6 +182,23 @@ def test_torn_checkpoints_and_full_disks_are_errors_on_every_rank_and_cost_nothi
     assert (tmp_path / "recordings" / "stage0-replica0.jsonl").is_file()
 
 
+def test_a_folder_that_a_framework_has_written_again_is_its_own(tmp_path):
+    """All its files are newer than the manifest; where one of several is, and is short, it is torn."""
+    new, final = tmp_path / "step.unfinished", tmp_path / "step"
+    (new / publication.OURS).mkdir(parents=True)
+    files = [new / "a.pt", new / "b.pt", new / publication.OURS / "late.pt"]
+    for file in files:
+        file.write_text("whole")
+    publication.publish(final, publication.sizes(new), update=3)
+    publication.check(final)
+    listed = (final / publication.MANIFEST).stat().st_mtime_ns
+    (final / "b.pt").write_text("cut")
+    os.utime(final / "b.pt", ns=(listed + 1, listed + 1))
+    assert "b.pt has 3 of 5 bytes" in raised(CheckpointError, lambda: publication.check(final))
+    os.utime(final / "a.pt", ns=(listed + 1, listed + 1))
+    publication.check(final)
+
+
 # ---- ranks that stay away -------------------------------------------------------------------------------------------
 
 

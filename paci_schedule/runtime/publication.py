@@ -6,7 +6,8 @@ checkpoint name this one.  A folder that had the name steps aside as ``NAME.repl
 death between them `restore` puts things right.
 
 The manifest lists the files with their sizes, so that one that went missing or was cut short later is noticed before
-anything is loaded.  A checkpoint without a manifest is a framework's own.
+anything is loaded.  A checkpoint without a manifest is a framework's own, and so is one that a framework has written
+again since.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from typing import Any
 
 from paci_schedule.errors import CheckpointError
 
-__all__ = ["MANIFEST", "check", "publish", "restore", "sizes", "sync", "unfinished", "write_whole"]
+__all__ = ["MANIFEST", "OURS", "check", "publish", "restore", "sizes", "sync", "unfinished", "write_whole"]
 
 MANIFEST = "paci_manifest.json"
+OURS = "paci_schedule"
+"""The folder in a checkpoint's folder with files that no framework knows."""
+
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
@@ -93,6 +97,8 @@ def check(final: Path) -> None:
         return
     try:
         listed: Any = json.loads((final / MANIFEST).read_text())
+        if _written_again(final, listed["files"]):
+            return
         wrong = list(_wrong(final, listed["files"]))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         wrong = [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
@@ -102,6 +108,13 @@ def check(final: Path) -> None:
             f"{str(final)!r}: not as it was saved: {'; '.join(wrong[:8])}{more}; load another checkpoint, or bring the "
             f"files back.  ({MANIFEST} lists what was saved; without it the framework loads the folder as it is.)"
         )
+
+
+def _written_again(folder: Path, files: Mapping[str, int]) -> bool:
+    """Whether a framework has saved here itself since: all its files are newer than the manifest."""
+    since = (folder / MANIFEST).stat().st_mtime_ns
+    theirs = [folder / name for name in files if not name.startswith(f"{OURS}{os.sep}")]
+    return bool(theirs) and all(path.is_file() and path.stat().st_mtime_ns > since for path in theirs)
 
 
 def _wrong(folder: Path, files: Mapping[str, int]) -> Iterator[str]:

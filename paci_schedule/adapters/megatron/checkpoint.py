@@ -19,15 +19,13 @@ from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.adapters.megatron.publishing import folder_of, published
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.meeting import Meetings
+from paci_schedule.runtime.publication import OURS
 
 __all__ = ["keep_deferred"]
 
 logger = logging.getLogger(__name__)
 
 _STOCK = "stock"  # of our save: Megatron-LM's own
-
-
-_FOLDER = "paci_schedule"
 
 
 def keep_deferred(
@@ -74,19 +72,19 @@ def keep_deferred(
             return stock_save(iteration, *rest, **options)
         with published(args, iteration, stage, meetings, timeout) as folder:
             done = stock_save(iteration, *rest, **options)
-            _write(state, folder / _FOLDER / name)
+            _write(state, folder / OURS / name)
         return done
 
     setattr(save_checkpoint, _STOCK, stock_save)
     training.save_checkpoint = save_checkpoint
     if args.load and args.iteration:
-        within = folder_of(args.load, args.iteration) / _FOLDER
+        within = folder_of(args.load, args.iteration) / OURS
         folder = within if within.is_dir() else _beside(args.load, args.iteration)
         _load(folder / name, model, deferred)
 
 
 def _beside(folder: str, iteration: int) -> Path:
-    return Path(folder, _FOLDER, f"iter_{iteration:07d}")
+    return Path(folder, OURS, f"iter_{iteration:07d}")
 
 
 def _write(state: dict[str, Any] | None, file: Path) -> None:
@@ -97,7 +95,7 @@ def _write(state: dict[str, Any] | None, file: Path) -> None:
 
 def _remove_what_is_gone(folder: str, iteration: int) -> None:
     """Remove deferred states beside checkpoints that Megatron-LM has removed; rank 0 does so."""
-    for state in Path(folder, _FOLDER).glob("iter_*") if dist.get_rank() == 0 else ():
+    for state in Path(folder, OURS).glob("iter_*") if dist.get_rank() == 0 else ():
         if state != _beside(folder, iteration) and not Path(folder, state.name).exists():
             shutil.rmtree(state, ignore_errors=True)
 
