@@ -153,6 +153,17 @@ def test_early_receives_are_refused_where_the_device_is_synchronised(target, con
     assert_refused("UnsupportedError", {"paci": {"early_receives": True}, **config}, target=target, says=says)
 
 
+def build_as_0_18_4_does(job):
+    """There two kinds of optimizers have the same name, so DeepSpeed takes the wrong one for bf16."""
+    with mock.patch("deepspeed.runtime.engine.DDP_BFLOAT16", "bf16"):
+        deepspeed_job.build(job)
+
+
+def test_bf16_is_refused_where_deepspeed_takes_an_optimizer_of_fp16_for_it():
+    says = ["FP16_UnfusedOptimizer", "0.18.5", "under 1F1B too"]
+    assert_refused("UnsupportedError", {"bf16": {"enabled": True}}, target=build_as_0_18_4_does, says=says)
+
+
 def test_legacy_curriculum_is_refused_by_deepspeed_already():
     assert_refused("DeepSpeedConfigError", {"curriculum_learning": {"enabled": True}}, says=["curriculum_learning"])
 

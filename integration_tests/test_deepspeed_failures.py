@@ -31,10 +31,13 @@ def run_out(job, micro_batches, folder):
             raised = [cls.__name__ for cls in type(ended).__mro__]
             message = str(ended)
             break
-    stats, weights = engine.pipeline_stats(), deepspeed_job.weights(engine)
+    stats, weights, untold = engine.pipeline_stats(), deepspeed_job.weights(engine), len(engine._runner.untold)
     engine.save_checkpoint(folder, tag="common")
     after = engine.train_batch(jobs.data(job.model, first=100)), engine.drain(), engine.pipeline_stats()["version"]
-    return {"calls": calls, "raised": raised, "message": message, "stats": stats, "weights": weights, "on": after[2]}
+    return {
+        **{"calls": calls, "raised": raised, "message": message, "stats": stats, "weights": weights},
+        **{"on": after[2], "untold": untold},
+    }
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -51,6 +54,7 @@ def test_data_that_ends_drains_and_says_so_on_every_rank(stages, accumulation, l
         assert str(accumulation) in result["message"]
         assert result["stats"]["in_flight"] == 0
         assert result["stats"]["version"] == 2
+        assert result["untold"] == stages - 1 - stage, "the losses of the drain count in what the next call returns"
         assert all((result["weights"][name] == value).all() for name, value in truth.weights[stage].items())
         assert result["on"] == 3
     resumed = deepspeed_job.run(
@@ -232,7 +236,7 @@ def test_an_evaluation_that_one_rank_misses_does_not_hang():
     first, second = ranks.gather_outcomes(evaluate_alone, 2, (job,), timeout=60, grace=1)
     assert second.ended == "killed"
     assert first.raised[:1] == ("LinkError",), first
-    assert "evaluated together with the other ranks (rank 1)" in first.error
+    assert "evaluated together with the other ranks of the job (rank 1)" in first.error
 
 
 @pytest.mark.parametrize("batches", [1, 0], ids=["waits for a gradient", "waits for the norms"])

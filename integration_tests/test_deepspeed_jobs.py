@@ -3,64 +3,16 @@
 DEEPSPEED_EXAMPLES_CHECKOUT and MEGATRON_DEEPSPEED_CHECKOUT name the checkouts.  Models are tiny, data are made up.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from integration_tests.public_programs import checkout, config, started
 from testing.made_up import token_documents
 
-ROOT = Path(__file__).resolve().parents[1]
-FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-
 pytestmark = pytest.mark.slow
-
-
-def checkout(variable):
-    """The folder that an environment variable names; the test is skipped where it names none."""
-    path = os.environ.get(variable)
-    if not path:
-        pytest.skip(f"{variable} names no checkout")
-    return Path(path)
-
-
-def started(script, *arguments, path=()):
-    """Run a script on two ranks through the launcher; returns what it wrote."""
-    run = subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "paci_schedule.launch", str(script)),
-            *(word for argument in arguments for word in str(argument).split()),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT), *FURTHER]),
-            "DS_ACCELERATOR": "cpu",
-            "LOCAL_SIZE": "2",  # which DeepSpeed reads for the number of devices on a CPU
-            "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-6000:]
-    return run.stdout
-
-
-def config(folder, schedule, **settings):
-    """A DeepSpeed config in a file; the key is the whole difference between the schedules."""
-    path = folder / f"{schedule}.json"
-    key = {} if schedule == "1f1b" else {"pipeline_schedule": schedule}
-    path.write_text(json.dumps({**settings, **key}))
-    return path
 
 
 TORCHVISION = '''

@@ -13,6 +13,7 @@ from paci_schedule.runtime.deferred.tied import drop_overflow
 from testing import deepspeed_job, jobs, ranks
 from testing.jobs import Job
 from testing.reference import deepspeed as reference
+from testing.reference import versions
 
 MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
 ZERO_1 = {
@@ -155,6 +156,9 @@ def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
             assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
 
 
+WEIGHTS_ALONE = pytest.mark.skipif(not versions.loads_weights_alone(), reason="this DeepSpeed fails, under 1F1B too")
+
+
 def go_on(job, folder, *, loads):
     """Four batches; with `loads`, only the weights from a checkpoint of stock's, then nothing; three more batches."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -178,6 +182,7 @@ def go_on_both_ways(job, folder):
     return [go_on(job, folder, loads=loads) for loads in (False, True)]
 
 
+@WEIGHTS_ALONE
 def test_loading_weights_only_keeps_pending_sums_and_norms(tmp_path):
     job = dataclasses.replace(JOBS["clipping"], script=())
     for (weights, norm), (others, other) in ranks.run_ranks(go_on_both_ways, 3, (job, str(tmp_path))):
@@ -208,6 +213,7 @@ def load_weights(job, folder):
     return deepspeed_job.weights(engine), engine.train_batch(jobs.data(job.model)).item()
 
 
+@WEIGHTS_ALONE
 def test_the_weights_alone_load_where_nothing_is_tied_across_stages(tmp_path):
     """One rank loads the weights that two have saved."""
     job = dataclasses.replace(JOBS["P=2 a=1"], script=("train x3", "save"))
@@ -352,9 +358,12 @@ def test_a_gradient_of_a_tied_weight_is_the_sum_over_the_copies():
     layers = jobs.layers("tied")
     layers[jobs.TIED["words"][1]] = layers[jobs.TIED["words"][0]]
     layers[jobs.TIED["square"][1]] = layers[jobs.TIED["square"][0]]
+    divisor = {"loss": 2, "nowhere": 1}.get(versions.where_gradients_are_divided())
+    if divisor is None:
+        pytest.skip("this DeepSpeed gives the copies gradients of different scales, under 1F1B too")
     for index in range(2):
         batch, labels = jobs.micro_batch("tied", index)
-        (jobs.loss(torch.nn.Sequential(*layers)(batch), labels) / 2).backward()
+        (jobs.loss(torch.nn.Sequential(*layers)(batch), labels) / divisor).backward()
     for key, (first, _) in jobs.TIED.items():
         total = sum(gradient for [gradient] in truth.pipeline.handed[key][0].values())
         torch.testing.assert_close(total, layers[first].weight.grad, rtol=1e-5, atol=1e-6)

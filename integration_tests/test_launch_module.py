@@ -318,8 +318,9 @@ def test_the_lock_of_a_killed_build_is_named_and_waited_for_no_longer(tmp_path):
 
 def test_an_error_of_the_script_is_the_script_s(tmp_path):
     script = tmp_path / "fails.py"
-    script.write_text("raise SystemExit(7)\n")
-    assert launch("paci_schedule.launch", str(script)).returncode == 7
+    script.write_text("import atexit, sys\natexit.register(lambda: print(sys.last_value.code))\nraise SystemExit(7)\n")
+    done = launch("paci_schedule.launch", str(script))
+    assert (done.returncode, done.stdout) == (7, "7\n")  # which engines look for at the exit
     script.write_text("1 / 0\n")
     done = launch("paci_schedule.launch", str(script))
     assert done.returncode == 1

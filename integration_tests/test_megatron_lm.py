@@ -53,8 +53,11 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_stock_checkpoints_are_taken(check
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # Where a rank's part of what is late is gone, all begin with nothing late, and say so.
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("3")
-    [missing, *_] = sorted((tmp_path / "whole" / "paci_schedule" / "iter_0000003").iterdir())
+    [missing, *_] = sorted((tmp_path / "whole" / "iter_0000003" / "paci_schedule").iterdir())
     missing.unlink()
+    gone = f"{missing.parent.name}/{missing.name} is missing"
+    assert gone in pretrain(checkout, "paci", 2, common, "--train-iters 6 --load", whole, expect=1)
+    (tmp_path / "whole" / "iter_0000003" / "paci_manifest.json").unlink()  # without which it is loaded as it is
     said = pretrain(checkout, "paci", 2, common, "--train-iters 6 --load", whole)
     assert "for 1 of the 2 ranks" in said
     assert logged(said)[4][2:] != straight[4][2:]

@@ -5,6 +5,7 @@ Importing this package has no side effect and imports neither torch nor a framew
 
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import (
+    CheckpointError,
     ConfigError,
     DataEndedError,
     LinkError,
@@ -14,6 +15,7 @@ from paci_schedule.errors import (
 )
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataEndedError",
     "LinkError",

@@ -5,6 +5,7 @@ PaciError
 ├── UnsupportedError                 a feature, version or topology that PACI does not run with
 ├── ScheduleError                    a stream of ops that is not a valid pipeline schedule
 ├── DataEndedError (StopIteration)   the data iterator ended before a whole batch
+├── CheckpointError (RuntimeError)   a checkpoint that could not be saved, or is not as it was saved
 └── LinkError (RuntimeError)         another stage, or a replica, did not answer in time, or is gone
 """
 
@@ -13,7 +14,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "DataEndedError", "LinkError", "PaciError", "ScheduleError", "UnsupportedError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataEndedError",
+    "LinkError",
+    "PaciError",
+    "ScheduleError",
+    "UnsupportedError",
+]
 
 
 class PaciError(Exception):
@@ -36,8 +45,20 @@ class DataEndedError(PaciError, StopIteration):
     """The data ended before a whole batch could be read.  A ``StopIteration``, as DeepSpeed's own loop raises."""
 
 
+class CheckpointError(PaciError, RuntimeError):
+    """A checkpoint that could not be saved, or that is not as it was saved."""
+
+
 class LinkError(PaciError, RuntimeError):
-    """Another stage, or a replica of this one, did not answer in time, or its process is gone."""
+    """Another stage, or a replica of this one, did not answer in time, or its process is gone.
+
+    Attributes:
+        ranks: the global ranks that were waited for; empty if nobody was.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 def nearest(value: str, valid: Iterable[str]) -> str:

@@ -84,7 +84,12 @@ def main(argv: list[str] | None = None) -> None:
         megatron.register(getattr(ours, "pipeline_schedule", None), options)
         if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
             megatron.look_at_arguments()
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            sys.last_value = end  # as Python leaves other errors for what runs at the exit: no rank waits for others
+        raise
 
 
 def _framework_of(script: str, arguments: list[str], is_megatron_lm: bool) -> str:

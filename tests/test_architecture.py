@@ -34,6 +34,7 @@ LAYERS = {  # a folder, or a module at the top -> the others that it may import;
 }
 
 PUBLIC_NAMES = [
+    "CheckpointError",
     "ConfigError",
     "DataEndedError",
     "LinkError",

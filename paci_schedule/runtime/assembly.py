@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -11,6 +15,7 @@ import torch.distributed as dist
 from paci_schedule import trace
 from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
+from paci_schedule.errors import DataEndedError, LinkError
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
@@ -21,6 +26,10 @@ from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
 
 __all__ = ["Assembly"]
+
+logger = logging.getLogger(__name__)
+
+_NEWEST = 60  # ops in a position
 
 
 class Assembly:
@@ -68,6 +77,7 @@ class Assembly:
         if carries_norms:
             self.norms = CarriedNorms(spec, stage, pipeline, device, agrees=shares_weights, timeout=timeout)
         self._spec, self._stage, self._device, self._timeout = spec, stage, device, timeout
+        self._accounted: Exception | None = None  # the error whose position is written
         self._early_receives, self._record, self._varying_shapes = early_receives, record, varying_shapes
 
     def connect(
@@ -117,12 +127,59 @@ class Assembly:
             schedule=schedule,
         )
 
+    @contextmanager
+    def accounted(self, replica: int) -> Iterator[None]:
+        """If an error ends what runs inside, and runs are recorded, this rank writes where it stood, and its recording.
+
+        Args:
+            replica: as of `write_recording`.
+        """
+        try:
+            yield
+        except DataEndedError:  # which is no crash
+            raise
+        except Exception as error:
+            if self._record is not None and error is not self._accounted:
+                self._accounted = error
+                self.write_recording(replica)
+                self._write_position(self._record, replica, error)
+            raise
+
+    def _write_position(self, folder: str, replica: int, error: Exception) -> None:
+        runner, mono, wall = self.runner, time.perf_counter(), time.time()
+        spans = [*self.stopwatch.spans()][-_NEWEST:]
+        position = trace.Position(
+            rank=dist.get_rank(),
+            ranks=dist.get_world_size(),
+            stage=runner.stage,
+            stages=runner.spec.stages,
+            replica=replica,
+            at=wall,
+            op="" if runner.at is None else str(runner.at),
+            version=runner.meter.version,
+            forwards=runner.forwards,
+            backwards=runner.backwards,
+            in_flight=runner.meter.in_flight,
+            waits_for=error.ranks if isinstance(error, LinkError) else (),
+            error=f"{type(error).__name__}: {error}".partition("\n")[0][:2000],
+            posted=self.links.under_way(),
+            newest=[(str(what), start - mono, end - mono) for what, start, end in spans],
+            stack="".join(traceback.format_exception(error))[-20_000:],
+        )
+        try:
+            trace.write_position(folder, position)
+        except OSError as failed:
+            logger.warning("stage %d: cannot write where it stood: %s", runner.stage, failed)
+
     def write_recording(self, replica: int) -> None:
-        """Write the newest ops of this rank, where runs are recorded.
+        """Write the newest ops of this rank, where runs are recorded; a full disk stops no training.
 
         Args:
             replica: the number of this rank's data-parallel replica.
         """
         if self._record is not None:
             runner = self.runner
-            trace.write(self._record, runner.spec, runner.stage, replica, self.stopwatch.spans())
+            try:
+                trace.write(self._record, runner.spec, runner.stage, replica, self.stopwatch.spans())
+            except OSError as error:
+                logger.warning("stage %d: this run is not recorded: %s", runner.stage, error)

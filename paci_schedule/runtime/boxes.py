@@ -80,7 +80,7 @@ class Inbox(_Box):
         super().__init__(end)
         self._early = early
         self._expected: deque[tuple[Op, int | None]] = deque()  # not posted yet
-        self._posted: deque[tuple[dist.Work, torch.Tensor, Layout]] = deque()
+        self._posted: deque[tuple[dist.Work, torch.Tensor, Layout, Op]] = deque()
 
     def warm_up(self) -> None:
         with self._end.during(f"set up the {self._end.content} link from"):
@@ -106,9 +106,15 @@ class Inbox(_Box):
         if not self._posted:
             self._post_next(self._learn(op))
             self._post(waits=False)
-        work, buffer, layout = self._posted.popleft()
+        work, buffer, layout, _ = self._posted[0]
         self._end.wait(work, f"waited ({op}) for the {self._end.content} of micro-batch {op.index} from")
+        self._posted.popleft()
         return layout.unpack(buffer)
+
+    def under_way(self) -> list[str]:
+        """What has been posted, or is to be, and has not been used."""
+        ops = [op for *_, op in self._posted] + [op for op, _ in self._expected]
+        return [f"{op}: the {self._end.content} of micro-batch {op.index} from rank {self._end.peer}" for op in ops]
 
     def _post(self, waits: bool) -> None:
         """Post the receives of what is expected, in order, up to a message that only its header can describe."""
@@ -137,7 +143,7 @@ class Inbox(_Box):
         buffer = layout.empty(end.device)
         with end.during(f"posted the receive {op} of the {end.content} of micro-batch {op.index} from"):
             work = begun(dist.irecv(buffer, end.peer, group=end.group))
-        self._posted.append((work, buffer, layout))
+        self._posted.append((work, buffer, layout, op))
 
 
 class Outbox(_Box):
@@ -191,10 +197,15 @@ class Outbox(_Box):
         """Wait until every message has left."""
         self._settle(0)
 
+    def under_way(self) -> list[str]:
+        """What has been sent, and has not been waited for."""
+        return [f"{doing} rank {self._end.peer}" for *_, doing in self._sending]
+
     def _settle(self, remaining: int) -> None:
         while len(self._sending) > remaining:
-            work, _, header, doing = self._sending.popleft()
+            work, _, header, doing = self._sending[0]
             if header is not None:  # it left before the message
                 with self._end.during(doing):
                     header.wait()
             self._end.wait(work, doing)
+            self._sending.popleft()

@@ -6,6 +6,7 @@ store, and no longer than it is told to: nobody waits for a message that will ne
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch.distributed.distributed_c10d import _get_default_store, _process_grou
 
 __all__ = ["Departure"]
 
+logger = logging.getLogger(__name__)
+
+_A_WHILE = timedelta(seconds=2)
 _READY, _DECISION, _TOGETHER = "ready", "decision", "together"
 
 
@@ -39,14 +43,27 @@ class Departure:
                 return self._decided(f"rank {self._rank}: {own}")
             if self._store.add(_READY, 1) == self._ranks:
                 return self._decided(_TOGETHER)
-            try:
-                self._store.wait([_DECISION], patience)
-            except dist.DistStoreError:
-                waited = f"not all ranks came to their end within {patience.total_seconds():g} s of rank {self._rank}'s"
-                return self._decided(waited)
-            return self._decided("")
+            if self._has_come(min(patience, _A_WHILE)):
+                return self._decided("")
+            seconds = patience.total_seconds()
+            logger.warning(
+                "rank %d waits at its end for the other ranks, at most %g s, to finish with them what is in flight",
+                self._rank,
+                seconds,
+            )
+            if self._has_come(max(patience - _A_WHILE, timedelta(milliseconds=1))):
+                return self._decided("")
+            return self._decided(f"not all ranks came to their end within {seconds:g} s of rank {self._rank}'s")
         except RuntimeError as error:
             return f"the job's store is gone ({error})"
+
+    def _has_come(self, patience: timedelta) -> bool:
+        """Whether there is a decision within this time."""
+        try:
+            self._store.wait([_DECISION], patience)
+        except dist.DistStoreError:
+            return False
+        return True
 
     def _decided(self, proposal: str) -> str | None:
         """What was decided, which is the first proposal made."""

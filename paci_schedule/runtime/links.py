@@ -195,6 +195,10 @@ class Links:
         for box in self._outboxes.values():
             box.finish()
 
+    def under_way(self) -> list[str]:
+        """The messages that are posted or sent and not done, for people."""
+        return [line for box in (*self._inboxes.values(), *self._outboxes.values()) for line in box.under_way()]
+
     def _shapes_of(self, op: Op, *, last: bool = False) -> int | None:
         """The number of the shapes of a micro-batch; 0 where none was announced, None where they vary.
 

@@ -65,8 +65,10 @@ class Layout:
         return torch.frombuffer(padded, dtype=torch.uint8)
 
     def __str__(self) -> str:
-        payload = self.parts[: len(self.parts) - self.riders]
-        return ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in payload)
+        parts = [f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in self.parts]
+        payload, riders = parts[: len(parts) - self.riders], parts[len(parts) - self.riders :]
+        shown = payload[0] if self.bare else f"a tuple ({', '.join(payload)})"
+        return f"{shown} with losses and norms in {', '.join(riders)}" if riders else shown
 
     def pack(self, payload: Payload, riders: Riders = ()) -> torch.Tensor:
         """The message as one contiguous uint8 tensor; without a copy if it is a single contiguous tensor."""

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_group
 
 from paci_schedule.errors import LinkError
 
-__all__ = ["WATCHDOG_MARGIN", "begun", "no_answer", "patience_of", "shorten_timeout", "waiting"]
+__all__ = ["WATCHDOG_MARGIN", "begun", "no_answer", "patience_of", "shorten_timeout", "together", "waiting"]
 
 WATCHDOG_MARGIN = timedelta(seconds=60)
 """How much later than the timeout NCCL's watchdog ends a process.
@@ -50,7 +52,8 @@ def waiting(stage: int, doing: str, peers: str, ranks: Iterable[int], timeout: t
         others = [rank for rank in ranks if rank != dist.get_rank()]
         if not others or not _is_of_transport(error):
             raise
-        raise LinkError(f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {error}") from error
+        said = f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {error}"
+        raise LinkError(said, others) from error
 
 
 def no_answer(stage: int, doing: str, peers: str, others: list[int], timeout: timedelta) -> str:
@@ -74,10 +77,36 @@ def patience_of(backend: str, timeout: timedelta) -> timedelta:
     return timeout + WATCHDOG_MARGIN if backend == "nccl" else timeout
 
 
-def shorten_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Let no collective of the group wait longer than `patience_of` says, where its backend can be told."""
+def shorten_timeout(group: dist.ProcessGroup, timeout: timedelta) -> list[tuple[Any, timedelta]]:
+    """Let no collective of the group wait longer than `patience_of` says, where its backend can be told.
+
+    Returns:
+        the backends that have been told, each with the timeout that it had.
+    """
+    told = []
     for device in group._device_types:
         backend = group._get_backend(device)
         options = getattr(backend, "options", None)
         if options is not None and (patience := patience_of(backend.name(), timeout)) < options._timeout:
+            told.append((backend, options._timeout))
             backend._set_default_timeout(patience)
+    return told
+
+
+@contextmanager
+def together(stage: int, doing: str, timeout: timedelta) -> Iterator[None]:
+    """While a framework does something over all ranks of the job: as `waiting`, and no longer than the timeout.
+
+    The default group has its own timeout again afterwards: what else a training script does in it may take longer.
+
+    Args:
+        stage, timeout: as of `waiting`.
+        doing: "evaluated", "saved a checkpoint".
+    """
+    told = shorten_timeout(_get_default_group(), timeout)
+    try:
+        with waiting(stage, f"{doing} together with", "the other ranks", range(dist.get_world_size()), timeout):
+            yield
+    finally:
+        for backend, before in told:
+            backend._set_default_timeout(before)

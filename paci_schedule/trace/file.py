@@ -115,7 +115,9 @@ def write(
     lines = [{"stage": stage, "stages": spec.stages, "accumulation": spec.accumulation, "clock": clock}]
     lines += ({"op": str(what), "start": start, "end": end} for what, start, end in spans)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new = path.with_suffix(".new")  # if the disk is full, the older file stays
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new.replace(path)
 
 
 def _numbered_on(spans: Sequence[Span]) -> list[Span]:

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from testing.jobs import Job
 
-__all__ = ["knows", "where_gradients_are_divided"]
+__all__ = ["knows", "loads_weights_alone", "where_gradients_are_divided"]
 
 
 def knows(job: Job) -> bool:
@@ -20,6 +20,11 @@ def knows(job: Job) -> bool:
     """
     differs = job.precision != "fp32" and (job.clip or job.poison is not None)
     return Version(version("deepspeed")) >= Version("0.19.6") or not differs
+
+
+def loads_weights_alone() -> bool:
+    """Whether `load_checkpoint(load_module_only=True)` works in fp32: not before 0.16.5 (change #7133)."""
+    return Version(version("deepspeed")) >= Version("0.16.5")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,15 +15,19 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from paci_schedule.adapters.deepspeed.ending import Ending
+from paci_schedule.adapters.deepspeed.evaluating import timed_messages
 from paci_schedule.adapters.deepspeed.prediction import check_spec
 from paci_schedule.adapters.deepspeed.report import Reporter
+from paci_schedule.adapters.deepspeed.saving import PublishingEngine, agree, find, node_of
 from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
 from paci_schedule.adapters.deepspeed.ties import Ties
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.meeting import Meetings
+from paci_schedule.runtime.publication import unfinished
 from paci_schedule.runtime.stage import StageRunner
-from paci_schedule.runtime.waiting import waiting
+from paci_schedule.runtime.waiting import together
 
 __all__ = ["DrainingEngine"]
 
@@ -38,6 +43,7 @@ class DrainingEngine(StageLocalEngine):
 
     _assembly: Assembly
     _deferred: DeferredState
+    _meetings: Meetings
     _prediction: Prediction | None
     _reporter: Reporter | None
     _runner: StageRunner
@@ -69,6 +75,10 @@ class DrainingEngine(StageLocalEngine):
         self.drain()
         yield self.module
 
+    def _accounted(self) -> AbstractContextManager[None]:
+        """An error that ends what runs inside leaves this rank's position, where runs are recorded."""
+        return self._assembly.accounted(self.grid.get_data_parallel_id())
+
     def _empty(self) -> None:
         """Finish the outstanding backwards; their losses belong to those that the next call returns."""
         raise NotImplementedError
@@ -83,13 +93,11 @@ class DrainingEngine(StageLocalEngine):
         """As DeepSpeed's, after a `drain`."""
         self._drain_for("eval_batch")
         self.total_loss = self.total_additional_losses = None  # an evaluation without loss would add its outputs
-        everyone = range(dist.get_world_size())
-        with waiting(self.stage_id, "evaluated together with", "the other ranks", everyone, self._timeout):
-            # DeepSpeed begins with a barrier of its own, which may take as long as its default group lets it.
-            barrier = dist.barrier(async_op=True)
-            assert barrier is not None  # this rank is in the default group
-            barrier.wait(self._timeout)
-            return super().eval_batch(*args, **kwargs)
+        with self._accounted():
+            self._meetings.gather("evaluated")
+            messages = timed_messages(self.grid, self.device, self._timeout)
+            with together(self.stage_id, "evaluated", self._timeout), messages:
+                return super().eval_batch(*args, **kwargs)
 
     def save_checkpoint(
         self,
@@ -99,7 +107,14 @@ class DrainingEngine(StageLocalEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Literal[True]:
-        """As DeepSpeed's, after a `drain`, with the stage's deferred state (`runtime.deferred`)."""
+        """As DeepSpeed's, after a `drain`, with the stage's deferred state (`runtime.deferred`).
+
+        The checkpoint is complete under its tag, or not there; ``latest`` names it only then.
+
+        Raises:
+            CheckpointError: on every rank, if one could not write its files; the checkpoint before is untouched.
+            LinkError: a rank did not come in time.
+        """
         self._drain_for("save_checkpoint")
         self._average_pending_sums()
         if self._runner.untold:
@@ -107,7 +122,25 @@ class DrainingEngine(StageLocalEngine):
         untold = [losses.tolist() for losses in self._runner.untold]
         losses = None if self._newest_losses is None else self._newest_losses.tolist()
         state = {**(client_state or {}), _DEFERRED: {**self._deferred.state(), "losses": losses, "untold": untold}}
-        return super().save_checkpoint(save_dir, tag, state, save_latest, exclude_frozen_parameters)
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        stock = self.checkpoint_engine
+        publishing = PublishingEngine(
+            stock,
+            self._meetings,
+            Path(save_dir, tag),
+            self.global_steps,
+            publishes=self._keeps_folder(),
+            node=node_of(self.use_node_local_storage()),
+            latest=Path(save_dir, "latest") if save_latest and self.global_rank == 0 else None,
+        )
+        self.checkpoint_engine = publishing
+        try:
+            with self._accounted():
+                publishing.begin()
+                with together(self.stage_id, "saved a checkpoint", self._timeout):
+                    return super().save_checkpoint(save_dir, unfinished(tag), state, False, exclude_frozen_parameters)
+        finally:
+            self.checkpoint_engine = stock
 
     def load_checkpoint(
         self,
@@ -122,17 +155,29 @@ class DrainingEngine(StageLocalEngine):
         """As DeepSpeed's, after a `drain`.
 
         The deferred state belongs to the optimizer's states: it is loaded only where they are.
+
+        Raises:
+            CheckpointError: on every rank: files are missing or short, or the stages' parts are of different updates.
+            LinkError: a rank did not come in time.
         """
         self._drain_for("load_checkpoint")
-        path, client_state = super().load_checkpoint(
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
-        )
+        if not self.load_universal_checkpoint():
+            tag = find(load_dir, tag, self._meetings, self._keeps_folder())
+        path, client_state, failed = None, None, None
+        try:
+            with together(self.stage_id, "loaded a checkpoint", self._timeout):
+                path, client_state = super().load_checkpoint(
+                    load_dir,
+                    tag,
+                    load_module_strict,
+                    load_optimizer_states,
+                    load_lr_scheduler_states,
+                    load_module_only,
+                    custom_load_fn,
+                )
+        except Exception as error:  # whatever it is, the other ranks shall hear of it
+            failed = error
+        agree(self._meetings, path, self.global_steps, failed)
         deferred = (client_state or {}).pop(_DEFERRED, {"norms": [], "tied": {}})
         if path is not None and load_optimizer_states and not load_module_only:
             self._runner.untold = [torch.tensor(losses, device=self.device) for losses in deferred.get("untold", [])]
@@ -144,6 +189,10 @@ class DrainingEngine(StageLocalEngine):
         if self._reporter is not None:
             self._reporter.begin(self.global_steps, self.global_samples)
         return path, client_state
+
+    def _keeps_folder(self) -> bool:
+        """Whether this rank looks after the folder of a checkpoint: one of the job does, or one of each node."""
+        return (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after a `drain`."""

@@ -20,6 +20,7 @@ __all__ = ["Ending"]
 logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(seconds=60)
+_INTERRUPTED = "an error interrupted the pipe"
 
 
 class _Drainable(Protocol):
@@ -30,6 +31,8 @@ class _Drainable(Protocol):
 
     def drain(self) -> object: ...
 
+    def report(self, waits: bool) -> None: ...
+
 
 class Ending:
     """The end of an engine: it drains where every rank comes to it without an error; else a warning says what is lost.
@@ -38,7 +41,7 @@ class Ending:
     own at the same time.
 
     Args:
-        engine: held by a weak reference only.
+        engine: held by a weak reference, but for the time in which it has micro-batches in flight (`keep`).
         warns: whether this rank is the one that warns.
         timeout: how long another rank may take to answer; at the exit of the process a minute at most.
     """
@@ -48,15 +51,21 @@ class Ending:
         self._patience = min(timeout, _PATIENCE)
         self._departure = Departure()
         self._ended = False
+        self._kept: _Drainable | None = None
         atexit.register(self._exited)
+
+    def keep(self, engine: _Drainable) -> None:
+        """Hold the engine while it has micro-batches in flight that can be finished, also if the script drops it."""
+        runner = engine._runner
+        self._kept = engine if runner.admitted and not (runner.interrupted or self._ended) else None
 
     def destroyed(self, engine: _Drainable) -> None:
         """Every rank destroys its engine."""
         self._end(engine, self._told(engine, _trouble(engine, sys.exc_info()[1])))
 
     def forgotten(self, engine: _Drainable) -> None:
-        """Nothing refers to the engine any more: it does not wait for its neighbours, which may still have theirs."""
-        self._end(engine, self._told(engine, "nothing referred to the engine any more"))
+        """Nothing refers to the engine any more, so nothing is in flight, or an error keeps it from being finished."""
+        self._end(engine, self._told(engine, _INTERRUPTED))
 
     def _exited(self) -> None:
         engine = self._engine()
@@ -74,13 +83,15 @@ class Ending:
     def _end(self, engine: _Drainable, trouble: str | None) -> None:
         if self._ended:
             return
-        self._ended = True
+        self._ended, self._kept = True, None
         atexit.unregister(self._exited)
         if trouble is None:
             engine.drain()
             if engine.device.type == "cuda":
                 torch.cuda.synchronize(engine.device)  # the others may still read what this stage has sent
-        elif self._warns and engine._runner.admitted:
+            return
+        engine.report(waits=False)  # the device may never come to what was to be printed
+        if self._warns and engine._runner.admitted:
             logger.warning(
                 "training ended with micro-batches in flight, whose update is lost: %s; to apply it, call "
                 "engine.drain() or engine.destroy() on every rank when training ends",
@@ -90,8 +101,10 @@ class Ending:
 
 def _trouble(engine: _Drainable, error: BaseException | None) -> str | None:
     """What keeps this rank from draining; None for nothing."""
+    if isinstance(error, SystemExit):
+        return f"the script ended with exit code {error.code}"
     if error is not None:
         return "an exception was on its way"
     if engine._runner.interrupted:
-        return "an error interrupted the pipe"
+        return _INTERRUPTED
     return None if dist.is_initialized() else "the script destroyed the process group first"

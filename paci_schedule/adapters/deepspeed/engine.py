@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
+from paci_schedule import __version__
 from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
@@ -44,8 +46,9 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.norms import NormGroup
+from paci_schedule.runtime.meeting import Meetings, require_alike
 from paci_schedule.runtime.stopwatch import DATA
-from paci_schedule.runtime.waiting import shorten_timeout, waiting
+from paci_schedule.runtime.waiting import shorten_timeout, together, waiting
 
 __all__ = ["PaciPipelineEngine"]
 
@@ -73,38 +76,8 @@ class PaciPipelineEngine(DrainingEngine):
         self._timeout = timeout = timedelta(seconds=options.timeout)
         module: PipelineModule = kwargs["model"]
         device = take_device(kwargs.get("args"))
-        check_supported(self._schedule, config_class, options, module, type(self))
-        make_expert_groups(config_class, module)
         grid: Any = module.mpu()  # Any for the same reason as in StageMpu
-        switch_off_diagnostics(config_class, grid.get_pipe_parallel_world_size(), warns=grid.get_global_rank() == 0)
-        spec = PipelineSpec(
-            stages=grid.get_pipe_parallel_world_size(),
-            accumulation=config_class.gradient_accumulation_steps,
-            extra_in_flight=options.extra_in_flight,
-        )
-        self._assembly = Assembly(
-            spec,
-            grid.get_stage_id(),
-            grid.get_pipe_parallel_group(),
-            device,
-            carries_norms=config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1,
-            shares_weights=bool(module.tied_comms),
-            timeout=timeout,
-            early_receives=options.early_receives,
-            record=options.record,
-        )
-        self._norm_group = None
-        if self._assembly.norms is not None:
-            slices, stages = grid.get_slice_parallel_group(), grid.get_model_parallel_group()
-            self._norm_group = NormGroup(self._assembly.norms, slices, stages, LEAST_SQUARE)
-        stage_mpu = StageMpu(grid, self._norm_group)
-        super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
-        self._check_schedule(self._schedule, spec)
-        self._reporter = (
-            Reporter(self.monitor, self.steps_per_print(), writes=self.global_rank == 0)
-            if self.is_first_stage()
-            else None
-        )
+        stage = grid.get_stage_id()
         for group in (
             grid.get_data_parallel_group(),
             grid.get_slice_parallel_group(),
@@ -112,24 +85,59 @@ class PaciPipelineEngine(DrainingEngine):
             grid.get_pipe_parallel_group(),
         ):
             shorten_timeout(group, timeout)
-        self._stage_ranks = grid.topology().filter_match(pipe=self.stage_id)
-        self._ties = Ties(self, spec, timeout)
-        gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
-        self._prediction = build_prediction(self, options, spec, self._ties.copies(), gathering)
-        self._assembly.connect(
-            EngineCompute(self),
-            schedule(self._schedule),
-            self.grid.topology().get_axis_comm_lists("pipe"),
-            self._ties.gradients,
-            [self._ties.gradients[name].stages for name in self._ties.across],
-            self._prediction,
-        )
-        self._deferred = self._assembly.deferred
-        self._runner = self._assembly.runner
-        clip, copied = config_class.gradient_clipping, copied_bytes(self, options, spec)
-        chosen = schedule(self._schedule)
-        say(start_line(chosen, spec, options, framework="DeepSpeed", clip=clip, copied_bytes=copied))
-        self._ending = Ending(self, warns=self.global_rank == 0, timeout=timeout)
+        self._meetings = Meetings(stage, timeout)
+        settings = _settings(config_class, options, self._schedule, module)
+        require_alike(self._meetings.gather("began to construct its engine", settings))
+        with together(stage, "constructed its engine", timeout):
+            check_supported(self._schedule, config_class, options, module, type(self))
+            make_expert_groups(config_class, module)
+            switch_off_diagnostics(config_class, grid.get_pipe_parallel_world_size(), warns=grid.get_global_rank() == 0)
+            spec = PipelineSpec(
+                stages=grid.get_pipe_parallel_world_size(),
+                accumulation=config_class.gradient_accumulation_steps,
+                extra_in_flight=options.extra_in_flight,
+            )
+            self._assembly = Assembly(
+                spec,
+                grid.get_stage_id(),
+                grid.get_pipe_parallel_group(),
+                device,
+                carries_norms=config_class.gradient_clipping > 0 and options.clip == "global" and spec.stages > 1,
+                shares_weights=bool(module.tied_comms),
+                timeout=timeout,
+                early_receives=options.early_receives,
+                record=options.record,
+            )
+            self._norm_group = None
+            if self._assembly.norms is not None:
+                slices, stages = grid.get_slice_parallel_group(), grid.get_model_parallel_group()
+                self._norm_group = NormGroup(self._assembly.norms, slices, stages, LEAST_SQUARE)
+            stage_mpu = StageMpu(grid, self._norm_group)
+            super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
+            self._check_schedule(self._schedule, spec)
+            self._reporter = (
+                Reporter(self.monitor, self.steps_per_print(), writes=self.global_rank == 0)
+                if self.is_first_stage()
+                else None
+            )
+            self._stage_ranks = grid.topology().filter_match(pipe=self.stage_id)
+            self._ties = Ties(self, spec, timeout)
+            gathering = partial(self._waiting_for_replicas, "gathered predicted weights")
+            self._prediction = build_prediction(self, options, spec, self._ties.copies(), gathering)
+            self._assembly.connect(
+                EngineCompute(self),
+                schedule(self._schedule),
+                self.grid.topology().get_axis_comm_lists("pipe"),
+                self._ties.gradients,
+                [self._ties.gradients[name].stages for name in self._ties.across],
+                self._prediction,
+            )
+            self._deferred = self._assembly.deferred
+            self._runner = self._assembly.runner
+            clip, copied = config_class.gradient_clipping, copied_bytes(self, options, spec)
+            chosen = schedule(self._schedule)
+            say(start_line(chosen, spec, options, framework="DeepSpeed", clip=clip, copied_bytes=copied))
+            self._ending = Ending(self, warns=self.global_rank == 0, timeout=timeout)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.
@@ -162,18 +170,21 @@ class PaciPipelineEngine(DrainingEngine):
         self._assembly.stopwatch.start()
         self._choose_schedule()
         source = self.data_iterator
-        try:
-            self._read_batch(source)
-            self._assembly.stopwatch.lap(DATA)
-            self.module.train()
-            self._compute_loss = True  # an evaluation may have done without
-            self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
-            losses = self._runner.train_batch()
-        finally:
-            self.data_iterator, self._read_ahead = source, None
-        if self._newest_losses is None:
-            losses = self._first_losses(losses)
-        return self._aggregate(losses)
+        with self._accounted():
+            try:
+                self._read_batch(source)
+                self._assembly.stopwatch.lap(DATA)
+                self.module.train()
+                self._compute_loss = True  # an evaluation may have done without
+                self.fwd_outputs, self.total_loss, self.total_additional_losses = [], None, None
+                losses = self._runner.train_batch()
+            finally:
+                self.data_iterator, self._read_ahead = source, None
+                if self._ending is not None:
+                    self._ending.keep(self)
+            if self._newest_losses is None:
+                losses = self._first_losses(losses)
+            return self._aggregate(losses)
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
         """As DeepSpeed's, for training and evaluation.
@@ -232,8 +243,7 @@ class PaciPipelineEngine(DrainingEngine):
 
     def take_update(self, losses: torch.Tensor) -> None:
         """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
-        if self._reporter is not None:  # of the update before: monitors want steps that never go back
-            self._reporter.flush()
+        self.report()  # the update before: monitors want steps that never go back
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.module.parameters())):
             self._ties.exchange(self._runner.at, now=self._runner.flushing)
@@ -254,6 +264,15 @@ class PaciPipelineEngine(DrainingEngine):
                 at=time.perf_counter(),
             )
             self._reporter.add(update)
+
+    def report(self, waits: bool = True) -> None:
+        """Print the newest update that is to be printed, and tell the monitor; it is told of each once.
+
+        Args:
+            waits: for the device, where it has not come to the update's loss yet.
+        """
+        if self._reporter is not None:
+            self._reporter.flush(waits)
 
     def post_sum(self, number: int) -> None:
         """See `StageLocalEngine.post_sum`; nothing happens where the weight is frozen."""
@@ -282,7 +301,7 @@ class PaciPipelineEngine(DrainingEngine):
         has_read = self.is_first_stage() or pull()
         next_op = Op(OpKind.FORWARD, self._runner.admitted)
         if not self._assembly.links.announce(next_op, self.micro_batches, read):
-            self.drain()
+            self._empty()
             raise DataEndedError(
                 f"the first stage's data iterator ended before it gave {self.micro_batches} micro-batches of a batch; "
                 "the pipe is drained and every stage stands at the same version: save a checkpoint and stop, or wrap "
@@ -297,9 +316,11 @@ class PaciPipelineEngine(DrainingEngine):
     def _empty(self) -> None:
         if self._runner.admitted:
             self.module.train()
-        self._runner.drain()
-        if self._reporter is not None:
-            self._reporter.flush()
+        with self._accounted():
+            self._runner.drain()
+        if self._ending is not None:
+            self._ending.keep(self)
+        self.report()
         if self._stage_mpu.get_model_parallel_rank() == 0:
             self._assembly.write_recording(self.grid.get_data_parallel_id())
 
@@ -364,3 +385,17 @@ class PaciPipelineEngine(DrainingEngine):
         if self._norm_group is not None and self._runner.flushing:
             peers, ranks = f"the other stages and {peers}", {*ranks, *self.grid.pp_group}
         return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", peers, ranks, self._timeout)
+
+
+def _settings(config: DeepSpeedConfig, options: PaciOptions, schedule: str, module: PipelineModule) -> dict[str, Any]:
+    """What has to be the same on all ranks, by name as a user writes it; folders may differ."""
+    of_paci = {f'"paci": {{"{name}"}}': value for name, value in asdict(options).items() if name != "record"}
+    return {
+        "the version of paci_schedule": __version__,
+        '"pipeline_schedule"': schedule,
+        "the number of stages": module.num_stages,
+        '"gradient_accumulation_steps"': config.gradient_accumulation_steps,
+        '"gradient_clipping"': config.gradient_clipping,
+        **{f'"{name}"': config._param_dict.get(name) for name in ("bf16", "fp16", "zero_optimization")},
+        **of_paci,
+    }

@@ -46,6 +46,10 @@ _HOOKS = {
     f"{_ENGINE}.reset_activation_shape": (),
     f"{_ENGINE}.set_train_micro_batch_size": ("micro_batch_size",),
     f"{_ENGINE}.destroy": (),
+    f"{_ENGINE}.save_checkpoint": ("save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
+    f"{_ENGINE}.load_checkpoint": ("load_dir", "tag"),
+    "deepspeed.runtime.pipe.p2p:send": ("tensor", "dest_stage", "async_op"),
+    "deepspeed.runtime.pipe.p2p:recv": ("tensor", "src_stage", "async_op"),
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group": (),
     "deepspeed.utils.groups:_create_expert_and_data_parallel": (
         "expert_parallel_size_",

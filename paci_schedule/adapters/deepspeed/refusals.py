@@ -102,6 +102,22 @@ _CONFIG = (
         "data",
     ),
     Refusal(
+        _at("checkpoint", "writer", "decoupled"),
+        '"checkpoint": {"writer": {"decoupled": true}}',
+        "DeepSpeed completes such a checkpoint in engine.step(), which no pipeline engine runs, so that it would never "
+        "be named in the file latest; leave it out",
+    ),
+    Refusal(
+        _at("datastates_ckpt"),
+        '"datastates_ckpt"',
+        "it writes in the background, and nobody says when a checkpoint is complete; leave it out",
+    ),
+    Refusal(
+        _at("nebula", "enabled"),
+        '"nebula"',
+        "it writes in the background to a place of its own; leave it out",
+    ),
+    Refusal(
         _at("autotuning", "enabled"),
         '"autotuning"',
         "DeepSpeed's autotuner measures engine.step(), which no pipeline engine runs; switch it off, and search the "

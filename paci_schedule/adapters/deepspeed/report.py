@@ -33,6 +33,9 @@ class HostCopy:
         else:
             self._host = tensor.clone()
 
+    def has_arrived(self) -> bool:
+        return self._arrived is None or self._arrived.query()
+
     def numbers(self) -> list[float]:
         """The values; waits for the copy if it is still under way."""
         if self._arrived is not None:
@@ -92,10 +95,14 @@ class Reporter:
         """Take an update in, which the next `flush` reports."""
         self._pending = update
 
-    def flush(self) -> None:
-        """Report the update that was added last, if it has not been reported yet."""
+    def flush(self, waits: bool = True) -> None:
+        """Report the update that was added last, if it has not been reported yet.
+
+        Args:
+            waits: for the device; else an update whose loss has not arrived is left out.
+        """
         update, self._pending = self._pending, None
-        if update is None or not self._writes:
+        if update is None or not (self._writes and (waits or update.losses.has_arrived())):
             return
         loss, *additional = update.losses.numbers()
         compute, wait = (now - before for now, before in zip(update.seconds, self._seconds, strict=True))

@@ -16,11 +16,14 @@ import torch.distributed as dist
 from deepspeed.runtime import utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
+from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
 from paci_schedule.runtime.shapes import ShapeNumbers
@@ -146,6 +149,13 @@ class StageLocalEngine(PipelineEngine):
             super()._configure_optimizer(client_optimizer, model_parameters)
         finally:
             self.mpu = grid
+        if self.bfloat16_enabled() and isinstance(self.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+            # Two of its names for kinds of optimizers are equal there (its change #7788 mends that).
+            raise UnsupportedError(
+                f'"bf16": DeepSpeed {deepspeed.__version__} takes its {type(self.optimizer).__name__} for it, whose '
+                "loss scale divides every gradient by 65536 (0.17.6 to 0.18.4 do so, under 1F1B too); install "
+                'DeepSpeed 0.18.5 or newer, or leave "bf16" out and cast the weights in the script'
+            )
         if isinstance(self.optimizer, BF16_Optimizer):
             self.optimizer.get_grads_for_norm = partial(_or_a_least, self.optimizer.get_grads_for_norm, self.device)
 

@@ -1,10 +1,12 @@
-"""The deferred state of a stage beside every checkpoint of a Megatron-LM job."""
+"""The deferred state of a stage in every checkpoint of a Megatron-LM job."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.publishing import folder_of, published
 from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.meeting import Meetings
 
 __all__ = ["keep_deferred"]
 
@@ -23,10 +27,22 @@ logger = logging.getLogger(__name__)
 _STOCK = "stock"  # of our save: Megatron-LM's own
 
 
+_FOLDER = "paci_schedule"
+
+
 def keep_deferred(
-    args: Namespace, model: torch.nn.Module, deferred: DeferredState, settle: Callable[[], bool], sharded: bool
+    args: Namespace,
+    model: torch.nn.Module,
+    deferred: DeferredState,
+    settle: Callable[[], bool],
+    sharded: bool,
+    meetings: Meetings,
+    timeout: timedelta,
 ) -> None:
-    """Save the deferred state beside every checkpoint, before it, and begin with that of the loaded one.
+    """Save the deferred state in the folder of every checkpoint, and begin with that of the loaded one.
+
+    Checkpoints that Megatron-LM writes in the background (--async-save), and non-persistent ones, are completed by
+    itself: they have the deferred state beside them, in a folder that goes when they are gone.
 
     Every rank of the job calls it at the same time: where one of them finds nothing, or what was saved with other
     weights (a checkpoint that a run of the stock schedule has written anew), all begin with nothing deferred, for the
@@ -38,26 +54,52 @@ def keep_deferred(
         deferred: of this stage.
         settle: called before a save; whether the pipe is empty.
         sharded: whether data-parallel ranks hold different parts of the gradients.
+        meetings: of the job.
+        timeout: how long other ranks may take.
     """
     training = loaded("megatron.training.training")
     stock_save = getattr(training.save_checkpoint, _STOCK, training.save_checkpoint)
 
-    def path(folder: str, iteration: int) -> Path:
-        return Path(folder, "paci_schedule", f"iter_{iteration:07d}", _rank_name(sharded))
+    name = _rank_name(sharded)
+    writes = sharded or groups.replicas().rank() == 0
+    stage = parallel_state.get_pipeline_model_parallel_rank()
 
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
         empty = settle()
-        if sharded or groups.replicas().rank() == 0:
-            file = path(args.save, iteration)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            state = deferred.state() if empty else {**deferred.state(), "norms": []}
-            torch.save({**state, "weights": _fingerprint(model)}, file)
-        return stock_save(iteration, *rest, **options)
+        state = deferred.state() if empty else {**deferred.state(), "norms": []}
+        state = {**state, "weights": _fingerprint(model)} if writes else None
+        if args.async_save or options.get("non_persistent_ckpt"):
+            _write(state, _beside(args.save, iteration) / name)
+            _remove_what_is_gone(args.save, iteration)
+            return stock_save(iteration, *rest, **options)
+        with published(args, iteration, stage, meetings, timeout) as folder:
+            done = stock_save(iteration, *rest, **options)
+            _write(state, folder / _FOLDER / name)
+        return done
 
     setattr(save_checkpoint, _STOCK, stock_save)
     training.save_checkpoint = save_checkpoint
     if args.load and args.iteration:
-        _load(path(args.load, args.iteration), model, deferred)
+        within = folder_of(args.load, args.iteration) / _FOLDER
+        folder = within if within.is_dir() else _beside(args.load, args.iteration)
+        _load(folder / name, model, deferred)
+
+
+def _beside(folder: str, iteration: int) -> Path:
+    return Path(folder, _FOLDER, f"iter_{iteration:07d}")
+
+
+def _write(state: dict[str, Any] | None, file: Path) -> None:
+    if state is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, file)
+
+
+def _remove_what_is_gone(folder: str, iteration: int) -> None:
+    """Remove deferred states beside checkpoints that Megatron-LM has removed; rank 0 does so."""
+    for state in Path(folder, _FOLDER).glob("iter_*") if dist.get_rank() == 0 else ():
+        if state != _beside(folder, iteration) and not Path(folder, state.name).exists():
+            shutil.rmtree(state, ignore_errors=True)
 
 
 def _load(file: Path, model: torch.nn.Module, deferred: DeferredState) -> None:

@@ -11,9 +11,11 @@ from importlib import import_module
 from itertools import chain
 from typing import Any
 
+from paci_schedule.adapters.megatron.publishing import check_named
 from paci_schedule.adapters.megatron.settings import DDP, JOB, MODEL, OPTIMIZER
 from paci_schedule.adapters.probing import found_in
 from paci_schedule.adapters.refusal import reasons
+from paci_schedule.errors import CheckpointError
 
 __all__ = ["argument_reasons", "look_at_arguments", "set_aside"]
 
@@ -50,6 +52,11 @@ def look_at_arguments() -> None:
         if args.pipeline_model_parallel_size > 1:
             set_aside(args)
             found = list(argument_reasons(args))
+            if args.rank == 0:
+                try:
+                    check_named(args)
+                except CheckpointError as error:
+                    _end(str(error), args.rank)
             if found:
                 _end("\n".join(["'paci' cannot run this job; change what follows, or use '1f1b':", *found]), args.rank)
         return stock(args, *rest, **options)

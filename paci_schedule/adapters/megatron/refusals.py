@@ -25,6 +25,7 @@ from paci_schedule.adapters.megatron.hooks import TESTED, loaded
 from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
+from paci_schedule.adapters.megatron.publishing import RENAMED
 from paci_schedule.adapters.megatron.settings import DDP, JOB, MODEL, OPTIMIZER
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.adapters.megatron.ties import tied_embedding, unwrapped
@@ -85,9 +86,10 @@ def _reasons(
         yield from reasons(DDP, ddp)
     if args is not None:
         yield from reasons(JOB, args)
-        for name in REBOUND:
-            if not hasattr(loaded("megatron.training.training"), name):
-                yield f"megatron.training.training.{name} is gone in this Megatron-LM: use a version in {TESTED}"
+        for module, names in (("megatron.training.training", REBOUND), ("megatron.training.checkpointing", RENAMED)):
+            for name in names:
+                if not hasattr(loaded(module), name):
+                    yield f"{module}.{name} is gone in this Megatron-LM: use a version in {TESTED}"
     elif bridges := sorted(_BRIDGES & set(sys.modules)):
         yield (
             f"a training loop of Megatron-Bridge's own ({', '.join(bridges)}): not tried yet; it sums over all stages "

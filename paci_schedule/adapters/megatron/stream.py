@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+from paci_schedule import __version__
 from paci_schedule.adapters.megatron import groups, job
 from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
@@ -27,6 +29,7 @@ from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError
 from paci_schedule.runtime.assembly import Assembly
+from paci_schedule.runtime.meeting import Meetings, require_alike
 
 __all__ = ["FRAMEWORK", "ModelStream"]
 
@@ -59,6 +62,10 @@ class ModelStream:
     ) -> None:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
         args = job.current_args()
+        timeout = timedelta(seconds=options.timeout)
+        self._meetings = Meetings(group.rank(), timeout)
+        settings = _settings(options, name, group.size(), call["num_microbatches"])
+        require_alike(self._meetings.gather("began to train under the schedule", settings))
         pipelines = check_supported(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
         stage, stages = group.rank(), group.size()
         spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
@@ -69,7 +76,6 @@ class ModelStream:
                 "no end is known; say 'train_iters' or 'drain_interval' too"
             )
         device = next(self._model.parameters()).device
-        timeout = timedelta(seconds=options.timeout)
         shares = getattr(call.get("pg_collection"), "embd", None) or groups.embedding()
         self._ties = ties = Ties(self._model, shares, spec, timeout)
         self._assembly = Assembly(
@@ -113,7 +119,8 @@ class ModelStream:
         say(line)
         if args is not None:
             job.make_local(args, self._config, self._reports)
-            keep_deferred(args, self._model, self._deferred, self.settle, sharded=is_sharded(self._config))
+            sharded = is_sharded(self._config)
+            keep_deferred(args, self._model, self._deferred, self.settle, sharded, self._meetings, timeout)
 
     def train_batch(
         self,
@@ -145,7 +152,8 @@ class ModelStream:
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
-        self._loss = runner.lead_batch(self._last())
+        with self._assembly.accounted(groups.replicas().rank()):
+            self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
             with self._ties.exchanging(scale=self._by_tokens if config.calculate_per_token_loss else None):
@@ -257,3 +265,14 @@ class ModelStream:
             done = self._calls
         end = self._ends.next_end(done, runner.spec)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation
+
+
+def _settings(options: PaciOptions, name: str, stages: int, accumulation: int) -> dict[str, Any]:
+    """What has to be the same on all ranks, by name as a user writes it; folders may differ."""
+    return {
+        "the version of paci_schedule": __version__,
+        "config.pipeline_schedule": name,
+        "the number of stages": stages,
+        "num_microbatches": accumulation,
+        **{f"{key} in config.paci": value for key, value in asdict(options).items() if key != "record"},
+    }
