@@ -116,7 +116,7 @@ def test_a_stage_learns_what_it_learns_under_the_stock_schedule(checkout, kind, 
         ours, theirs = (weights(f"{tmp_path}/{schedule}/iter_0000006/{rank}") for schedule in ("paci", "1f1b"))
         assert len(theirs) > 10
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    states = list((tmp_path / "paci" / "paci_schedule" / "iter_0000006").iterdir())
+    states = list((tmp_path / "paci" / "iter_0000006" / "paci_schedule").iterdir())
     assert len(states) == 2 * (replicas if "distributed-optimizer" in flags else 1)
 
 

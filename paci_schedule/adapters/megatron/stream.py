@@ -152,7 +152,7 @@ class ModelStream:
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
-        with self._assembly.accounted(parallel_state.get_data_parallel_rank()):
+        with self._assembly.accounted(groups.replicas().rank()):
             self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
