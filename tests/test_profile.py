@@ -175,7 +175,7 @@ def test_one_layer_at_a_time_and_the_random_state_stays():
 def test_a_layer_that_fails_is_named_with_what_it_got():
     with pytest.raises(ConfigError, match=r"(?s)layer 1, Linear, fails on float32\[4, 3\]: RuntimeError: .*the sample"):
         profile_layers([nn.Linear(3, 3), nn.Linear(5, 3)], torch.ones(4, 3), CPU)
-    with pytest.raises(ConfigError, match=r"layer 0, half, fails on \w+\[2\], \w+\[1\]"):
+    with pytest.raises(ConfigError, match=r"layer 0, half, fails on a tuple \(\w+\[2\], \w+\[1\]\)"):
         profile_layers([half], (torch.ones(2), torch.ones(1)), CPU)
 
 
