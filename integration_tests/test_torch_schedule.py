@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -242,6 +245,44 @@ def steady_collectives():
 
 def test_no_collective_spans_stages_in_steady_state():
     assert ranks.run_ranks(steady_collectives, 3) == [[], [], []]
+
+
+ENDS = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, os.getcwd())
+dist.init_process_group("gloo")
+from integration_tests import test_torch_schedule as job
+module = job.model(2, torch.float32)[dist.get_rank()]
+
+def main():
+    schedule = job.built(module, 2, 2)
+    for number in range(3):
+        inputs, target = job.batch(number, 2, torch.float32)
+        schedule.step(*([inputs] if dist.get_rank() == 0 else []), target=target if dist.get_rank() else None)
+
+import atexit
+atexit.register(lambda: torch.save(module.state_dict(), f"{sys.argv[1]}/{dist.get_rank()}"))
+main()
+"""
+
+
+def test_a_script_that_just_ends_has_applied_its_last_update(tmp_path):
+    """Handlers run in the opposite order: the schedule's, registered last, drains before the weights are saved."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={ranks.free_port()}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    subprocess.run([*command, str(script), str(tmp_path)], env=environment, timeout=200, check=True)
+    expected = ranks.run_ranks(trained, 2, (2, 2, torch.float32, 3, {}))
+    for rank, weights in enumerate(expected):
+        found = torch.load(tmp_path / str(rank)).values()
+        assert all(torch.equal(*pair) for pair in zip(found, weights, strict=True))
 
 
 def lonely():

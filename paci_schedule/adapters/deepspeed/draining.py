@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from paci_schedule.adapters.deepspeed.ending import Ending
 from paci_schedule.adapters.deepspeed.evaluating import timed_messages
 from paci_schedule.adapters.deepspeed.prediction import check_spec
 from paci_schedule.adapters.deepspeed.report import Reporter
 from paci_schedule.adapters.deepspeed.saving import PublishingEngine, agree, find, node_of
 from paci_schedule.adapters.deepspeed.stage_local import StageLocalEngine
 from paci_schedule.adapters.deepspeed.ties import Ties
+from paci_schedule.adapters.ending import Ending
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.state import DeferredState

@@ -29,7 +29,6 @@ from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.diagnostics import switch_off_diagnostics
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
-from paci_schedule.adapters.deepspeed.ending import Ending
 from paci_schedule.adapters.deepspeed.experts import make_expert_groups
 from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied_bytes, note_update
@@ -38,6 +37,7 @@ from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
 from paci_schedule.adapters.deepspeed.stage_local import LEAST_SQUARE, StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
+from paci_schedule.adapters.ending import Ending
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.ops import Op, OpKind
@@ -137,7 +137,7 @@ class PaciPipelineEngine(DrainingEngine):
             clip, copied = config_class.gradient_clipping, copied_bytes(self, options, spec)
             chosen = schedule(self._schedule)
             say(start_line(chosen, spec, options, framework="DeepSpeed", clip=clip, copied_bytes=copied))
-            self._ending = Ending(self, warns=self.global_rank == 0, timeout=timeout)
+            self._ending = Ending(self, self.global_rank == 0, timeout, "engine.drain() or engine.destroy()")
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Take in one batch: `gradient_accumulation_steps` micro-batches from `data_iter`.

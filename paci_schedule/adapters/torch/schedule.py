@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, Sched
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from paci_schedule.adapters.choice import RUNNABLE, check_choice
+from paci_schedule.adapters.ending import Ending
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.adapters.torch.compute import Batch, ModuleCompute
@@ -113,6 +114,7 @@ class SchedulePaci(PipelineScheduleSingle):
         self._pipelines = [list(ranks) for ranks in dict.fromkeys(map(tuple, pipelines))]
         self._ties = Ties(self._tied, self._pipelines, spec, self._timeout)
         self._assembly: Assembly | None = None
+        self._ending: Ending | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._updates_before = 0
         if optimizers is not None:
@@ -160,7 +162,8 @@ class SchedulePaci(PipelineScheduleSingle):
         assembly.connect(
             self._compute, schedule(self._schedule), self._pipelines, ties.gradients, ties.stages, prediction
         )
-        self._assembly = assembly
+        self._assembly, self._runner, self.device = assembly, assembly.runner, torch.device(stage.device)
+        self._ending = Ending(self, dist.get_rank() == 0, self._timeout, "schedule.drain()")
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
         copied = sum(each.nbytes for each in stage.submod.parameters() if each.requires_grad) if prediction else 0
@@ -218,7 +221,10 @@ class SchedulePaci(PipelineScheduleSingle):
             outputs=[] if stage.is_last and return_outputs else None,
         )
         outputs = self._compute.batch.outputs
-        runner.admit_batch()
+        try:
+            runner.admit_batch()
+        finally:
+            self._keep()
         self._tell(runner, losses)
         return None if outputs is None else self._merge_outputs(outputs)
 
@@ -332,6 +338,14 @@ class SchedulePaci(PipelineScheduleSingle):
         )
         self._updates_before = int(stage["updates"]) - self._assembly.runner.meter.version
 
+    def report(self, waits: bool) -> None:
+        """Nothing: a schedule prints no losses (`Ending`)."""
+
+    def _keep(self) -> None:
+        """Outlive the script's last reference while micro-batches are in flight."""
+        if self._ending is not None:
+            self._ending.keep(self)
+
     def _step_microbatches(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("SchedulePaci.step() drives the runner")
 
@@ -373,6 +387,7 @@ class SchedulePaci(PipelineScheduleSingle):
 
     def _empty(self, assembly: Assembly) -> None:
         assembly.runner.drain()
+        self._keep()
         assembly.write_recording(next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks))
 
     def _apply(self, update: int) -> None:

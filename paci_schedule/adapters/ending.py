@@ -1,4 +1,4 @@
-"""What becomes of the micro-batches in flight when an engine ends: most scripts end without `destroy`."""
+"""What becomes of the micro-batches in flight when a job ends: most scripts end without a `drain`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INTERRUPTED = "an error interrupted the pipe"
 
 
 class _Drainable(Protocol):
-    """An engine, as its end needs it."""
+    """An engine, or a schedule, as its end needs it."""
 
     device: torch.device
     _runner: StageRunner
@@ -44,10 +44,11 @@ class Ending:
         engine: held by a weak reference, but for the time in which it has micro-batches in flight (`keep`).
         warns: whether this rank is the one that warns.
         timeout: how long another rank may take to answer; at the exit of the process a minute at most.
+        remedy: what a script calls that applies its last update.
     """
 
-    def __init__(self, engine: _Drainable, warns: bool, timeout: timedelta) -> None:
-        self._engine, self._warns = weakref.ref(engine), warns
+    def __init__(self, engine: _Drainable, warns: bool, timeout: timedelta, remedy: str) -> None:
+        self._engine, self._warns, self._remedy = weakref.ref(engine), warns, remedy
         self._patience = min(timeout, _PATIENCE)
         self._departure = Departure()
         self._ended = False
@@ -93,9 +94,10 @@ class Ending:
         engine.report(waits=False)  # the device may never come to what was to be printed
         if self._warns and engine._runner.admitted:
             logger.warning(
-                "training ended with micro-batches in flight, whose update is lost: %s; to apply it, call "
-                "engine.drain() or engine.destroy() on every rank when training ends",
+                "training ended with micro-batches in flight, whose update is lost: %s; to apply it, call %s on every "
+                "rank when training ends",
                 trouble,
+                self._remedy,
             )
 
 
