@@ -21,7 +21,7 @@ ARGUMENTS = """
     --model.name llama3 --model.flavor debugmodel --model.hf_assets_path ./tests/assets/tokenizer
     --parallelism.pipeline_parallel_degree 2 --training.local_batch_size 4 --training.seq_len 32
     --training.dataset c4_test --training.steps 9 --metrics.log_freq 1 --lr_scheduler.warmup_steps 2 --debug.seed 5
-    --checkpoint.enable --checkpoint.interval 3
+    --checkpoint.enable --checkpoint.interval 3 --experimental.custom_import paci_schedule.adapters.torch.registered
 """
 
 pytestmark = [

@@ -1,8 +1,6 @@
 """torchtitan's own training command on a CPU, which stands in for the accelerator that it looks for.
 
-    python -m testing.titan_cpu ARGUMENTS OF TORCHTITAN
-
-It registers the schedule, as `paci_schedule.launch` does.
+python -m testing.titan_cpu ARGUMENTS OF TORCHTITAN
 """
 
 import types
@@ -28,9 +26,6 @@ def main() -> None:
     torch._utils._get_available_device_type = lambda: "cpu"
     for name, function in _ACCELERATOR.items():
         setattr(torch.cpu, name, function)
-    import paci_schedule
-
-    paci_schedule.register("torch")
     from torchtitan import train
 
     train.main(train.Trainer)

@@ -22,8 +22,8 @@ _ADAPTERS = {
 
 
 def installed() -> list[str]:
-    """The adapters whose framework can be imported."""
-    return [adapter for adapter, package in _ADAPTERS.items() if exists(package)]
+    """The adapters whose framework can be imported; PyTorch's own pipelines, which come with each of them, left out."""
+    return [adapter for adapter, package in _ADAPTERS.items() if adapter != "torch" and exists(package)]
 
 
 def register_with(frameworks: Collection[str]) -> None:

@@ -5,10 +5,13 @@ refuses; that of DeepSpeed refuses only where a hook is missing, and otherwise w
 the pins, the documents and the patches to these ranges.
 """
 
-__all__ = ["DEEPSPEED", "MEGATRON_CORE", "TORCH"]
+__all__ = ["DEEPSPEED", "DEEPSPEED_BF16", "MEGATRON_CORE", "TORCH"]
 
 DEEPSPEED = ">=0.16,<0.20"
 """The tests run on both ends."""
+
+DEEPSPEED_BF16 = ">=0.18.5"
+"""Pipelines in bf16 get the optimizer of bf16; those from 0.17.6 to 0.18.4 give them that of fp16, with a loss scale."""
 
 MEGATRON_CORE = ">=0.16.1,<0.21"
 """The tests run on both ends: on the newest release, and on the main branch of Megatron-LM, 0.20.0 in development."""

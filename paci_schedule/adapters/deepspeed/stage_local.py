@@ -23,6 +23,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
+from paci_schedule.adapters.versions import DEEPSPEED_BF16
 from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
@@ -153,8 +154,8 @@ class StageLocalEngine(PipelineEngine):
             # Two of its names for kinds of optimizers are equal there (its change #7788 mends that).
             raise UnsupportedError(
                 f'"bf16": DeepSpeed {deepspeed.__version__} takes its {type(self.optimizer).__name__} for it, whose '
-                "loss scale divides every gradient by 65536 (0.17.6 to 0.18.4 do so, under 1F1B too); install "
-                'DeepSpeed 0.18.5 or newer, or leave "bf16" out and cast the weights in the script'
+                "loss scale divides every gradient by 65536, under 1F1B too; install a DeepSpeed "
+                f'{DEEPSPEED_BF16}, or leave "bf16" out and cast the weights in the script'
             )
         if isinstance(self.optimizer, BF16_Optimizer):
             self.optimizer.get_grads_for_norm = partial(_or_a_least, self.optimizer.get_grads_for_norm, self.device)
