@@ -11,7 +11,7 @@ DEEPSPEED = ">=0.16,<0.20"
 """The tests run on both ends."""
 
 DEEPSPEED_BF16 = ">=0.18.5"
-"""Pipelines in bf16 get the optimizer of bf16; those from 0.17.6 to 0.18.4 give them that of fp16, with a loss scale."""
+"""Pipelines in bf16 get their own optimizer; 0.17.6 to 0.18.4 give them that of fp16, with its loss scale."""
 
 MEGATRON_CORE = ">=0.16.1,<0.21"
 """The tests run on both ends: on the newest release, and on the main branch of Megatron-LM, 0.20.0 in development."""
