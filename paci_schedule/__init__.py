@@ -33,8 +33,8 @@ def register(*frameworks: str) -> None:
     """Make the schedule available in the frameworks.  Idempotent; call it before building an engine.
 
     Args:
-        frameworks: "deepspeed", "megatron", or "torch" for torch.distributed.pipelining; the first two, as far as they are
-            installed and supported, if none is named.
+        frameworks: "deepspeed", "megatron", or "torch" for torch.distributed.pipelining; if none is named, the first
+            two, as far as they are installed and supported.
 
     Raises:
         ConfigError: a framework that we do not know.
