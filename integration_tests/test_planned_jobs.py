@@ -32,7 +32,7 @@ def built(framework, capsys, folder):
         plans.append(folder / f"plan{number}.json")
         plans[-1].write_text(capsys.readouterr().out)
     done = subprocess.run(
-        [sys.executable, "-m", "testing.planned", framework, model, *plans],
+        [sys.executable, "-m", "integration_tests.planned", framework, model, *plans],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,6 +1,6 @@
 """Builds the stages of printed plans one after the other in this process, with ranks that talk to nobody.
 
-    python -m testing.planned FRAMEWORK MODEL.json PLAN.json...
+    python -m integration_tests.planned FRAMEWORK MODEL.json PLAN.json...
 
 Each PLAN.json is what `paci plan --json` printed for MODEL.json, a GPT-2 config.  For every plan a line of JSON is
 printed: a list with what the framework built of each stage from the plan's settings.
