@@ -89,32 +89,40 @@ def trained(stages, accumulation, dtype, batches, options):
     return [weight.detach().clone() for weight in module.parameters()]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
-        (torch.bfloat16, {}),
-        (torch.bfloat16, {"max_norm": 0.05, "prediction": "every", "prediction_reach": 1.5}),
-        (torch.float32, {"max_norm": 0.05, "prediction": "window", "extra_in_flight": [1, 0]}),
-    ],
-)
-def test_the_rehearsal_trains_the_same_weights(dtype, options):
-    stages, accumulation, batches = 3, 4, 5
+def rehearsed(stages, accumulation, dtype, batches, options):
+    """The weights of every stage after a rehearsal."""
     modules = model(stages, dtype)
     pairs = ([each.chunk(accumulation) for each in batch(number, accumulation, dtype)] for number in range(batches))
-    rehearsed = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    rehearsed["clip"] = rehearsed.pop("max_norm", 0.0)
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    arguments["clip"] = arguments.pop("max_norm", 0.0)
     for _ in rehearse(
         modules,
         [adamw(module) for module in modules],
         loss_fn,
         (list(zip(*pair, strict=True)) for pair in pairs),
         accumulation=accumulation,
-        **rehearsed,
+        **arguments,
     ):
         pass
-    results = ranks.run_ranks(trained, stages, (stages, accumulation, dtype, batches, options))
-    for module, weights in zip(modules, results, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(module.parameters(), weights, strict=True))
+    return [list(module.parameters()) for module in modules]
+
+
+def all_trained(jobs):
+    return [trained(*job) for job in jobs]
+
+
+PREDICTED = {"max_norm": 0.05, "prediction": "every", "prediction_reach": 1.5}
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_the_rehearsal_trains_the_same_weights(stages):
+    window = {"max_norm": 0.05, "prediction": "window", "extra_in_flight": [1] * (stages - 1)}
+    jobs = [(stages, accumulation, torch.bfloat16, 5, {}) for accumulation in range(1, 9)]
+    jobs += [(stages, 4, torch.bfloat16, 5, PREDICTED), (stages, 4, torch.float32, 5, window)]
+    results = ranks.run_ranks(all_trained, stages, (jobs,))
+    for number, job in enumerate(jobs):
+        for expected, found in zip(rehearsed(*job), results, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(expected, found[number], strict=True)), job
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
