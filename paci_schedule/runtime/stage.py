@@ -242,8 +242,12 @@ class StageRunner:
         """What this stage has done since construction, but for the seconds: those are since the last call to this.
 
         Returns:
-            stage, stages, accumulation, version, forwards, backwards, in_flight, peak_in_flight, max_drift,
-            drift_bound, drift_histogram, predictions, compute_seconds, wait_seconds; the adapters document them.
+            stage, stages, accumulation: where it stands in which pipeline;
+            version: updates applied; forwards, backwards: micro-batches done;
+            in_flight, peak_in_flight: micro-batches between their forward and backward, now and at most;
+            max_drift, drift_bound, drift_histogram: in updates; micro-batches for each drift;
+            predictions: of weights, for stale forwards;
+            compute_seconds, wait_seconds: as `seconds`, since the last call to this.
         """
         since, self._seconds_told = self._seconds_told, self.seconds()
         return {

@@ -266,14 +266,7 @@ class SchedulePaci(PipelineScheduleSingle):
         """What this stage has done, counted as it happened.
 
         Returns:
-            stage, stages, accumulation: where it stands in which pipeline;
-            version: updates applied;
-            forwards, backwards: micro-batches done since construction;
-            in_flight, peak_in_flight: micro-batches between their forward and backward, now and at most;
-            max_drift, drift_bound, drift_histogram: in updates; micro-batches for each drift;
-            predictions: of weights, for stale forwards;
-            compute_seconds, wait_seconds: what the stage computed and waited since the last call to this (on CUDA: ops
-            that the device has finished).
+            as `runtime.stage.StageRunner.stats`; "version" counts the updates of the runs before as well.
         """
         return {**self._connected().runner.stats(), "version": self._updates()}
 
