@@ -62,7 +62,8 @@ def no_answer(stage: int, doing: str, peers: str, others: list[int], timeout: ti
     return (
         f"stage {stage} (rank {dist.get_rank()}) {doing} {peers} ({named}) and got no answer within the timeout of "
         f"{timeout.total_seconds():g} s, or a process is gone: look at the log of {named} first; if nothing is "
-        'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout seconds).'
+        'wrong but slow, raise the timeout (DeepSpeed: "paci": {"timeout": seconds}; Megatron: --paci-timeout seconds; '
+        "SchedulePaci: timeout=seconds)."
     )
 
 

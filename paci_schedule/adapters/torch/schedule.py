@@ -153,7 +153,15 @@ class SchedulePaci(PipelineScheduleSingle):
             weights = SteppedWeights(listed, list(ties.weights.values()), drop_overflow if ties.weights else None)
             prediction = Prediction(weights, interval, options.prediction_reach)
         self._update = StageUpdate(
-            stage, self._group, listed, _listed(lr_schedulers), max_norm, assembly.norms, ties, prediction
+            stage,
+            self._group,
+            listed,
+            _listed(lr_schedulers),
+            max_norm,
+            assembly.norms,
+            ties,
+            prediction,
+            self._timeout,
         )
         assert self._loss_fn is not None, "the constructor asks for it"
         self._compute = ModuleCompute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from paci_schedule.adapters.torch.ties import Ties
 from paci_schedule.predict import Prediction, clip_factor
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["StageUpdate"]
 
@@ -29,6 +31,7 @@ class StageUpdate:
         norms: of the other stages; None where each stage clips by its own norm, or not at all.
         ties: the tied weights of the stage.
         prediction: of the stage's weights; None for none.
+        timeout: how long the other stages may take under a flush.
 
     Attributes:
         norm: that the latest update was clipped by, float32[]; None before the first, or without clipping.
@@ -44,11 +47,12 @@ class StageUpdate:
         norms: CarriedNorms | None,
         ties: Ties,
         prediction: Prediction | None,
+        timeout: timedelta,
     ) -> None:
         self.norm: torch.Tensor | None = None
         self._stage, self._pipeline, self._ties, self._prediction = stage, pipeline, ties, prediction
         self._optimizers, self._lr_schedulers = optimizers, lr_schedulers
-        self._max_norm, self._norms = max_norm, norms
+        self._max_norm, self._norms, self._timeout = max_norm, norms, timeout
 
     def apply(self, at: object, flushing: bool) -> None:
         """Update the weights, and drop the gradients.
@@ -61,7 +65,7 @@ class StageUpdate:
         parameters = [each for each in self._stage.submod.parameters() if each.requires_grad]  # its shards from here on
         self._ties.exchange(at, now=flushing)
         if self._max_norm:
-            self._clip(parameters, flushing)
+            self._clip(parameters, at, flushing)
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(parameters)):
             for optimizer in self._optimizers:
@@ -71,7 +75,7 @@ class StageUpdate:
         for parameter in parameters:
             parameter.grad = None
 
-    def _clip(self, parameters: Sequence[torch.nn.Parameter], flushing: bool) -> None:
+    def _clip(self, parameters: Sequence[torch.nn.Parameter], at: object, flushing: bool) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self._ties.weights:
             drop_overflow(gradients)
@@ -84,7 +88,9 @@ class StageUpdate:
         square = self._square(counted)
         if self._norms is not None and flushing:
             self._norms.add_own(square)
-            dist.all_reduce(square, group=self._pipeline)
+            ranks, doing = dist.get_process_group_ranks(self._pipeline), f"summed ({at}) the gradient norm over"
+            with waiting(self._stage.stage_index, doing, "the other stages", ranks, self._timeout):
+                begun(dist.all_reduce(square, group=self._pipeline, async_op=True)).wait(self._timeout)
         elif self._norms is not None:
             self._norms.complete(square)
         self.norm = square.sqrt()
