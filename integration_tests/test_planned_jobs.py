@@ -46,6 +46,7 @@ def built(framework, capsys, folder):
     return [(row, *PLANS[line], stages) for line, row, stages in zip(PLANS, rows, found, strict=True)]
 
 
+@pytest.mark.slow
 def test_deepspeed_builds_what_was_planned(capsys, tmp_path):
     """An uneven partition with two replicas, predictions with recomputation, and slack."""
     plans = built("deepspeed", capsys, tmp_path)
