@@ -127,6 +127,16 @@ class Assembly:
             schedule=schedule,
         )
 
+    def choose_schedule(self, chosen: Schedule) -> None:
+        """Run another schedule from here on; asked while the pipe is empty, when every stage has the same version.
+
+        What the stages learn late under a schedule without a flush, they begin it with.
+        """
+        if self.runner.flushing and not chosen.flushes:
+            self.deferred.exchange()
+        if chosen.name != self.runner.schedule.name:
+            self.runner.schedule = chosen
+
     @contextmanager
     def accounted(self, replica: int) -> Iterator[None]:
         """If an error ends what runs inside, and runs are recorded, this rank writes where it stood, and its recording.

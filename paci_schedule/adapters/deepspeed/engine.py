@@ -330,14 +330,10 @@ class PaciPipelineEngine(DrainingEngine):
 
     def _choose_schedule(self) -> None:
         """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""
-        runner = self._runner
-        if runner.admitted:
+        if self._runner.admitted:
             return
         chosen = schedule("1f1b" if self.global_steps < self._options.flush_warmup_steps else self._schedule)
-        if runner.flushing and not chosen.flushes:
-            self._deferred.exchange()
-        if chosen.name != runner.schedule.name:
-            runner.schedule = chosen
+        self._assembly.choose_schedule(chosen)
         if self._norm_group is not None:
             self._norm_group.flushing = chosen.flushes
 

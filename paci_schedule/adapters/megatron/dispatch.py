@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -25,6 +24,7 @@ from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import FRAMEWORK, ModelStream
 from paci_schedule.adapters.ranks import is_rank_0
+from paci_schedule.adapters.rebinding import rebind
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
@@ -136,13 +136,11 @@ def _replace() -> Dispatcher:
     early: list[str] = []
     for schedule_name in _SCHEDULES:
         stock = getattr(schedules, schedule_name)
-        ours = dispatcher.in_place_of(stock)
-        for importer, module in list(sys.modules.items()):
-            names = [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is stock]
-            for name in names:
-                setattr(module, name, ours)
-            if module is not schedules and module is not pipeline_parallel:
-                early += [f"{importer} (as {name})" for name in names]
+        early += [
+            f"{importer} (as {name})"
+            for importer, name in rebind(stock, dispatcher.in_place_of(stock))
+            if importer not in (schedules.__name__, pipeline_parallel.__name__)
+        ]
     if early and is_rank_0():
         logger.warning(
             "%s imported a schedule of Megatron-core before paci_schedule was registered: these have the new one now; "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.distributed.pipelining import schedules
 
+from paci_schedule.adapters.rebinding import rebind
 from paci_schedule.adapters.torch.hooks import check_installed
 from paci_schedule.adapters.torch.options import PaciOptions
 
@@ -44,15 +44,9 @@ def install(options: Mapping[str, Any] | None) -> None:
     """Let ``get_schedule_class`` know "paci", also where a module has imported it by name; None leaves the options."""
     if options is not None:
         PaciOptions.read(options)
-    if not isinstance(schedules.get_schedule_class, _Lookup):
+    stock = schedules.get_schedule_class
+    if not isinstance(stock, _Lookup):
         check_installed()
-        _replace(schedules.get_schedule_class)
+        rebind(stock, _Lookup(stock))
     lookup: Any = schedules.get_schedule_class
     lookup.options = lookup.options if options is None else dict(options)
-
-
-def _replace(stock: Callable[[str], Any]) -> None:
-    lookup = _Lookup(stock)
-    for module in list(sys.modules.values()):
-        for name in [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is stock]:
-            setattr(module, name, lookup)

@@ -104,15 +104,15 @@ class SchedulePaci(PipelineScheduleSingle):
         super().__init__(stage, n_microbatches, loss_fn, *chunking)
         self.loss: torch.Tensor | None = None
         self._evaluation = ScheduleGPipe(stage, n_microbatches, loss_fn, *chunking)
-        self._tied = dict(tied or {})
-        refuse_together(job_reasons(stage, list(self._tied.values()), self._options), HEADING)
+        tied = tied or {}
+        refuse_together(job_reasons(stage, list(tied.values()), self._options), HEADING)
         self._spec, self._schedule = spec, "paci"
         self._timeout = timedelta(seconds=self._options.timeout)
         self._group: dist.ProcessGroup = stage.group or distributed_c10d._get_default_group()
         pipelines: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(pipelines, dist.get_process_group_ranks(self._group))
         self._pipelines = [list(ranks) for ranks in dict.fromkeys(map(tuple, pipelines))]
-        self._ties = Ties(self._tied, self._pipelines, spec, self._timeout)
+        self._ties = Ties(tied, self._pipelines, spec, self._timeout)
         self._assembly: Assembly | None = None
         self._ending: Ending | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -219,7 +219,9 @@ class SchedulePaci(PipelineScheduleSingle):
             raise ConfigError("step() without target= on the last stage: PACI trains in every step; use eval() else")
         split_args, split_kwargs = self._split_inputs(args, kwargs)
         assembly.stopwatch.start()
-        self._choose_schedule(assembly)
+        if not runner.admitted:  # flush or not: every stage stands at the same update
+            name = "1f1b" if self._updates() < self._options.flush_warmup_steps else self._schedule
+            assembly.choose_schedule(schedule(name))
         self._compute.batch = Batch(
             first=runner.admitted,
             args=split_args,
@@ -294,20 +296,16 @@ class SchedulePaci(PipelineScheduleSingle):
                 "schedule.drain() on every rank before anything is saved"
             )
         state = assembly.deferred.state()
-        pending = {name: len(sums) for name, sums in state["tied"].items()}
-        stage: dict[str, Any] = {
+        tied: dict[str, Any] = {}
+        for name, gradient in self._ties.gradients.items():
+            sums, nothing = state["tied"][name], torch.zeros_like(self._ties.weights[name])
+            padded = [*sums, *[nothing] * (gradient.delay - len(sums))]
+            tied[name] = {"pending": torch.tensor(len(sums)), "sums": torch.stack(padded).detach()}
+        stage = {
             "updates": torch.tensor(self._updates()),
             "norms": torch.tensor(state["norms"]).reshape(-1, self._spec.stages),
             "factor": torch.tensor(float("nan") if state["factor"] is None else state["factor"]),
-            "tied": {
-                name: {
-                    "pending": torch.tensor(pending[name]),
-                    "sums": torch.stack(
-                        [*sums, *[torch.zeros_like(self._tied[name])] * (gradient.delay - len(sums))]
-                    ).detach(),
-                }
-                for (name, gradient), sums in zip(self._ties.gradients.items(), state["tied"].values(), strict=True)
-            },
+            "tied": tied,
         }
         return {f"stage_{self._stage.stage_index}": stage}
 
@@ -366,17 +364,6 @@ class SchedulePaci(PipelineScheduleSingle):
 
     def _updates(self) -> int:
         return self._updates_before + self._connected().runner.meter.version
-
-    def _choose_schedule(self, assembly: Assembly) -> None:
-        """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""
-        runner = assembly.runner
-        if runner.admitted:
-            return
-        chosen = schedule("1f1b" if self._updates() < self._options.flush_warmup_steps else self._schedule)
-        if runner.flushing and not chosen.flushes:
-            assembly.deferred.exchange()
-        if chosen.name != runner.schedule.name:
-            runner.schedule = chosen
 
     def _tell(self, runner: StageRunner, losses: list[torch.Tensor] | None) -> None:
         """Tell of the micro-batches that no call has told of."""
