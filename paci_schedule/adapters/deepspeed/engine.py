@@ -107,6 +107,7 @@ class PaciPipelineEngine(DrainingEngine):
                 timeout=timeout,
                 early_receives=options.early_receives,
                 record=options.record,
+                replica=grid.get_data_parallel_id(),
             )
             self._norm_group = None
             if self._assembly.norms is not None:
@@ -318,7 +319,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._ending.keep(self)
         self.report()
         if self._stage_mpu.get_model_parallel_rank() == 0:
-            self._assembly.write_recording(self.grid.get_data_parallel_id())
+            self._assembly.write_recording()
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,

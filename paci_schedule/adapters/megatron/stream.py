@@ -88,6 +88,7 @@ class ModelStream:
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=groups.replicas().rank(),
             varying_shapes=self._config.variable_seq_lengths,
         )
         prediction = build_prediction(self._model, self._config, options)
@@ -152,7 +153,7 @@ class ModelStream:
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
-        with self._assembly.accounted(groups.replicas().rank()):
+        with self._assembly.accounted():
             self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
@@ -162,7 +163,7 @@ class ModelStream:
                 )
         self._end_call()
         if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._assembly.write_recording(groups.replicas().rank())
+            self._assembly.write_recording()
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())

@@ -147,6 +147,7 @@ class SchedulePaci(PipelineScheduleSingle):
             timeout=self._timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks),
         )
         interval, prediction = interval_of(options.prediction), None
         if interval is not None:
@@ -232,7 +233,8 @@ class SchedulePaci(PipelineScheduleSingle):
         )
         outputs = self._compute.batch.outputs
         try:
-            runner.admit_batch()
+            with assembly.accounted():
+                runner.admit_batch()
         finally:
             self._keep()
         self._tell(runner, losses)
@@ -374,9 +376,10 @@ class SchedulePaci(PipelineScheduleSingle):
             self.loss = mean.reshape(())
 
     def _empty(self, assembly: Assembly) -> None:
-        assembly.runner.drain()
+        with assembly.accounted():
+            assembly.runner.drain()
         self._keep()
-        assembly.write_recording(next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks))
+        assembly.write_recording()
 
     def _apply(self, update: int) -> None:
         assembly = self._connected()
