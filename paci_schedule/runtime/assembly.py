@@ -20,6 +20,7 @@ from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.deferred.tied import TiedGradient
+from paci_schedule.runtime.finite import FiniteGuard
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
@@ -90,6 +91,7 @@ class Assembly:
         ties: Sequence[Sequence[int]],
         prediction: Prediction | None,
         reports: CarriedReports | None = None,
+        watched: torch.nn.Module | None = None,
     ) -> None:
         """Connect the stage with its neighbours.
 
@@ -103,6 +105,7 @@ class Assembly:
             ties: for each tied weight that the runner sums, the stages that hold a copy.
             prediction: of the stage's weights; None for none.
             reports: sums for the log that travel with the activations; None for none.
+            watched: the stage's module, where an error is wanted if what it computes is not finite; else None.
         """
         early_receives, records = self._early_receives, self._record is not None
         self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports)
@@ -115,6 +118,7 @@ class Assembly:
             lost=self._lost,
         )
         self.stopwatch = Stopwatch(self._device, records=records)
+        self._watched, self._finite = watched, None if watched is None else FiniteGuard(self._stage)
         self.runner = StageRunner(
             self._spec,
             self._stage,
@@ -125,10 +129,21 @@ class Assembly:
             ties,
             early_receives,
             prediction,
+            self._finite,
             schedule=schedule,
         )
         if self._record is not None:
             self._account = Account(self._record, self._replica, self.runner, self.links, self.stopwatch)
+
+    def close_update(self) -> None:
+        """The stage's update is done.
+
+        Raises:
+            NonfiniteError: something that this stage computed is not finite, and an error is wanted then.
+        """
+        self.deferred.close_update()
+        if self._finite is not None and self._watched is not None:
+            self._finite.look("a weight after the newest update", self._watched.parameters())
 
     def choose_schedule(self, chosen: Schedule) -> None:
         """Run another schedule from here on; asked while the pipe is empty, when every stage has the same version.

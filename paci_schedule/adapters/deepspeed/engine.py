@@ -33,7 +33,7 @@ from paci_schedule.adapters.deepspeed.experts import make_expert_groups
 from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied_bytes, note_update
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
-from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
+from paci_schedule.adapters.deepspeed.report import Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
 from paci_schedule.adapters.deepspeed.stage_local import LEAST_SQUARE, StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
@@ -46,6 +46,7 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.norms import NormGroup
+from paci_schedule.runtime.host_copy import HostCopy
 from paci_schedule.runtime.meeting import Meetings, require_alike
 from paci_schedule.runtime.stopwatch import DATA
 from paci_schedule.runtime.waiting import shorten_timeout, together, waiting
@@ -132,6 +133,7 @@ class PaciPipelineEngine(DrainingEngine):
                 self._ties.gradients,
                 [self._ties.gradients[name].stages for name in self._ties.across],
                 self._prediction,
+                watched=module if options.on_nonfinite == "raise" else None,
             )
             self._deferred = self._assembly.deferred
             self._runner = self._assembly.runner
@@ -251,7 +253,7 @@ class PaciPipelineEngine(DrainingEngine):
             with self._waiting_for_replicas("updated"):
                 self._exec_reduce_grads()
                 self._exec_optimizer_step()
-        self._deferred.close_update()
+        self._assembly.close_update()
         if self._prediction is not None:
             note_update(self, self._prediction)
         if self._reporter is not None and self._reporter.wants(self.global_steps):

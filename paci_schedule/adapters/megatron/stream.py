@@ -105,6 +105,7 @@ class ModelStream:
             ties.stages,
             prediction,
             self._reports,
+            watched=self._model if options.on_nonfinite == "raise" else None,
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
@@ -198,7 +199,7 @@ class ModelStream:
         self._between_calls.close()
         empty = not self._runner.admitted
         if self._is_updating:
-            self._deferred.close_update()
+            self._assembly.close_update()
             if empty:
                 self._deferred.exchange()
         self._is_updating = False

@@ -169,7 +169,13 @@ class SchedulePaci(PipelineScheduleSingle):
             stage, self._loss_fn, self._spec.accumulation, self.scale_grads, self._apply, ties.post_sum
         )
         assembly.connect(
-            self._compute, schedule(self._schedule), self._pipelines, ties.gradients, ties.stages, prediction
+            self._compute,
+            schedule(self._schedule),
+            self._pipelines,
+            ties.gradients,
+            ties.stages,
+            prediction,
+            watched=stage.submod if options.on_nonfinite == "raise" else None,
         )
         self._assembly, self._runner, self.device = assembly, assembly.runner, torch.device(stage.device)
         self._ending = Ending(self, dist.get_rank() == 0, self._timeout, "schedule.drain()")
@@ -384,7 +390,7 @@ class SchedulePaci(PipelineScheduleSingle):
     def _apply(self, update: int) -> None:
         assembly = self._connected()
         self._update.apply(assembly.runner.at, assembly.runner.flushing)
-        assembly.deferred.close_update()
+        assembly.close_update()
 
 
 def _listed(given: Any) -> Sequence[Any]:
