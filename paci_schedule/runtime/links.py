@@ -127,9 +127,11 @@ class Links:
         self._outboxes[_ACTIVATION].send(op, self._shapes_of(op), payload, riders)
 
     def expect_gradient(self, op: Op) -> None:
-        self._inboxes[_GRADIENT].expect(op, self._shapes_of(op, last=self._above is None))
+        self._inboxes[_GRADIENT].expect(op, self._shapes_of(op))
 
     def recv_gradient(self, op: Op) -> tuple[Payload, Riders]:
+        if self._above is None:  # no other message of the micro-batch is to come
+            self._shapes.pop(op.index, None)
         return self._inboxes[_GRADIENT].receive(op)
 
     def send_gradient(self, op: Op, payload: Payload, riders: Riders) -> None:
