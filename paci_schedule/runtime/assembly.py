@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,13 @@ from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import DataEndedError, LinkError
 from paci_schedule.predict import Prediction
+from paci_schedule.runtime.bulletin import Bulletin
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.deferred.tied import TiedGradient
 from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
 
@@ -52,12 +55,14 @@ class Assembly:
     Attributes:
         norms: gradient norms that travel with the messages; None for none.
         deferred, links, stopwatch, runner: of the stage, once it is connected.
+        bulletin: the figures of all stages, once it is connected.
     """
 
     deferred: DeferredState
     links: Links
     stopwatch: Stopwatch
     runner: StageRunner
+    bulletin: Bulletin
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class Assembly:
         ties: Sequence[Sequence[int]],
         prediction: Prediction | None,
         reports: CarriedReports | None = None,
+        loss: Callable[[Sequence[float]], float] = lambda losses: losses[0],
     ) -> None:
         """Connect the stage with its neighbours.
 
@@ -102,6 +108,7 @@ class Assembly:
             ties: for each tied weight that the runner sums, the stages that hold a copy.
             prediction: of the stage's weights; None for none.
             reports: sums for the log that travel with the activations; None for none.
+            loss: as of `Bulletin`.
         """
         early_receives, records = self._early_receives, self._record is not None
         self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports)
@@ -114,6 +121,14 @@ class Assembly:
             record=self._record,
         )
         self.stopwatch = Stopwatch(self._device, records=records)
+        self.bulletin = Bulletin(
+            self._stage,
+            self._spec.stages,
+            tells=dist.get_rank() in pipelines[0],
+            folder=self._record,
+            loss=loss,
+            record=partial(self.write_recording, 0) if records else None,
+        )
         self.runner = StageRunner(
             self._spec,
             self._stage,
@@ -125,6 +140,8 @@ class Assembly:
             early_receives,
             prediction,
             schedule=schedule,
+            ranges=Ranges(self._device),
+            bulletin=self.bulletin,
         )
 
     def choose_schedule(self, chosen: Schedule) -> None:
@@ -181,15 +198,16 @@ class Assembly:
         except OSError as failed:
             logger.warning("stage %d: cannot write where it stood: %s", runner.stage, failed)
 
-    def write_recording(self, replica: int) -> None:
+    def write_recording(self, replica: int, newest: int | None = None) -> None:
         """Write the newest ops of this rank, where runs are recorded; a full disk stops no training.
 
         Args:
             replica: the number of this rank's data-parallel replica.
+            newest: how many ops; None for all that are kept.
         """
         if self._record is not None:
-            runner = self.runner
+            runner, spans = self.runner, [*self.stopwatch.spans()]
             try:
-                trace.write(self._record, runner.spec, runner.stage, replica, self.stopwatch.spans())
+                trace.write(self._record, runner.spec, runner.stage, replica, spans[-newest:] if newest else spans)
             except OSError as error:
                 logger.warning("stage %d: this run is not recorded: %s", runner.stage, error)

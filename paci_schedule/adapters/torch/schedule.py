@@ -272,6 +272,17 @@ class SchedulePaci(PipelineScheduleSingle):
         """The norm that this stage's newest update was clipped by, float32[]; None where nothing is clipped."""
         return None if self._assembly is None else self._update.norm
 
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """What every stage has told of its newest updates, about once a second; nobody waits for it.
+
+        Returns:
+            for each stage version, drift, waiting_share (0 to 1), micro_batches_per_second and loss, as of an update
+            not long ago; None for a stage that has told nothing yet.
+        """
+        before = self._updates() - self._runner.meter.version
+        newest = self._connected().bulletin.read()
+        return [each and each.told(before, micro_batches_per_second=1) for each in newest]
+
     def stats(self) -> dict[str, Any]:
         """What this stage has done, counted as it happened.
 
