@@ -153,7 +153,7 @@ def plan_(
     job = Job(
         model=shape,
         device=_device(shape, **{name: given.pop(name) for name in names}),
-        schedules=schedules or tuple(SCHEDULES),
+        **({"schedules": schedules} if schedules else {}),
         micro_batch_sizes=sizes,
         recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute],
         prediction=int(prediction) if prediction.isdecimal() else prediction,
