@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -16,14 +16,17 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import CheckpointError, DataEndedError, LinkError
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.account import Account
+from paci_schedule.runtime.bulletin import Bulletin
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.deferred.tied import TiedGradient
 from paci_schedule.runtime.finite import FiniteGuard
 from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
+from paci_schedule.runtime.watched import WatchedCompute
 
 __all__ = ["Assembly"]
 
@@ -51,12 +54,14 @@ class Assembly:
     Attributes:
         norms: gradient norms that travel with the messages; None for none.
         deferred, links, stopwatch, runner: of the stage, once it is connected.
+        bulletin: the figures of all stages, once it is connected.
     """
 
     deferred: DeferredState
     links: Links
     stopwatch: Stopwatch
     runner: StageRunner
+    bulletin: Bulletin
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class Assembly:
         ties: Sequence[Sequence[int]],
         prediction: Prediction | None,
         reports: CarriedReports | None = None,
+        loss: Callable[[Sequence[float]], float] = lambda losses: losses[0],
         watched: torch.nn.Module | None = None,
     ) -> None:
         """Connect the stage with its neighbours.
@@ -105,6 +111,7 @@ class Assembly:
             ties: for each tied weight that the runner sums, the stages that hold a copy.
             prediction: of the stage's weights; None for none.
             reports: sums for the log that travel with the activations; None for none.
+            loss: as of `Bulletin`.
             watched: the stage's module, where an error is wanted if what it computes is not finite; else None.
         """
         early_receives, records = self._early_receives, self._record is not None
@@ -119,10 +126,18 @@ class Assembly:
         )
         self.stopwatch = Stopwatch(self._device, records=records)
         self._watched, self._finite = watched, None if watched is None else FiniteGuard(self._stage)
+        self.bulletin = Bulletin(
+            self._stage,
+            self._spec.stages,
+            tells=dist.get_rank() in pipelines[0],
+            folder=self._record,
+            loss=loss,
+            record=self.write_recording if records else None,
+        )
         self.runner = StageRunner(
             self._spec,
             self._stage,
-            compute,
+            compute if self._finite is None else WatchedCompute(compute, self._finite),
             self.links,
             self.stopwatch,
             self.deferred,
@@ -131,6 +146,8 @@ class Assembly:
             prediction,
             self._finite,
             schedule=schedule,
+            ranges=Ranges(self._device),
+            bulletin=self.bulletin,
         )
         if self._record is not None:
             self._account = Account(self._record, self._replica, self.runner, self.links, self.stopwatch)
@@ -173,11 +190,16 @@ class Assembly:
         if self._account is not None:
             self._account.lost(error)
 
-    def write_recording(self) -> None:
-        """Write the newest ops of this rank, where runs are recorded; a full disk stops no training."""
+    def write_recording(self, newest: int | None = None) -> None:
+        """Write the newest ops of this rank, where runs are recorded; a full disk stops no training.
+
+        Args:
+            newest: how many ops; None for all that are kept.
+        """
         if self._record is not None:
-            runner = self.runner
+            runner, spans = self.runner, [*self.stopwatch.spans()]
             try:
-                trace.write(self._record, runner.spec, runner.stage, self._replica, self.stopwatch.spans())
+                kept = spans[-newest:] if newest else spans
+                trace.write(self._record, runner.spec, runner.stage, self._replica, kept)
             except OSError as error:
                 logger.warning("stage %d: this run is not recorded: %s", runner.stage, error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -105,6 +105,7 @@ class ModelStream:
             ties.stages,
             prediction,
             self._reports,
+            _loss,
             watched=self._model if options.on_nonfinite == "raise" else None,
         )
         self._deferred = self._assembly.deferred
@@ -146,6 +147,7 @@ class ModelStream:
         """
         runner, config = self._runner, self._config
         self.settle()
+        job.write_figures(self.stage_figures)
         data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         if data is not self._data:
             self._require_empty("another data_iterator than in the call before")
@@ -219,10 +221,15 @@ class ModelStream:
     def stats(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.pipeline_stats`."""
         stats = self._runner.stats()
-        if self._loss is None:
-            return {**stats, "loss": float("nan")}
-        loss, *tokens = self._loss.tolist()
-        return {**stats, "loss": loss / max(tokens[0], 1) if tokens else loss}
+        return {**stats, "loss": float("nan") if self._loss is None else _loss(self._loss.tolist())}
+
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """See `paci_schedule.adapters.megatron.stage_figures`."""
+        args, rates = job.current_args(), {"micro_batches_per_second": 1}
+        if args is not None:
+            rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
+        before = self._resumed_at + self._calls - self._runner.meter.version
+        return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
 
     def _respec(self, num_microbatches: int) -> None:
         runner = self._runner
@@ -267,6 +274,12 @@ class ModelStream:
             done = self._calls
         end = self._ends.next_end(done, runner.spec)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation
+
+
+def _loss(losses: Sequence[float]) -> float:
+    """The mean loss, of what a micro-batch tells: that, or the sum of its tokens' losses and their number."""
+    loss, *tokens = losses
+    return loss / max(tokens[0], 1) if tokens else loss
 
 
 def _settings(options: PaciOptions, name: str, stages: int, accumulation: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from paci_schedule.adapters.torch.compute import Batch, ModuleCompute
 from paci_schedule.adapters.torch.hooks import check_installed
 from paci_schedule.adapters.torch.options import PaciOptions
 from paci_schedule.adapters.torch.refusals import HEADING, job_reasons, optimizer_reasons
+from paci_schedule.adapters.torch.state import as_tensors, from_tensors
 from paci_schedule.adapters.torch.ties import Ties
 from paci_schedule.adapters.torch.update import StageUpdate
 from paci_schedule.core.schedules.registry import schedule
@@ -280,6 +281,17 @@ class SchedulePaci(PipelineScheduleSingle):
         """The norm that this stage's newest update was clipped by, float32[]; None where nothing is clipped."""
         return None if self._assembly is None else self._update.norm
 
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """What every stage has told of its newest updates, about once a second; nobody waits for it.
+
+        Returns:
+            for each stage version, drift, waiting_share (0 to 1), micro_batches_per_second and loss, as of an update
+            not long ago; None for a stage that has told nothing yet.
+        """
+        before = self._updates() - self._runner.meter.version
+        newest = self._connected().bulletin.read()
+        return [each and each.told(before, micro_batches_per_second=1) for each in newest]
+
     def stats(self) -> dict[str, Any]:
         """What this stage has done, counted as it happened.
 
@@ -303,19 +315,8 @@ class SchedulePaci(PipelineScheduleSingle):
                 "SchedulePaci.state_dict() with micro-batches in flight: each stage stands at another version; call "
                 "schedule.drain() on every rank before anything is saved"
             )
-        state = assembly.deferred.state()
-        tied: dict[str, Any] = {}
-        for name, gradient in self._ties.gradients.items():
-            sums, nothing = state["tied"][name], torch.zeros_like(self._ties.weights[name])
-            padded = [*sums, *[nothing] * (gradient.delay - len(sums))]
-            tied[name] = {"pending": torch.tensor(len(sums)), "sums": torch.stack(padded).detach()}
-        stage = {
-            "updates": torch.tensor(self._updates()),
-            "norms": torch.tensor(state["norms"]).reshape(-1, self._spec.stages),
-            "factor": torch.tensor(float("nan") if state["factor"] is None else state["factor"]),
-            "tied": tied,
-        }
-        return {f"stage_{self._stage.stage_index}": stage}
+        state = as_tensors(assembly.deferred.state(), self._ties, self._spec.stages)
+        return {f"stage_{self._stage.stage_index}": {"updates": torch.tensor(self._updates()), **state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on as the stage that gave `state_dict`, before the first `step`.
@@ -332,17 +333,7 @@ class SchedulePaci(PipelineScheduleSingle):
         if self._assembly.runner.admitted:
             raise ConfigError("load_state_dict() with micro-batches in flight, which would be lost: drain() first")
         stage = state_dict[name]
-        factor = stage["factor"].item()
-        self._assembly.deferred.load_state(
-            {
-                "norms": stage["norms"].tolist(),
-                "factor": None if factor != factor else factor,
-                "tied": {
-                    name: list(tied["sums"].clone().unbind())[: int(tied["pending"])]
-                    for name, tied in stage["tied"].items()
-                },
-            }
-        )
+        self._assembly.deferred.load_state(from_tensors(stage))
         self._updates_before = int(stage["updates"]) - self._assembly.runner.meter.version
 
     def report(self, waits: bool) -> None:
