@@ -14,7 +14,6 @@ from paci_schedule.cli.models import config_of
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.plan_text import Settings, print_plan, settings_of
 from paci_schedule.cli.printing import print_json
-from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.hardware import Device, preset, presets
 from paci_schedule.plan.job import Job
