@@ -16,7 +16,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # The oldest supported DeepSpeed has an environment of its own.
 OLDEST := .venv-oldest
 
-.PHONY: venv hooks train test test-slow test-oldest coverage coverage-core lint docs site package gpu gpu-dry-run soak-saves clean
+.PHONY: venv hooks train test test-slow test-oldest coverage coverage-core lint docs site package gpu gpu-dry-run soak-saves mutants clean
 
 venv: $(STAMP)
 
@@ -117,6 +117,10 @@ gpu-dry-run: $(STAMP)
 # 200 saves of an engine, with ranks killed at random moments of them: about 10 minutes on 2 idle cores.
 soak-saves: $(STAMP)
 	$(BIN)/python -m benchmarks.kill_saves --kills 200
+
+# The code broken on purpose, one rule after the other: which test notices?  10 minutes on 2 idle cores.
+mutants: $(STAMP)
+	$(BIN)/python -m benchmarks.mutants
 
 clean:
 	rm -rf $(VENV) $(SITE) build dist *.egg-info runs .pytest_cache .ruff_cache .coverage* coverage.txt

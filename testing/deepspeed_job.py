@@ -144,12 +144,23 @@ def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None =
         return float(engine.eval_batch(jobs.data(job.model, jobs.EVALUATION_DATA)))
     if name == "save":
         engine.save_checkpoint(folder, tag="common")
+    elif name == "load":
+        path, _ = engine.load_checkpoint(folder, tag="common")
+        assert path is not None
     elif name == "accumulate":
         engine.set_train_batch_size(int(value) * engine.train_micro_batch_size_per_gpu())
+    elif name == "samples":
+        engine.set_train_micro_batch_size(int(value))
     elif name == "schedule":
         engine.set_pipeline_schedule(value)
+    elif name == "rate":
+        for group in engine.optimizer.param_groups:
+            group["lr"] = float(value)
     elif name == "reset":
         engine.reset_activation_shape()
+    elif name == "drained":
+        with engine.drained() as module:
+            assert module is engine.module
     else:
         engine.drain()
     return math.nan

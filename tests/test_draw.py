@@ -100,7 +100,6 @@ def test_pictures_are_written_and_the_same_each_time(tmp_path, ending):
     start = {
         ".svg": b"<?xml",
         ".png": b"\x89PNG",
-       
         ".json": b'{"traceEvents"',
         ".txt": b"one\nstage 0",
     }[ending]

@@ -1,4 +1,4 @@
-"""Small tensors on their way to the host, which nobody has to wait for."""
+"""A small tensor on its way from the device to the host, which does not wait for it."""
 
 from __future__ import annotations
 

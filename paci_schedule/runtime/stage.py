@@ -23,6 +23,7 @@ from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.predict import Prediction
 from paci_schedule.runtime.bulletin import Bulletin
 from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.finite import FiniteGuard
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
 from paci_schedule.runtime.ranges import Ranges
@@ -93,6 +94,7 @@ class StageRunner:
         ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
         early_receives: post the receives of gradients before F (`core.lower`).
         prediction: of this stage's weights, for stale forwards; None for none.
+        finite: looks at what the stage computes; None where nobody does.
         schedule: what to run.
         bulletin: what hears of every update; None for nothing.
         ranges: names the ops for profilers.
@@ -120,6 +122,7 @@ class StageRunner:
         ties: Sequence[Sequence[int]] = (),
         early_receives: bool = False,
         prediction: Prediction | None = None,
+        finite: FiniteGuard | None = None,
         *,
         schedule: Schedule,
         ranges: Ranges,
@@ -138,6 +141,7 @@ class StageRunner:
         self._reports = None if deferred is None else deferred.reports
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
         self._ranges, self._bulletin = ranges, bulletin
+        self._finite = finite
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -230,6 +234,8 @@ class StageRunner:
         self._stopwatch.start()
         self._call(self.schedule.drain(self.spec, self.admitted))
         self._finish()
+        if self._finite is not None:
+            self._finite.settle()
         if self._deferred is not None:
             self._deferred.exchange()
 
@@ -326,6 +332,7 @@ class StageRunner:
             outputs = self._compute.forward(op.index, inputs)
             self._prediction.after_forward()
         if outputs is not None:
+            self._look("activation", op, outputs)
             carried = [each.going_down() for each in (self._norms, self._reports) if each is not None]
             self._outputs[op.index] = outputs, tuple(carried)
         self.meter.record(op)
@@ -338,16 +345,24 @@ class StageRunner:
         if self.stage == self.spec.stages - 1:
             gradients = backward(op.index, ())
             losses = self._compute.losses(op.index)
+            self._look("loss", op, losses)
         else:
             incoming, (losses, *_) = self._gradients.pop(op.index)
             gradients = backward(op.index, incoming)
         self.untold.append(losses)
         self._window.append(losses)
         if self.stage > 0:
+            self._look("gradient", op, gradients)
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
         self.window_drift = max(self.window_drift, self.meter.record(op) or 0)
         self.backwards += 1
         self._held -= not self.schedule.splits_backward
+
+    def _look(self, what: str, op: Op, payload: Payload) -> None:
+        if self._finite is not None:
+            where = f"{op}, after {self.meter.version} updates"
+            tensors = payload if isinstance(payload, tuple) else (payload,)
+            self._finite.look(f"the {what} of micro-batch {op.index} ({where})", tensors)
 
     def _backward_weight(self, op: Op) -> None:
         self._split.backward_weight(op.index)

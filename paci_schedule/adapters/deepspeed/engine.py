@@ -106,6 +106,7 @@ class PaciPipelineEngine(DrainingEngine):
                 timeout=timeout,
                 early_receives=options.early_receives,
                 record=options.record,
+                replica=grid.get_data_parallel_id(),
             )
             self._norm_group = None
             if self._assembly.norms is not None:
@@ -130,6 +131,7 @@ class PaciPipelineEngine(DrainingEngine):
                 self._ties.gradients,
                 [self._ties.gradients[name].stages for name in self._ties.across],
                 self._prediction,
+                watched=module if options.on_nonfinite == "raise" else None,
             )
             self._deferred = self._assembly.deferred
             self._runner = self._assembly.runner
@@ -261,7 +263,7 @@ class PaciPipelineEngine(DrainingEngine):
             with self._waiting_for_replicas("updated"):
                 self._exec_reduce_grads()
                 self._exec_optimizer_step()
-        self._deferred.close_update()
+        self._assembly.close_update()
         if self._prediction is not None:
             note_update(self, self._prediction)
         if self._reporter is not None and self._reporter.wants(self.global_steps):
@@ -329,7 +331,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._ending.keep(self)
         self.report()
         if self._stage_mpu.get_model_parallel_rank() == 0:
-            self._assembly.write_recording(self.grid.get_data_parallel_id())
+            self._assembly.write_recording()
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,

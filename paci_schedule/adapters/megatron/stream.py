@@ -88,6 +88,7 @@ class ModelStream:
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=groups.replicas().rank(),
             varying_shapes=self._config.variable_seq_lengths,
         )
         prediction = build_prediction(self._model, self._config, options)
@@ -104,7 +105,8 @@ class ModelStream:
             ties.stages,
             prediction,
             self._reports,
-            _loss,
+            loss=_loss,
+            watched=self._model if options.on_nonfinite == "raise" else None,
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
@@ -154,7 +156,7 @@ class ModelStream:
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
-        with self._assembly.accounted(groups.replicas().rank()):
+        with self._assembly.accounted():
             self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
@@ -164,7 +166,7 @@ class ModelStream:
                 )
         self._end_call()
         if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._assembly.write_recording(groups.replicas().rank())
+            self._assembly.write_recording()
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())
@@ -199,7 +201,7 @@ class ModelStream:
         self._between_calls.close()
         empty = not self._runner.admitted
         if self._is_updating:
-            self._deferred.close_update()
+            self._assembly.close_update()
             if empty:
                 self._deferred.exchange()
         self._is_updating = False

@@ -147,6 +147,7 @@ class SchedulePaci(PipelineScheduleSingle):
             timeout=self._timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks),
         )
         interval, prediction = interval_of(options.prediction), None
         if interval is not None:
@@ -168,7 +169,13 @@ class SchedulePaci(PipelineScheduleSingle):
             stage, self._loss_fn, self._spec.accumulation, self.scale_grads, self._apply, ties.post_sum
         )
         assembly.connect(
-            self._compute, schedule(self._schedule), self._pipelines, ties.gradients, ties.stages, prediction
+            self._compute,
+            schedule(self._schedule),
+            self._pipelines,
+            ties.gradients,
+            ties.stages,
+            prediction,
+            watched=stage.submod if options.on_nonfinite == "raise" else None,
         )
         self._assembly, self._runner, self.device = assembly, assembly.runner, torch.device(stage.device)
         self._ending = Ending(self, dist.get_rank() == 0, self._timeout, "schedule.drain()")
@@ -232,7 +239,8 @@ class SchedulePaci(PipelineScheduleSingle):
         )
         outputs = self._compute.batch.outputs
         try:
-            runner.admit_batch()
+            with assembly.accounted():
+                runner.admit_batch()
         finally:
             self._keep()
         self._tell(runner, losses)
@@ -385,14 +393,15 @@ class SchedulePaci(PipelineScheduleSingle):
             self.loss = mean.reshape(())
 
     def _empty(self, assembly: Assembly) -> None:
-        assembly.runner.drain()
+        with assembly.accounted():
+            assembly.runner.drain()
         self._keep()
-        assembly.write_recording(next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks))
+        assembly.write_recording()
 
     def _apply(self, update: int) -> None:
         assembly = self._connected()
         self._update.apply(assembly.runner.at, assembly.runner.flushing)
-        assembly.deferred.close_update()
+        assembly.close_update()
 
 
 def _listed(given: Any) -> Sequence[Any]:
