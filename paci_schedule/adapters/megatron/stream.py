@@ -18,6 +18,7 @@ from paci_schedule.adapters.megatron import groups, job
 from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.ends import JobEnds, PlannedEnds
+from paci_schedule.adapters.megatron.evaluating import timed_messages
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
@@ -75,7 +76,7 @@ class ModelStream:
                 f"config.paci = {{'record': {options.record!r}}}: a recording is written where the pipe is empty, and "
                 "no end is known; say 'train_iters' or 'drain_interval' too"
             )
-        device = next(self._model.parameters()).device
+        self._device, self._timeout = device, timeout = next(self._model.parameters()).device, timeout
         shares = getattr(call.get("pg_collection"), "embd", None) or groups.embedding()
         self._ties = ties = Ties(self._model, shares, spec, timeout)
         self._assembly = Assembly(
@@ -195,6 +196,15 @@ class ModelStream:
         self._loss = None
         self._end_call()
         return reduced
+
+    def evaluate(self, stock: Callable[[], list[Any]]) -> list[Any]:
+        """A call of Megatron-core's own schedule that trains nothing; what is parked stays as it is.
+
+        Raises:
+            LinkError: a neighbouring stage did not answer in time.
+        """
+        with self._assembly.accounted(), timed_messages(self._runner.stage, self._device, self._timeout):
+            return stock()
 
     def settle(self) -> bool:
         """The update after the last call is done.  Returns whether nothing is parked."""
