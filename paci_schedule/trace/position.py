@@ -1,12 +1,13 @@
 """Where a rank stood when it ended with an error: the file that it writes, and what the files of all ranks tell.
 
-A rank writes ``position-rank3.json``.  A rank that hangs or was killed writes none, and that is what tells it apart:
-the others name it.
+A rank writes ``position-rank3.json``, also where another one's error ends the job.  A rank that was killed writes none,
+and that is what tells it apart: the others name it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,12 +27,12 @@ class Position:
     Attributes:
         rank, stage, replica: which one; `ranks` and `stages` of how many.
         at: when, in seconds since 1970.
-        op: the op that it ran, as it prints; "" for none.
+        op: the op that it ran, as it prints; "" between two calls.
         version: updates applied.
         forwards, backwards: micro-batches done.
         in_flight: micro-batches between their forward and backward.
-        waits_for: the ranks that it waited for; none where something else went wrong.
-        error: the first line of what it says.
+        waits_for: the ranks that it waited for; none where something else went wrong, or it was at work.
+        error: the first line of what it says; "" where another rank's error ended the job.
         posted: messages that were not done.
         newest: the newest ops as (op, start, end), in seconds before `at`.
         stack: the Python stack.
@@ -59,7 +60,9 @@ def write_position(folder: str, position: Position) -> Path:
     """Write the file of one rank; an older one of the rank is replaced."""
     path = Path(folder, f"position-rank{position.rank}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(position), indent=1))
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(asdict(position), indent=1))
+    os.replace(new, path)
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -88,6 +88,7 @@ class ModelStream:
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=groups.replicas().rank(),
             varying_shapes=self._config.variable_seq_lengths,
         )
         prediction = build_prediction(self._model, self._config, options)
@@ -104,6 +105,8 @@ class ModelStream:
             ties.stages,
             prediction,
             self._reports,
+            _loss,
+            watched=self._model if options.on_nonfinite == "raise" else None,
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
@@ -144,6 +147,7 @@ class ModelStream:
         """
         runner, config = self._runner, self._config
         self.settle()
+        job.write_figures(self.stage_figures)
         data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         if data is not self._data:
             self._require_empty("another data_iterator than in the call before")
@@ -152,7 +156,7 @@ class ModelStream:
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
-        with self._assembly.accounted(groups.replicas().rank()):
+        with self._assembly.accounted():
             self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
@@ -162,7 +166,7 @@ class ModelStream:
                 )
         self._end_call()
         if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._assembly.write_recording(groups.replicas().rank())
+            self._assembly.write_recording()
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())
@@ -197,7 +201,7 @@ class ModelStream:
         self._between_calls.close()
         empty = not self._runner.admitted
         if self._is_updating:
-            self._deferred.close_update()
+            self._assembly.close_update()
             if empty:
                 self._deferred.exchange()
         self._is_updating = False
@@ -217,10 +221,15 @@ class ModelStream:
     def stats(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.pipeline_stats`."""
         stats = self._runner.stats()
-        if self._loss is None:
-            return {**stats, "loss": float("nan")}
-        loss, *tokens = self._loss.tolist()
-        return {**stats, "loss": loss / max(tokens[0], 1) if tokens else loss}
+        return {**stats, "loss": float("nan") if self._loss is None else _loss(self._loss.tolist())}
+
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """See `paci_schedule.adapters.megatron.stage_figures`."""
+        args, rates = job.current_args(), {"micro_batches_per_second": 1}
+        if args is not None:
+            rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
+        before = self._resumed_at + self._calls - self._runner.meter.version
+        return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
 
     def _respec(self, num_microbatches: int) -> None:
         runner = self._runner
@@ -265,6 +274,12 @@ class ModelStream:
             done = self._calls
         end = self._ends.next_end(done, runner.spec)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation
+
+
+def _loss(losses: Sequence[float]) -> float:
+    """The mean loss, of what a micro-batch tells: that, or the sum of its tokens' losses and their number."""
+    loss, *tokens = losses
+    return loss / max(tokens[0], 1) if tokens else loss
 
 
 def _settings(options: PaciOptions, name: str, stages: int, accumulation: int) -> dict[str, Any]:
