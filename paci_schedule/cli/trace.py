@@ -15,12 +15,15 @@ from paci_schedule import trace
 from paci_schedule.cli.options import json_option, width_option
 from paci_schedule.cli.page import is_page, write_page
 from paci_schedule.cli.printing import print_grid, print_json, screen
+from paci_schedule.core.files import read_json
 from paci_schedule.draw.chrome import chrome_trace
 from paci_schedule.draw.picture import picture
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.timeline import Timeline
 
 __all__ = ["trace_"]
+
+_LARGEST = 1 << 24  # bytes of a plan
 
 
 @click.command("trace")
@@ -142,7 +145,7 @@ def _spent(spent: Sequence[dict[str, float]]) -> Table:
 def _planned(path: Path, found: dict[str, Any]) -> list[str]:
     """Lines that compare the run with the row of a plan for DeepSpeed, or else for Megatron."""
     try:
-        settings = json.loads(path.read_text())["settings"]
+        settings = read_json(path, _LARGEST)["settings"]
         row = next(each["row"] for each in settings.values() if each.get("row"))
         stages, seconds, works = row["stages"], float(row["seconds_per_micro_batch"]), row["stage_seconds"]
         accumulation = row["accumulation"]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from paci_schedule.core.files import read_json
 from paci_schedule.errors import ConfigError
 
 __all__ = ["Position", "missing", "read_all", "write_position"]
@@ -88,9 +89,7 @@ def missing(positions: Iterable[Position]) -> list[int]:
 
 def _read(path: Path) -> Position:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"has more than {_LARGEST} bytes")
-        found = json.loads(path.read_text())
+        found = read_json(path, _LARGEST)
         wrong = [field.name for field in fields(Position) if not _fits(found[field.name], str(field.type))]
         if wrong or not 0 <= found["rank"] < found["ranks"] <= 1 << 20:
             raise ValueError(f"wrong values of {wrong or 'rank'}")
