@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["ROOT", "checkout", "config", "run", "started", "stubs"]
+__all__ = ["ROOT", "checkout", "config", "is_close_behind", "keys", "run", "started", "stubs"]
 
 ROOT = Path(__file__).resolve().parents[1]
 FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -53,12 +53,31 @@ def run(*command, path=(), folder=None):
     return done.stdout
 
 
+def keys(schedule):
+    """What a config has for "1f1b" (nothing), "paci", or "flushed" (PACI's engine, an endless warm-up under 1F1B)."""
+    if schedule == "1f1b":
+        return {}
+    return {"pipeline_schedule": "paci"} | ({"paci": {"flush_warmup_steps": 10**6}} if schedule == "flushed" else {})
+
+
 def config(folder, schedule, **settings):
-    """A DeepSpeed config in a file; the key is the whole difference between the schedules."""
+    """A DeepSpeed config in a file; the keys of the schedule are the whole difference between two of them."""
     path = folder / f"{schedule}.json"
-    key = {} if schedule == "1f1b" else {"pipeline_schedule": schedule}
-    path.write_text(json.dumps({**settings, **key}))
+    path.write_text(json.dumps({**settings, **keys(schedule)}))
     return path
+
+
+def is_close_behind(paci, stock):
+    """Whether losses under PACI, by step, are less than one interval behind 1F1B's, at every step but the first.
+
+    That is, each is less than 1F1B's of the step before, whose losses fall all the time.
+    """
+    steps = sorted(stock)
+    assert steps == sorted(paci)
+    pairs = list(itertools.pairwise(steps))
+    assert pairs
+    falls = all(stock[then] < stock[before] for before, then in pairs)
+    return falls and all(paci[then] < stock[before] for before, then in pairs)
 
 
 def stubs(folder, modules, plays_cuda=False):

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from integration_tests.public_programs import checkout, run, stubs
+from integration_tests.public_programs import checkout, is_close_behind, keys, run, stubs
 from testing.made_up import token_documents
 
 pytestmark = pytest.mark.slow
@@ -50,8 +50,8 @@ TINY = {
     **{"pipe_parallel_size": 2, "model_parallel_size": 1, "num_gpus": 2, "distributed_backend": "gloo"},
     **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32},
     **{"norm": "layernorm", "pos_emb": "rotary", "no_weight_tying": False, "tokenizer_type": "CharLevelTokenizer"},
-    "optimizer": {"type": "Adam", "params": {"lr": 3e-3, "betas": [0.9, 0.95]}},
-    **{"min_lr": 3e-3, "lr_decay_style": "constant", "warmup": 0.01, "train_iters": 30, "lr_decay_iters": 30},
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+    **{"min_lr": 1e-3, "lr_decay_style": "constant", "warmup": 0.01, "train_iters": 40, "lr_decay_iters": 40},
     "zero_optimization": {"stage": 1, "allgather_bucket_size": 100_000, "reduce_bucket_size": 100_000},
     **{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0},
     **{"weight_decay": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0},
@@ -77,28 +77,23 @@ def test_it_trains_evaluates_saves_and_resumes(tmp_path):
     registering(program / "train.py", tmp_path / "train.py")
     path = (stubs(tmp_path / "stubs", STUBS, plays_cuda=True), program)
 
-    def pretrained(schedule, options=None, **settings):
-        extra = {} if schedule == "1f1b" else {"pipeline_schedule": schedule, "paci": options or {}}
-        settings |= {"data_path": str(tmp_path / "tokens"), "deepspeed_extra_args": extra}
+    def pretrained(schedule, **settings):
+        settings |= {"data_path": str(tmp_path / "tokens"), "deepspeed_extra_args": keys(schedule)}
         conf = tmp_path / "settings.yml"
         conf.write_text(json.dumps({**TINY, **settings}))
         said = run(program / "deepy.py", tmp_path / "train.py", conf, path=path, folder=tmp_path)
-        assert ('DeepSpeed runs the schedule "paci" on P = 2 stages' in said) == (schedule == "paci")
+        assert ('DeepSpeed runs the schedule "paci" on P = 2 stages' in said) == (schedule != "1f1b")
         trained = re.findall(r"iteration +(\d+)/.*? lm_loss: (\S+)", said)
         validated = re.findall(r"validation results at iteration (\d+) .*?lm_loss value: (\S+)", said)
         return [{int(number): float(loss) for number, loss in found} for found in (trained, validated)]
 
-    stock, stock_validated = pretrained(
-        "1f1b", wall_clock_breakdown=False
-    )  # DeepSpeed fails with it, on all stages but one
-    flushed = pretrained("paci", {"flush_warmup_steps": 10**6})
-    assert flushed == [stock, stock_validated]  # so what differs below is the delay
+    # DeepSpeed fails with wall_clock_breakdown, on all stages but one.
+    stock, stock_validated = pretrained("1f1b", wall_clock_breakdown=False)
+    assert pretrained("flushed") == [stock, stock_validated]  # so what differs below is the delay
     paci, validated = pretrained("paci", save=str(tmp_path / "saved"))
-    assert list(paci) == list(range(1, 31))
-    assert stock[30] < stock[20] < stock[1] - 1
-    assert paci[30] < stock[20], "PACI is more than ten iterations behind"
-    assert validated.keys() == stock_validated.keys() == {10, 20, 30}
+    assert list(paci) == list(range(1, 41))
+    assert is_close_behind(validated, stock_validated), (validated, stock_validated)
     (tmp_path / "saved" / "latest").write_text("global_step20")
     resumed, again = pretrained("paci", load=str(tmp_path / "saved"))
-    assert resumed == {number: paci[number] for number in range(21, 31)}
-    assert again[30] == validated[30]
+    assert resumed == {number: paci[number] for number in range(21, 41)}
+    assert again == {number: validated[number] for number in (30, 40)}

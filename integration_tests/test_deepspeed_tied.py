@@ -1,21 +1,15 @@
 """Tied weights: the sum of the copies' gradients arrives a fixed number of updates late, and the copies stay one."""
 
-import dataclasses
-import traceback
-from unittest import mock
-
 import pytest
 import torch
 
-from integration_tests.test_deepspeed_clip import assert_same_norms, norms_of
-from integration_tests.test_deepspeed_collectives import recorded
 from paci_schedule.runtime.deferred.tied import drop_overflow
 from testing import deepspeed_job, jobs, ranks
 from testing.jobs import Job
 from testing.reference import deepspeed as reference
 from testing.reference import versions
 
-MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x4", "save", "train x3")
+MIXED = ("train x3", "drain", "train x2", "eval", "train", "drain", "drain", "train x2", "save", "train x2")
 ZERO_1 = {
     "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
     "zero_allow_untested_optimizer": True,
@@ -75,14 +69,33 @@ JOBS = {
     "overflow of a tied weight, bf16": overflowing(0, precision="bf16", warmup=True),
     "overflow of a tied weight, bf16, clipping": overflowing(0, precision="bf16", clip=2.0),
 }
+FAST = {  # every way to sum, update, clip and resume once
+    "P=2 a=3",
+    "P=3 a=1",
+    "P=4 a=2, clipping",
+    "bf16, clipping",
+    "bf16 sums, ZeRO-1",
+    "a flush on the way",
+    "accumulation changes, clipping",
+    "thrice, clipping",
+    "a stage of copies, clipping",
+    "frozen, bf16 sums",
+    "a copy without a gradient, ZeRO-1",
+    "slack",
+    "overflow, fp32, clipping",
+    "overflow, bf16, clipping",
+    "overflow of a tied weight, bf16, clipping",
+}
+SLOW = JOBS.keys() - FAST
+CASES = deepspeed_job.cases(JOBS, SLOW)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("tied"))
+    return deepspeed_job.Runs(JOBS, tmp_path_factory.mktemp("tied"), SLOW)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_engine_ties_as_the_reference(name, runs):
     # Three numbers have several sums: the process group chooses one, the same for all of its ranks.
     rounding = 1e-5 if JOBS[name].model == "thrice" else 0.0
@@ -91,7 +104,7 @@ def test_the_engine_ties_as_the_reference(name, runs):
         assert min(truth.factors()) < 1
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", CASES)
 def test_copies_at_equal_versions_are_equal_to_the_bit(name, runs):
     """The copies of one version are compared, at whatever moments their stages stand at it, in steady state too."""
     seen, compared = {}, set()
@@ -128,141 +141,31 @@ def test_the_first_updates_apply_no_gradient_to_a_tied_weight(stages, accumulati
                 assert still == (version <= delay)
 
 
-@pytest.mark.parametrize(
-    ("model", "clip", "precision"), [("tied", 2.5, "bf16"), ("thrice", 0.6, "bf16"), ("still", 0.0, "fp32")]
-)
-def test_flushed_after_every_batch_the_engine_is_stock(model, clip, precision):
-    """In 1F1B mode every sum is applied at once, as stock DeepSpeed does."""
-    job = Job(stages=3, accumulation=2, script=("train x4",), model=model, precision=precision, clip=clip)
-    mine, stock = deepspeed_job.run_all(
-        (dataclasses.replace(job, script=("schedule=1f1b", *job.script)), "paci", {}), (job, "stock", {})
-    )
-    for result, other in zip(mine, stock, strict=True):
-        assert not clip or norms_of(result)[1:] == norms_of(other)
-        for moment, truth in zip(result["moments"][1:], other["moments"], strict=True):
-            assert all((moment["weights"][name] == value).all() for name, value in truth["weights"].items())
+SLICED = {
+    precision: tied(stages=2, accumulation=1, script=("train x4", "drain", "train x3"), clip=2.0, precision=precision)
+    for precision in ("fp32", "bf16")
+}
 
 
-@pytest.mark.parametrize("name", ["P=3 a=1", "bf16, clipping", "thrice, bf16, clipping"])
-def test_pending_sums_travel_with_a_checkpoint(name, tmp_path):
-    job = dataclasses.replace(JOBS[name], script=("train x4", "save", "train x3", "drain"))
-    rest = dataclasses.replace(job, script=job.script[2:], first_micro_batch=4 * job.accumulation)
-    whole, resumed = deepspeed_job.run_resumed(job, rest, tmp_path)
-    deepspeed_job.assert_as_reference(job, whole)
-    for result, other in zip(resumed, whole, strict=True):
-        if job.clip:
-            assert_same_norms(norms_of(result), norms_of(other)[5:])
-        for moment, truth in zip(result["moments"], other["moments"][5:], strict=True):
-            assert all((moment["weights"][key] == value).all() for key, value in truth["weights"].items())
-
-
-WEIGHTS_ALONE = pytest.mark.skipif(not versions.loads_weights_alone(), reason="this DeepSpeed fails, under 1F1B too")
-
-
-def go_on(job, folder, *, loads):
-    """Four batches; with `loads`, only the weights from a checkpoint of stock's, then nothing; three more batches."""
-    from deepspeed.runtime.pipe.engine import PipelineEngine
-
-    engine = deepspeed_job.build(job)
-    feed = jobs.data(job.model)
-    for _ in range(4):
-        engine.train_batch(feed)
-    engine.drain()
-    if loads:
-        PipelineEngine.save_checkpoint(engine, folder, "bare")
-        engine.load_checkpoint(folder, "bare", load_module_only=True)
-        assert engine.load_checkpoint(f"{folder}/nothing") == (None, None)
-    for _ in range(3):
-        engine.train_batch(feed)
-    engine.drain()
-    return deepspeed_job.weights(engine), float(engine.get_global_grad_norm())
-
-
-def go_on_both_ways(job, folder):
-    return [go_on(job, folder, loads=loads) for loads in (False, True)]
-
-
-@WEIGHTS_ALONE
-def test_loading_weights_only_keeps_pending_sums_and_norms(tmp_path):
-    job = dataclasses.replace(JOBS["clipping"], script=())
-    for (weights, norm), (others, other) in ranks.run_ranks(go_on_both_ways, 3, (job, str(tmp_path))):
-        assert norm == other
-        assert all((weights[name] == value).all() for name, value in others.items())
-
-
-def load_untied(job, folder):
-    """The checkpoint of a model three of whose layers share a matrix, where the last of them has one of its own."""
-    layers = jobs.layers(job.model, deepspeed_job.tied_spec)
-    layers[10] = jobs.Shared("square")
-    engine = deepspeed_job.build(job, layers=layers)
-    engine.load_checkpoint(folder, "common")
-    return [tied.pending() for tied in engine._ties.gradients.values()]
-
-
-def test_sums_of_ties_between_other_stages_are_dropped_with_a_word(tmp_path):
-    job = dataclasses.replace(JOBS["thrice"], script=("train x3", "save"))
-    deepspeed_job.run(job, folder=str(tmp_path))
-    for rank, outcome in enumerate(ranks.gather_outcomes(load_untied, 3, (job, str(tmp_path)))):
-        assert outcome.value == ([[]] if rank < 2 else []), outcome
-        assert "dropped, no such tie here: square.weight of stages [0, 1, 2] of 3" in outcome.output
-
-
-def load_weights(job, folder):
-    engine = deepspeed_job.build(job)
-    engine.load_checkpoint(folder, "common", load_module_only=True)
-    return deepspeed_job.weights(engine), engine.train_batch(jobs.data(job.model)).item()
-
-
-@WEIGHTS_ALONE
-def test_the_weights_alone_load_where_nothing_is_tied_across_stages(tmp_path):
-    """One rank loads the weights that two have saved."""
-    job = dataclasses.replace(JOBS["P=2 a=1"], script=("train x3", "save"))
-    saved = [result["moments"][-1]["weights"] for result in deepspeed_job.run(job, folder=str(tmp_path))]
-    [(weights, loss)] = ranks.run_ranks(load_weights, 1, (dataclasses.replace(job, stages=1), str(tmp_path)))
-    assert weights.keys() == saved[0].keys() | saved[1].keys()
-    assert all((weights[name] == value).all() for stage in saved for name, value in stage.items())
-    assert loss == loss
-
-
-def follow_in_slices(job):
-    """The job on every one of two slices of a stage, which share all weights."""
+def follow_in_slices():
+    """The jobs on every one of two slices of a stage, which share all weights."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    engine = deepspeed_job.build(job, topology=PipeModelDataParallelTopology(num_pp=job.stages, num_mp=2, num_dp=1))
-    return deepspeed_job.follow(engine, job)
+    return {
+        precision: deepspeed_job.follow(
+            deepspeed_job.build(job, topology=PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)), job
+        )
+        for precision, job in SLICED.items()
+    }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_slices_tie_as_the_reference(precision):
+def test_slices_tie_as_the_reference():
     """A norm counts what all slices hold once."""
-    job = tied(stages=2, accumulation=1, script=("train x4", "drain", "train x3"), clip=2.0, precision=precision)
-    results, expected = ranks.run_ranks(follow_in_slices, 4, (job,)), reference.run(job)
-    for part in range(2):
-        deepspeed_job.assert_equal(results[part::2], expected)
-
-
-@pytest.mark.parametrize(("clip", "refused"), [(0.5, True), (0.0, False)])
-def test_clipping_by_stage_would_part_the_copies_and_is_refused(clip, refused):
-    job = tied(stages=2, accumulation=2, clip=clip, script=("train", "drain"), config={"paci": {"clip": "stage"}})
-    for outcome in ranks.gather_outcomes(deepspeed_job.train, 2, (job,), timeout=60):
-        assert (outcome.raised[:1] == ("UnsupportedError",)) == refused, outcome
-        if refused:
-            for words in ('"clip": "stage"', '"gradient_clipping": 0.5', "square, words", 'use "clip": "global"'):
-                assert words in outcome.error
-
-
-@pytest.mark.parametrize(
-    ("model", "schedule", "error", "says"),
-    [("still", "stock", "AttributeError", "_hp_grad"), ("deaf", "paci", "UnsupportedError", "square.weight of stages")],
-    ids=["stock, frozen", "a copy without a gradient"],
-)
-def test_ties_that_bf16_cannot_train_fail_at_once(model, schedule, error, says):
-    """BF16_Optimizer sums no gradients of a weight that gets none; stock 0.19.8 reads the sum of a frozen one, too."""
-    job = Job(stages=3, accumulation=2, script=("train x9",), model=model, precision="bf16")
-    outcomes = ranks.gather_outcomes(deepspeed_job.train, 3, (job, schedule), timeout=60)
-    [failed] = [outcome for outcome in outcomes if outcome.raised[:1] == (error,)][:1]
-    assert says in failed.error
-    assert all(outcome.ended == "raised" for outcome in outcomes)
+    results = ranks.run_ranks(follow_in_slices, 4)
+    for precision, job in SLICED.items():
+        expected = reference.run(job)
+        for part in range(2):
+            deepspeed_job.assert_equal([result[precision] for result in results[part::2]], expected)
 
 
 def test_gradients_that_overflow_are_dropped_element_by_element():
@@ -271,83 +174,6 @@ def test_gradients_that_overflow_are_dropped_element_by_element():
         sparse = gradient.to_sparse()
         drop_overflow([gradient, sparse])
         assert gradient.tolist() == sparse.to_dense().tolist() == [1.5, 0, 0, 0, 0, 0, -2.0, 0]
-
-
-# ---- nothing waits ---------------------------------------------------------------------------------------------------
-
-
-class _Watched:
-    """The handle of an asynchronous all-reduce; tells when it is waited for."""
-
-    def __init__(self, work, waited):
-        self._work, self._waited = work, waited
-
-    def wait(self):
-        self._waited()
-        return self._work.wait()
-
-
-def watch_steady_calls(job, warm_up, count):
-    """What a stage does in steady state about the sums of its tied weights.
-
-    Returns:
-        collectives: those that span stages, with who started them;
-        waits: (number of the sum, of its weight, update at which it is waited for);
-        posted: (call, number of the sum, shape) in the order of posting;
-        updates: that were done.
-    """
-    import torch.distributed as dist
-
-    engine = deepspeed_job.build(job)
-    feed = jobs.data(job.model)
-    posted, waits, callers, call = [], [], [], 0
-    all_reduce = dist.all_reduce
-
-    def watched(tensor, *args, async_op=False, **kwargs):
-        work = all_reduce(tensor, *args, async_op=async_op, **kwargs)
-        if not async_op:
-            return work
-        shape = tuple(tensor.shape)
-        number = sum(other == shape for _, _, other in posted)
-        posted.append((call, number, shape))
-        return _Watched(work, lambda: waits.append((number, engine.global_steps)))
-
-    def keep(name, members):
-        if len(members) > 1:
-            callers.append((name, members, [frame.name for frame in traceback.extract_stack()]))
-
-    with mock.patch.object(dist, "all_reduce", watched):
-        for _ in range(warm_up):
-            engine.train_batch(feed)
-            call += 1
-        waits.clear()
-        first = engine.global_steps
-        with recorded(keep):
-            for _ in range(count):
-                engine.train_batch(feed)
-                call += 1
-    return {"collectives": callers, "waits": waits, "posted": posted, "updates": engine.global_steps - first}
-
-
-@pytest.mark.parametrize(
-    "job",
-    [tied(stages=3, accumulation=1, script=(), clip=0.3), tied(stages=3, accumulation=2, script=(), precision="bf16")],
-    ids=["fp32, clipping", "bf16"],
-)
-def test_only_the_tied_sums_span_stages_and_nobody_waits_for_them_early(job):
-    """One all-reduce for each tied weight and update, waited for j updates after it; all copies post it in one call."""
-    pipeline = reference.Reference(job).pipeline
-    results = ranks.run_ranks(watch_steady_calls, 3, (job, 4, 4))
-    for stage, result in enumerate(results):
-        here = [key for key in jobs.TIED if stage in job.holders(key)]
-        assert len(result["collectives"]) == len(here) * result["updates"] > (0 if here else -1)
-        for name, members, callers in result["collectives"]:
-            assert name == "allreduce"
-            assert members == [0, 2]
-            assert "post_sum" in callers
-        assert len(result["waits"]) == len(here) * result["updates"]
-        assert {waited - number for number, waited in result["waits"]} == {pipeline.tied_delay(key) for key in here}
-    assert sorted(results[0]["posted"]) == sorted(results[2]["posted"])
 
 
 def test_a_gradient_of_a_tied_weight_is_the_sum_over_the_copies():

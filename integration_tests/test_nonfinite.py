@@ -46,9 +46,9 @@ def train_spoiled(job, what):
 @pytest.mark.parametrize(
     ("what", "stage", "said"),
     [
-        ("activation", 1, "the activation of micro-batch 3 (F3, after 1 updates)"),
-        ("gradient", 1, "the gradient of micro-batch 3 (B3, after 1 updates)"),
-        ("loss", 2, "the loss of micro-batch 3 (B3, after 1 updates)"),
+        ("activation", 1, "the activation of micro-batch 3"),
+        ("gradient", 1, "the gradient of micro-batch 3"),
+        ("loss", 2, "the loss of micro-batch 3"),
         ("weight", 0, "a weight after the newest update"),
     ],
 )
@@ -95,7 +95,7 @@ def test_megatron_names_the_stage():
     job = GptJob(stages=2, accumulation=2, calls=3, paci={"on_nonfinite": "raise", "timeout": 4})
     first, second = ranks.gather_outcomes(train_megatron_spoiled, 2, (job,), timeout=120, grace=30)
     assert second.raised[:1] == ("NonfiniteError",), second
-    assert "stage 1 (rank 1): the loss of micro-batch 0 (B0, after 0 updates) is not finite" in second.error
+    assert "stage 1 (rank 1): the loss of micro-batch 0 is not finite" in second.error
     assert "NonfiniteError" not in first.raised
 
 

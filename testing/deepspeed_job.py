@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "assert_as_reference",
     "assert_equal",
     "build",
+    "cases",
     "config",
     "follow",
     "run",
@@ -246,16 +247,29 @@ def _train_all(calls: tuple[tuple[Job, str | None, dict[str, Any]], ...]) -> lis
     return [train(job, schedule, **options) for job, schedule, options in calls]
 
 
+def cases(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """The names as parameters of a test, which is slow for some of them."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
 class Runs:
     """Jobs with names; all those of equally many stages are carried out together, when the first of them is asked for.
 
     Args:
         jobs_by_name: the job, or the job and its schedule where that is not "paci".
         folder: for checkpoints, a folder below for each.
+        slow: names of the jobs of slow tests, which are carried out apart from the others.
         options: of `train`, for every job.
     """
 
-    def __init__(self, jobs_by_name: dict[str, Job | tuple[Job, str]], folder: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        jobs_by_name: dict[str, Job | tuple[Job, str]],
+        folder: Path,
+        slow: Collection[str] = (),
+        **options: Any,
+    ) -> None:
+        self._slow = slow
         self._jobs = {name: (job, "paci") if isinstance(job, Job) else job for name, job in jobs_by_name.items()}
         self._folder, self._options = folder, options
         self._results: dict[str, list[dict[str, Any]]] = {}
@@ -265,8 +279,12 @@ class Runs:
         if not versions.knows(self._jobs[name][0]):
             pytest.skip("the reference does not know how this DeepSpeed computes the job")
         if name not in self._results:
-            stages = self._jobs[name][0].stages
-            together = [other for other, (job, _) in self._jobs.items() if job.stages == stages and versions.knows(job)]
+            stages, slow = self._jobs[name][0].stages, name in self._slow
+            together = [
+                other
+                for other, (job, _) in self._jobs.items()
+                if job.stages == stages and (other in self._slow) == slow and versions.knows(job)
+            ]
             calls = [
                 (*self._jobs[other], {"folder": str(self._folder / str(number)), **self._options})
                 for number, other in enumerate(together)

@@ -26,6 +26,7 @@ from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
+from paci_schedule.runtime.watched import WatchedCompute
 
 __all__ = ["Assembly"]
 
@@ -124,6 +125,7 @@ class Assembly:
             lost=self._lost,
         )
         self.stopwatch = Stopwatch(self._device, records=records)
+        self._watched, self._finite = watched, None if watched is None else FiniteGuard(self._stage)
         self.bulletin = Bulletin(
             self._stage,
             self._spec.stages,
@@ -132,11 +134,10 @@ class Assembly:
             loss=loss,
             record=self.write_recording if records else None,
         )
-        self._watched, self._finite = watched, None if watched is None else FiniteGuard(self._stage)
         self.runner = StageRunner(
             self._spec,
             self._stage,
-            compute,
+            compute if self._finite is None else WatchedCompute(compute, self._finite),
             self.links,
             self.stopwatch,
             self.deferred,
@@ -198,7 +199,7 @@ class Assembly:
         if self._record is not None:
             runner, spans = self.runner, [*self.stopwatch.spans()]
             try:
-                newest_spans = spans[-newest:] if newest else spans
-                trace.write(self._record, runner.spec, runner.stage, self._replica, newest_spans)
+                kept = spans[-newest:] if newest else spans
+                trace.write(self._record, runner.spec, runner.stage, self._replica, kept)
             except OSError as error:
                 logger.warning("stage %d: this run is not recorded: %s", runner.stage, error)

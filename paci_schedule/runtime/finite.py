@@ -34,7 +34,7 @@ class FiniteGuard:
         """Look at tensors; on a CPU the answer is there at once.
 
         Args:
-            what: "the activation of micro-batch 3 (F3)".
+            what: "the activation of micro-batch 3".
             tensors: of any shapes; those that are not floating-point are left out.
         """
         largest = [

@@ -1,4 +1,4 @@
-"""A small tensor on its way from the device to the host, which does not wait for it."""
+"""Small tensors on their way to the host, which nobody has to wait for."""
 
 from __future__ import annotations
 

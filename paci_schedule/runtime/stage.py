@@ -94,7 +94,7 @@ class StageRunner:
         ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
         early_receives: post the receives of gradients before F (`core.lower`).
         prediction: of this stage's weights, for stale forwards; None for none.
-        finite: looks at what the stage computes; None where nobody does.
+        finite: looks at what the stage computes, and is asked where the pipe is empty; None where nobody looks.
         schedule: what to run.
         bulletin: what hears of every update; None for nothing.
         ranges: names the ops for profilers.
@@ -140,8 +140,8 @@ class StageRunner:
         self._deferred, self._norms = deferred, None if deferred is None else deferred.norms
         self._reports = None if deferred is None else deferred.reports
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
-        self._ranges, self._bulletin = ranges, bulletin
         self._finite = finite
+        self._ranges, self._bulletin = ranges, bulletin
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -234,8 +234,6 @@ class StageRunner:
         self._stopwatch.start()
         self._call(self.schedule.drain(self.spec, self.admitted))
         self._finish()
-        if self._finite is not None:
-            self._finite.settle()
         if self._deferred is not None:
             self._deferred.exchange()
 
@@ -307,6 +305,8 @@ class StageRunner:
     def _finish(self) -> None:
         """The pipe is empty."""
         self._links.finish()
+        if self._finite is not None:
+            self._finite.settle()
         if self._bulletin is not None:
             self._bulletin.tell()
 
@@ -332,7 +332,6 @@ class StageRunner:
             outputs = self._compute.forward(op.index, inputs)
             self._prediction.after_forward()
         if outputs is not None:
-            self._look("activation", op, outputs)
             carried = [each.going_down() for each in (self._norms, self._reports) if each is not None]
             self._outputs[op.index] = outputs, tuple(carried)
         self.meter.record(op)
@@ -345,24 +344,16 @@ class StageRunner:
         if self.stage == self.spec.stages - 1:
             gradients = backward(op.index, ())
             losses = self._compute.losses(op.index)
-            self._look("loss", op, losses)
         else:
             incoming, (losses, *_) = self._gradients.pop(op.index)
             gradients = backward(op.index, incoming)
         self.untold.append(losses)
         self._window.append(losses)
         if self.stage > 0:
-            self._look("gradient", op, gradients)
             self._gradients[op.index] = gradients, (losses, *([] if self._norms is None else [self._norms.going_up()]))
         self.window_drift = max(self.window_drift, self.meter.record(op) or 0)
         self.backwards += 1
         self._held -= not self.schedule.splits_backward
-
-    def _look(self, what: str, op: Op, payload: Payload) -> None:
-        if self._finite is not None:
-            where = f"{op}, after {self.meter.version} updates"
-            tensors = payload if isinstance(payload, tuple) else (payload,)
-            self._finite.look(f"the {what} of micro-batch {op.index} ({where})", tensors)
 
     def _backward_weight(self, op: Op) -> None:
         self._split.backward_weight(op.index)

@@ -105,7 +105,7 @@ class ModelStream:
             ties.stages,
             prediction,
             self._reports,
-            loss=_loss,
+            _loss,
             watched=self._model if options.on_nonfinite == "raise" else None,
         )
         self._deferred = self._assembly.deferred
