@@ -1,6 +1,7 @@
 """Synthetic recordings, each with one thing wrong: it is named, with what it costs."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from paci_schedule.simulate.execute import simulate
 from paci_schedule.simulate.figures import time_per_micro_batch
 from paci_schedule.simulate.timeline import Span
 from paci_schedule.trace.file import Recording
+from paci_schedule.trace.replay import Replay
 from paci_schedule.trace.verdicts import ideal_seconds, recorded_costs, seconds_per_micro_batch, stage_seconds, verdicts
 
 STAGES, ACCUMULATION, BATCHES = 4, 4, 10
@@ -123,3 +125,27 @@ def test_costs_of_a_run_simulate_it(jitter):
     spec = PipelineSpec(stages=STAGES, accumulation=ACCUMULATION)
     again = time_per_micro_batch(schedule("paci"), spec, found)
     assert again == pytest.approx(seconds_per_micro_batch(run), rel=0.03)
+
+
+def test_a_message_that_was_held_back_is_replayed_so():
+    """F and B take 1 s.  The gradient of micro-batch 1 leaves half a second after its backward, as at a call's end."""
+
+    def spans(*rows):
+        return [Span(Op.parse(op), start, end) for op, start, end in rows]
+
+    first = spans(("F0", 0, 1), ("SA0", 1, 1), ("F1", 1, 2), ("SA1", 2, 2), ("B0", 3, 4), ("B1", 5.5, 6.5))
+    last = spans(("F0", 1, 2), ("B0", 2, 3), ("SG0", 3, 3), ("F1", 3, 4), ("B1", 4, 5), ("SG1", 5.5, 5.5))
+    replay = Replay([Recording(0, 2, 2, first, []), Recording(1, 2, 2, last, [])])
+    assert replay.links == [0]
+    assert replay.held == [pytest.approx((0 + 0 + 0 + 0.5) / 4)]  # of two activations and two gradients
+    assert replay.seconds() == pytest.approx(6.5)
+
+
+def test_costs_of_a_run_of_real_layers_simulate_it():
+    """Within 3%; the replay, which knows each op's own time, too."""
+    folder = Path(__file__).resolve().parents[1] / "docs" / "recording"
+    run = trace.merge([trace.read(path) for path in sorted(folder.glob("*.jsonl"))])
+    spec = PipelineSpec(stages=2, accumulation=4)
+    again = time_per_micro_batch(schedule("paci"), spec, recorded_costs(run))
+    assert again == pytest.approx(seconds_per_micro_batch(run), rel=0.03)
+    assert Replay(run).seconds() == pytest.approx(trace.timeline(run).makespan, rel=0.015)

@@ -109,7 +109,7 @@ def trace_(
 
 def read_run(files: Sequence[Path]) -> list[trace.Recording]:
     """The recordings of a run, on one clock; `files` may name the folder that holds them."""
-    files = [file for file in files if not trace.holds_figures(file)]
+    files = [file for file in files if file.name != trace.FIGURES_FOLDER]
     paths = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
     if not paths:
         raise ConfigError("no trace files: name the files (or the folder of *.jsonl files) that the ranks wrote")

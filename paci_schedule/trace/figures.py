@@ -12,9 +12,10 @@ from pathlib import Path
 
 from paci_schedule.errors import ConfigError
 
-__all__ = ["Figures", "append_figures", "holds_figures", "read_figures"]
+__all__ = ["FIGURES_FOLDER", "Figures", "append_figures", "read_figures"]
 
-_FOLDER = "updates"
+FIGURES_FOLDER = "updates"
+"""The folder of these files, inside that of a recording."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +78,9 @@ class Figures:
         return cls(**{each.name: told[each.name] for each in fields(cls)})
 
 
-def holds_figures(path: Path) -> bool:
-    """Whether this is the folder of these files inside that of a recording."""
-    return path.name == _FOLDER
-
-
 def append_figures(folder: str, figures: Figures) -> None:
     """Append a line to the stage's file in the recording `folder`.  Raises OSError."""
-    path = Path(folder, _FOLDER, f"stage{figures.stage}.jsonl")
+    path = Path(folder, FIGURES_FOLDER, f"stage{figures.stage}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(figures.line() + "\n")
@@ -97,7 +93,7 @@ def read_figures(folder: Path) -> list[list[Figures]]:
         ConfigError: a line is none of figures; the error names it.
     """
     stages: dict[int, list[Figures]] = {}
-    for path in sorted((folder / _FOLDER).glob("stage*.jsonl")):
+    for path in sorted((folder / FIGURES_FOLDER).glob("stage*.jsonl")):
         whole = path.read_text().rpartition("\n")[0]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:

@@ -1,14 +1,16 @@
 """A recorded run again, op by op, with some of what delayed it taken away.
 
 Every op takes as long as it did, begins when its stage is free and its message has come, and a message takes as long as
-the link's fastest one did.  Data reads, and time that no record covers, delay the op that follows them.  So the run
-takes about as long as recorded, and what it takes without one of its delays is what that delay costs.
+the link's fastest one did, from when it was sent.  A message may be held back after the op that made it: the gradient
+of a call's last round leaves when the next call begins, after the update and whatever the caller does.  Data reads, and
+time that no record covers, delay the op that follows them.  So the run takes about as long as recorded, and what it
+takes without one of its delays is what that delay costs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -19,6 +21,7 @@ from paci_schedule.trace.file import Recording
 __all__ = ["Replay"]
 
 _WAITS = OpKind.RECV_ACTIVATION, OpKind.RECV_GRADIENT
+_SENT_BY = {OpKind.FORWARD: OpKind.SEND_ACTIVATION, OpKind.BACKWARD: OpKind.SEND_GRADIENT}
 
 Duration = Callable[[int, Span], float]
 """What an op of a stage takes."""
@@ -39,13 +42,19 @@ class Replay:
     Attributes:
         links: seconds of the fastest message of each link, the mean of both directions, so that clocks that differ
             cancel; 0 where no message was recorded at both ends.
+        held: seconds for which the messages of each link were held back, the mean over all of them.
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         begin = min(span.start for recording in recordings for span in recording.spans)
         self._rows = [list(_steps(recording.shifted(-begin))) for recording in recordings]
         self._begin = [row[0].span.start - row[0].data - row[0].other for row in self._rows]
+        self._held = [_held_back(recording.spans) for recording in recordings]
         self.links = [self._latency(stage) for stage in range(len(recordings) - 1)]
+        self.held = [
+            (_mean(self._held[link], OpKind.FORWARD) + _mean(self._held[link + 1], OpKind.BACKWARD)) / 2
+            for link in range(len(recordings) - 1)
+        ]
 
     def seconds(
         self,
@@ -76,7 +85,9 @@ class Replay:
                     source, link = _source(stage, step.span)
                     if source in known and source not in ends:
                         break
-                    arrived = ends[source] + latency[link] if source in ends else -inf
+                    arrived = -inf
+                    if source in ends:
+                        arrived = ends[source] + self._held[source[0]].get(source[1:], 0.0) + latency[link]
                     ready = free[stage] + step.other + step.data * data
                     free[stage] = max(ready, arrived) + takes(stage, step.span)
                     ends[stage, step.span.op.kind, step.span.op.index] = free[stage]
@@ -100,7 +111,11 @@ class Replay:
         """The mean over both directions of the fastest message of the link behind `stage`."""
 
         def fastest(makes: int, takes: int, kind: OpKind) -> float:
-            made = {step.span.op.index: step.span.end for step in self._rows[makes] if step.span.op.kind is kind}
+            made = {
+                step.span.op.index: step.span.end + self._held[makes].get((kind, step.span.op.index), 0.0)
+                for step in self._rows[makes]
+                if step.span.op.kind is kind
+            }
             return min(
                 (
                     step.span.start - made[step.span.op.index]
@@ -112,6 +127,22 @@ class Replay:
 
         down, up = fastest(stage, stage + 1, OpKind.FORWARD), fastest(stage + 1, stage, OpKind.BACKWARD)
         return max(0.0, (down + up) / 2)
+
+
+def _held_back(spans: Sequence[Span]) -> dict[tuple[OpKind, int], float]:
+    """Seconds from the end of each op whose message was recorded to the moment that it was sent."""
+    sent = {(span.op.kind, span.op.index): span.start for span in spans if span.op.kind in _SENT_BY.values()}
+    return {
+        (kind, index): max(0.0, sent[_SENT_BY[kind], index] - span.end)
+        for span in spans
+        for kind, index, _ in [span.op]
+        if kind in _SENT_BY and (_SENT_BY[kind], index) in sent
+    }
+
+
+def _mean(held: Mapping[tuple[OpKind, int], float], kind: OpKind) -> float:
+    found = [seconds for (each, _), seconds in held.items() if each is kind]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _source(stage: int, span: Span) -> tuple[tuple[int, OpKind, int], int]:

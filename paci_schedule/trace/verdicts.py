@@ -69,7 +69,8 @@ def stage_seconds(recordings: Sequence[Recording]) -> list[float]:
 def recorded_costs(recordings: Sequence[Recording]) -> Costs:
     """The costs of a run: means of every stage's ops, how much these vary, and the latencies of the links.
 
-    Time between two ops that no record covers, and data reads, count with the op that follows them.
+    Time between two ops that no record covers, and data reads, count with the op that follows them.  The latency of a
+    link contains the time for which its messages were held back, on average.
     """
     replay = Replay(recordings)
     means = [_means(steps) for steps in replay.delays()]
@@ -83,7 +84,7 @@ def recorded_costs(recordings: Sequence[Recording]) -> Costs:
         backward=of(OpKind.BACKWARD),
         weight=weight if any(weight) else None,
         step=of(OpKind.STEP),
-        latency=list(replay.links),
+        latency=[seconds + held for seconds, held in zip(replay.links, replay.held, strict=True)],
         jitter=_variation(replay.delays()),
     )
 

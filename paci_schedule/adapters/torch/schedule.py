@@ -8,7 +8,7 @@ lead, and with them data from beyond the batch that the call was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ from paci_schedule.adapters.torch.options import PaciOptions
 from paci_schedule.adapters.torch.refusals import HEADING, job_reasons, optimizer_reasons
 from paci_schedule.adapters.torch.state import as_tensors, from_tensors
 from paci_schedule.adapters.torch.ties import Ties
-from paci_schedule.adapters.torch.update import StageUpdate, listed
+from paci_schedule.adapters.torch.update import StageUpdate
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.core.staleness import interval_of
@@ -136,8 +136,8 @@ class SchedulePaci(PipelineScheduleSingle):
         if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not 0 <= max_norm < float("inf"):
             raise ConfigError(f"max_norm={max_norm!r}: must be a number of at least 0; 0 means no clipping")
         stage, options, ties = self._stage, self._options, self._ties
-        given = listed(optimizers)
-        refuse_together(optimizer_reasons(given, options), HEADING)
+        listed = _listed(optimizers)
+        refuse_together(optimizer_reasons(listed, options), HEADING)
         assembly = Assembly(
             self._spec,
             stage.stage_index,
@@ -152,13 +152,13 @@ class SchedulePaci(PipelineScheduleSingle):
         )
         interval, prediction = interval_of(options.prediction), None
         if interval is not None:
-            weights = SteppedWeights(given, list(ties.weights.values()), drop_overflow if ties.weights else None)
+            weights = SteppedWeights(listed, list(ties.weights.values()), drop_overflow if ties.weights else None)
             prediction = Prediction(weights, interval, options.prediction_reach)
         self._update = StageUpdate(
             stage,
             self._group,
-            given,
-            listed(lr_schedulers),
+            listed,
+            _listed(lr_schedulers),
             max_norm,
             assembly.norms,
             ties,
@@ -282,8 +282,12 @@ class SchedulePaci(PipelineScheduleSingle):
         return None if self._assembly is None else self._update.norm
 
     def stage_figures(self) -> list[dict[str, float] | None]:
-        """For each stage version, drift, waiting_share (0 to 1), micro_batches_per_second and loss, as of an update not
-        long ago, and None for a stage that has told nothing yet; nobody waits for it."""
+        """What every stage has told of its newest updates, about once a second; nobody waits for it.
+
+        Returns:
+            for each stage version, drift, waiting_share (0 to 1), micro_batches_per_second and loss, as of an update
+            not long ago; None for a stage that has told nothing yet.
+        """
         before = self._updates() - self._runner.meter.version
         newest = self._connected().bulletin.read()
         return [each and each.told(before, micro_batches_per_second=1) for each in newest]
@@ -378,3 +382,8 @@ class SchedulePaci(PipelineScheduleSingle):
         assembly = self._connected()
         self._update.apply(assembly.runner.at, assembly.runner.flushing)
         assembly.close_update()
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    """One or several, as a list; a container of optimizers, as torchtitan has it, is iterated."""
+    return list(given) if hasattr(given, "__iter__") else [given]
