@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check --quiet
 SITE := .venv-site
+AUDIT := .venv-audit
 
 # DeepSpeed compiles its optional kernels when, and only if, they are used.
 export DS_BUILD_OPS := 0
@@ -16,7 +17,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # The oldest supported DeepSpeed has an environment of its own.
 OLDEST := .venv-oldest
 
-.PHONY: venv hooks train test test-slow test-oldest coverage coverage-core lint docs site package gpu gpu-dry-run soak-saves clean
+.PHONY: venv hooks train test test-slow test-oldest coverage coverage-core lint docs site package gpu gpu-dry-run soak-saves soak mutants audit clean
 
 venv: $(STAMP)
 
@@ -118,6 +119,24 @@ gpu-dry-run: $(STAMP)
 soak-saves: $(STAMP)
 	$(BIN)/python -m benchmarks.kill_saves --kills 200
 
+# Random sequences of calls on all three frameworks, with faults and without, for so many seconds.
+SECONDS ?= 3600
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
+
+# The code broken on purpose, one rule after the other: which test notices?  10 minutes on 2 idle cores.
+mutants: $(STAMP)
+	$(BIN)/python -m benchmarks.mutants
+
+# Known vulnerabilities of every pin; asks PyPI.  What cannot be asked about is an error, too.
+$(AUDIT)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(AUDIT)
+	$(PIP) install -c constraints.txt pip-audit
+	@touch $@
+
+audit: $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
 clean:
-	rm -rf $(VENV) $(SITE) build dist *.egg-info runs .pytest_cache .ruff_cache .coverage* coverage.txt
+	rm -rf $(VENV) $(SITE) $(AUDIT) build dist *.egg-info runs .pytest_cache .ruff_cache .coverage* coverage.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

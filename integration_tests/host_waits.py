@@ -3,7 +3,7 @@
 The CPU plays both.  What tells them apart is where a tensor comes from: `on_host` marks what a data loader gives, and
 what is computed from that lies on the host as well, until it is uploaded; every other tensor lies on the device.  A
 tensor on the host says that its device is another one than the engine's, so that the code under test takes the path
-that it takes on CUDA.
+that it takes on CUDA.  A `HostCopy` lies on the host from when it has said that it arrived.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from paci_schedule.runtime.host_copy import HostCopy
 from testing.megatron_cpu import shim
 
 __all__ = ["HostWaits"]
@@ -48,6 +49,7 @@ class HostWaits(TorchFunctionMode):
             for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream)
         ]
         self._patches.append(mock.patch.object(dist.Work, "wait", self._noting_timeouts(dist.Work.wait)))
+        self._patches.append(mock.patch.object(HostCopy, "has_arrived", lambda copy: self._arrived(copy)))
 
     def on_host(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, in pageable memory of the host, each a copy."""
@@ -97,6 +99,10 @@ class HostWaits(TorchFunctionMode):
 
     def _synchronised(self, *_: Any) -> None:
         self.note("synchronises")
+
+    def _arrived(self, copy: HostCopy) -> bool:
+        self._mark(copy._host, self._host)
+        return True
 
     def _noting_timeouts(self, wait: Callable[..., bool]) -> Callable[..., bool]:
         def noted(work: dist.Work, *timeout: timedelta) -> bool:

@@ -244,7 +244,7 @@ def test_pipeline_stats_count_ops_drift_and_seconds():
 def test_a_recorded_run_is_what_paci_trace_reads(tmp_path):
     job = Job(stages=3, accumulation=2, script=("train x4", "drain"), config={"paci": {"record": str(tmp_path)}})
     deepspeed_job.run(job)
-    recordings = trace.merge([trace.read(path) for path in sorted(tmp_path.iterdir())])
+    recordings = trace.merge([trace.read(path) for path in sorted(tmp_path.glob("*.jsonl"))])
     spec = PipelineSpec(stages=3, accumulation=2)
     for stage, (recording, row) in enumerate(zip(recordings, trace.timeline(recordings).rows, strict=True)):
         assert recording.stage == stage

@@ -30,6 +30,13 @@ JOBS = {
         model="tied",
         config={"paci": {"extra_in_flight": [0, 2], "early_receives": True}},
     ),
+    "flushed, slack, early receives": Job(
+        stages=3,
+        accumulation=2,
+        script=("train x2", "schedule=1f1b", "train x2", "schedule=paci", "train x2"),
+        shapes=WITHIN,
+        config={"paci": {"extra_in_flight": 2, "early_receives": True}},
+    ),
     "predicted, a=1": Job(
         stages=3, accumulation=1, script=MIXED, shapes=WITHIN, config={"paci": {"prediction": "every"}}
     ),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from integration_tests.host_waits import HostWaits
 from integration_tests.test_deepspeed_collectives import JOBS
+from paci_schedule.runtime.host_copy import HostCopy
 from paci_schedule.runtime.upload import upload
 from testing import deepspeed_job, jobs, megatron_job, ranks
 from testing.megatron_model import GptJob, set_up
@@ -35,6 +36,11 @@ def a_work():
     return dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=9)).allreduce([torch.ones(1)])
 
 
+def has_come(copy):
+    """The numbers of a copy, once it has come to the host."""
+    return copy.has_arrived() and copy.numbers()
+
+
 @pytest.mark.parametrize(
     ("action", "kinds"),
     [
@@ -54,6 +60,8 @@ def a_work():
         (lambda batch, there: batch.pin_memory().to(CPU, non_blocking=True) + there, set()),
         (lambda batch, there: batch.to(torch.float64), set()),
         (lambda batch, there: upload((batch, [batch]), CPU)[1][0].to(CPU) + there, set()),
+        (lambda batch, there: HostCopy(there).numbers(), {"downloads and waits"}),
+        (lambda batch, there: has_come(HostCopy(there)), set()),
     ],
 )
 def test_each_kind_of_wait_is_seen(action, kinds):

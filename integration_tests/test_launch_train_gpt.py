@@ -21,10 +21,18 @@ def text(tmp_path):
     return ["--data", str(path), "--cache", str(tmp_path / "cache")]
 
 
+def train_and_tell(flags):
+    """Train, and let every stage tell of every update."""
+    from paci_schedule.runtime.bulletin import Bulletin
+
+    Bulletin.SECONDS = 0.0
+    train_gpt.main(flags)
+
+
 def train(folder, *flags):
     """Train on two ranks; returns the log."""
     flags = [*SMALL, "--log-every", "1", "--output", str(folder), *flags]
-    run_ranks(train_gpt.main, 2, (flags,), timeout=180)
+    run_ranks(train_and_tell, 2, (flags,), timeout=180)
     return read_log(folder / "log.jsonl")
 
 
@@ -51,6 +59,17 @@ def test_a_run_learns_and_resumes_exactly(schedule, text, tmp_path):
     if schedule == "paci":
         assert [stage["max_drift"] for stage in stages] == [stage["drift_bound"] for stage in stages] == [1, 0]
         assert all(stage["compute_seconds"] > 0 for stage in stages)
+        told = [record for record in whole if record["event"] == "update" and "stages" in record]
+        assert len(told) > 6
+        for record in told:
+            assert [stage["stage"] for stage in record["stages"]] == [0, 1]
+            for stage in record["stages"]:
+                assert 0 < stage["version"] <= record["update"]
+                assert stage["tokens_per_second"] > 0
+                assert 0 <= stage["waiting_share"] <= 1
+        assert {stage["drift"] for record in told for stage in record["stages"]} == {0, 1}
+    else:
+        assert not any("stages" in record for record in whole if record["event"] == "update")
 
 
 def test_a_measured_cut_is_kept_for_the_run_that_resumes(text, tmp_path):

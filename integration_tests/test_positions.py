@@ -28,11 +28,13 @@ def hang_at_the_second_stage(job):
 
 
 def test_the_ranks_that_are_left_say_where_they_stood_and_whom_they_waited_for(tmp_path, capsys):
-    """The stage that hangs leaves nothing, and is the one to look at; the recordings are there too."""
+    """The stage that hangs is asked, and says where; it is the one to look at.  The recordings are there too."""
     job = Job(stages=3, accumulation=2, script=(), config={"paci": {"timeout": 6, "record": str(tmp_path)}})
     outcomes = ranks.gather_outcomes(hang_at_the_second_stage, 3, (job,), timeout=90, grace=8)
     assert [outcome.ended for outcome in outcomes] == ["raised", "killed", "raised"]
-    first, last = read_all(tmp_path)
+    first, hanging, last = read_all(tmp_path)
+    assert (hanging.op, hanging.error, hanging.waits_for) == ("F3", "", [])
+    assert "in stop\n    time.sleep(600)" in hanging.stack
     assert (first.rank, last.rank, first.stage, last.stage, last.stages) == (0, 2, 0, 2, 3)
     assert first.waits_for == last.waits_for == [1]
     assert (last.op, last.forwards, last.backwards) == ("RA3", 3, 3)
@@ -43,10 +45,14 @@ def test_the_ranks_that_are_left_say_where_they_stood_and_whom_they_waited_for(t
     assert "recv_activation" in last.stack
     assert (tmp_path / "stage2-replica0.jsonl").is_file()
     told = doctor(capsys, tmp_path, "--json")
-    assert json.loads(told)["missing"] == json.loads(told)["first"] == [1]
+    assert json.loads(told)["at_work"] == json.loads(told)["first"] == [1]
+    assert json.loads(told)["missing"] == []
     assert json.loads(told)["waits"] == {"0": [1], "2": [1]}
     shown = doctor(capsys, tmp_path)
-    assert "left nothing" in shown
+    assert "time.sleep(600)" in shown
+    (tmp_path / "position-rank1.json").unlink()  # as if it had been killed
+    assert json.loads(doctor(capsys, tmp_path, "--json"))["first"] == [1]
+    assert "left nothing" in doctor(capsys, tmp_path)
     assert "Look first at rank 1." in shown
 
 

@@ -37,6 +37,9 @@ JOBS = {
     "predictions once a window, tied": Job(
         stages=4, accumulation=4, script=MIXED, model="tied", clip=0.4, config={"paci": {"prediction": "window"}}
     ),
+    "a prediction at every second stale forward": Job(
+        stages=4, accumulation=4, script=STEADY, config={"paci": {"prediction": 2}}
+    ),
     "a reach": Job(
         stages=3, accumulation=4, script=STEADY, config={"paci": {"prediction": "every", "prediction_reach": 1.5}}
     ),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paci_schedule import PipelineSpec
+from paci_schedule import ConfigError, PipelineSpec
 from paci_schedule.core.ops import OpKind
 from paci_schedule.core.schedules.registry import schedule
 
@@ -16,8 +16,11 @@ THEIR_NAMES = {
     "interleaved-1f1b": "ScheduleInterleaved1F1B",
     "zb-h1": "ScheduleInterleavedZeroBubble",
     "zb-v": "ScheduleZBVZeroBubble",
+    "interleaved-zb": "ScheduleInterleavedZeroBubble",
+    "dualpipev": "ScheduleDualPipeV",
 }
 SIZES = [(2, 4), (4, 4), (4, 12)]
+WHOLE = "dualpipev"  # has backwards that are not split, which torch prints as one action
 KINDS = {"F": OpKind.FORWARD, "B": OpKind.BACKWARD, "I": OpKind.BACKWARD, "W": OpKind.WEIGHT}
 
 # Prints, for each job [name, stages, micro-batches, rank 0's positions], the actions of each rank, such as 2F0: stage
@@ -43,6 +46,8 @@ def torch_orders():
     asked, jobs = [], []
     for name, theirs in THEIR_NAMES.items():
         for stages, micro_batches in SIZES:
+            if name == WHOLE and micro_batches < 2 * stages:
+                continue
             held = [schedule(name).position(stages, 0, chunk) for chunk in range(schedule(name).chunks)]
             asked.append((name, stages, micro_batches))
             jobs.append((theirs, stages, micro_batches, held))
@@ -51,10 +56,14 @@ def torch_orders():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
     orders = [
         [
-            [(KINDS[kind], int(index), int(at)) for at, kind, index in re.findall(r"\b(\d+)([FBIW])(\d+)\b", row)]
+            [
+                (each, int(index), int(at))
+                for at, kind, index in re.findall(r"(?<!\d)(\d+)([FBIW])(\d+)(?!\d)", row)
+                for each in ([KINDS["B"], KINDS["W"]] if (asked[job][0], kind) == (WHOLE, "B") else [KINDS[kind]])
+            ]
             for row in rows
         ]
-        for rows in json.loads(done.stdout.splitlines()[-1])
+        for job, rows in enumerate(json.loads(done.stdout.splitlines()[-1]))
     ]
     return dict(zip(asked, orders, strict=True))
 
@@ -63,6 +72,10 @@ def torch_orders():
 @pytest.mark.parametrize(("stages", "micro_batches"), SIZES)
 def test_schedules_order_ops_as_torch_does(torch_orders, name, stages, micro_batches):
     ours, spec = schedule(name), PipelineSpec(stages=stages, accumulation=micro_batches)
+    if name == WHOLE and micro_batches < 2 * stages:
+        with pytest.raises(ConfigError, match="at least two micro-batches a stage"):
+            ours.check(spec)
+        return
     rows = [
         [(op.kind, op.index, ours.position(stages, stage, op.chunk)) for op in ours.batch(spec, stage)]
         for stage in range(stages)

@@ -140,6 +140,7 @@ class Training:
             loss=loss,
             learning_rate=rate,
             tokens_per_second=round(speed, 1),
+            **self._stage.all_stages(self._batches.sequence_length),
         )
         progress.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f}{self._stage.summary()}")
 
@@ -186,6 +187,22 @@ class _StageFacts:
             self._last = self._engine.pipeline_stats()
             self._compute += self._last["compute_seconds"]
             self._wait += self._last["wait_seconds"]
+
+    def all_stages(self, sequence_length: int) -> dict[str, list[dict[str, float]]]:
+        """For the log: what every stage has told of its newest updates, where the engine counts that."""
+        figures = self._engine.stage_figures() if hasattr(self._engine, "stage_figures") else []
+        told = [
+            {
+                "stage": stage,
+                "version": each["version"],
+                "drift": each["drift"],
+                "waiting_share": round(each["waiting_share"], 4),
+                "tokens_per_second": round(each["samples_per_second"] * sequence_length, 1),
+            }
+            for stage, each in enumerate(figures)
+            if each is not None
+        ]
+        return {"stages": told} if told else {}
 
     def summary(self) -> str:
         """For the progress line: the largest drift and the share of this stage's time spent waiting."""

@@ -5,6 +5,7 @@ PaciError
 ├── UnsupportedError                 a feature, version or topology that PACI does not run with
 ├── ScheduleError                    a stream of ops that is not a valid pipeline schedule
 ├── DataEndedError (StopIteration)   the data iterator ended before a whole batch
+├── NonfiniteError (ArithmeticError) a loss, an activation or a weight that is infinite or no number
 ├── CheckpointError (RuntimeError)   a checkpoint that could not be saved, or is not as it was saved
 └── LinkError (RuntimeError)         another stage, or a replica, did not answer in time, or is gone
 """
@@ -19,6 +20,7 @@ __all__ = [
     "ConfigError",
     "DataEndedError",
     "LinkError",
+    "NonfiniteError",
     "PaciError",
     "ScheduleError",
     "UnsupportedError",
@@ -43,6 +45,10 @@ class ScheduleError(PaciError):
 
 class DataEndedError(PaciError, StopIteration):
     """The data ended before a whole batch could be read.  A ``StopIteration``, as DeepSpeed's own loop raises."""
+
+
+class NonfiniteError(PaciError, ArithmeticError):
+    """A loss, an activation, a gradient or a weight that is infinite or no number, where the job asked to be told."""
 
 
 class CheckpointError(PaciError, RuntimeError):

@@ -20,14 +20,17 @@ from testing.reference import versions
 from testing.reference.deepspeed import Moment, Reference
 
 __all__ = [
+    "Feed",
     "Runs",
     "act",
     "assert_as_reference",
     "assert_equal",
+    "assert_moment",
     "build",
     "cases",
     "config",
     "follow",
+    "moment",
     "run",
     "run_all",
     "run_resumed",
@@ -145,12 +148,23 @@ def act(engine: Any, job: Job, action: str, feed: Iterator, folder: str | None =
         return float(engine.eval_batch(jobs.data(job.model, jobs.EVALUATION_DATA)))
     if name == "save":
         engine.save_checkpoint(folder, tag="common")
+    elif name == "load":
+        path, _ = engine.load_checkpoint(folder, tag="common")
+        assert path is not None
     elif name == "accumulate":
         engine.set_train_batch_size(int(value) * engine.train_micro_batch_size_per_gpu())
+    elif name == "samples":
+        engine.set_train_micro_batch_size(int(value))
     elif name == "schedule":
         engine.set_pipeline_schedule(value)
+    elif name == "rate":
+        for group in engine.optimizer.param_groups:
+            group["lr"] = float(value)
     elif name == "reset":
         engine.reset_activation_shape()
+    elif name == "drained":
+        with engine.drained() as module:
+            assert module is engine.module
     else:
         engine.drain()
     return math.nan
@@ -190,12 +204,13 @@ def follow(engine: Any, job: Job, folder: str | None = None) -> dict[str, Any]:
     feed = Feed(jobs.data(job.model, job.first_micro_batch, job.shapes))
     moments, pulled = [], []
     for action in job.actions():
-        moments.append(_moment(engine, action, act(engine, job, action, feed, folder)))
+        moments.append(moment(engine, action, act(engine, job, action, feed, folder)))
         pulled.append(feed.pulled)
     return {"moments": moments, "pulled": pulled, "stage": engine.stage_id}
 
 
-def _moment(engine: Any, action: str, loss: float) -> dict[str, Any]:
+def moment(engine: Any, action: str, loss: float) -> dict[str, Any]:
+    """What a stage has come to after an action that returned this loss: its part of a `Moment`, and "stats"."""
     stats = engine.pipeline_stats() if hasattr(engine, "pipeline_stats") else {"version": engine.global_steps}
     norm = engine.get_global_grad_norm()
     return {
@@ -319,16 +334,7 @@ def assert_equal(
     for stage, result in enumerate(results):
         assert result["stage"] == stage
         for number, (moment, truth) in enumerate(zip(result["moments"], expected, strict=True)):
-            at = f"stage {stage} after action {number} ({truth.action})"
-            assert moment["action"] == truth.action
-            assert moment["weights"].keys() == truth.weights[stage].keys(), at
-            for name, value in truth.weights[stage].items():
-                difference = (moment["weights"][name].float() - value.float()).abs().max().item()
-                assert difference <= rounding, f"{name} of {at} differs by {difference:.3g}"
-            same = _same(moment["loss"], truth.loss[stage], max(3e-7, rounding))
-            assert same, f"{at}: loss {moment['loss']}, not {truth.loss[stage]}"
-            if not math.isnan(truth.rate[stage]):
-                assert moment["rate"] == truth.rate[stage], f"{at}: rate {moment['rate']}, not {truth.rate[stage]}"
+            at = assert_moment(moment, truth, stage, number, rounding)
             if counters:
                 stats, drift = moment["stats"], truth.drift[stage]
                 counted = {
@@ -354,6 +360,21 @@ def assert_equal(
                     "peak_in_flight": truth.peak[stage],
                     "max_drift": max(drift, default=0),
                 }, at
+
+
+def assert_moment(moment: dict[str, Any], truth: Moment, stage: int, number: int, rounding: float = 0.0) -> str:
+    """One moment of a stage as the reference, as `assert_equal` says, counters left out; returns which one it is."""
+    at = f"stage {stage} after action {number} ({truth.action})"
+    assert moment["action"] == truth.action
+    assert moment["weights"].keys() == truth.weights[stage].keys(), at
+    for name, value in truth.weights[stage].items():
+        difference = (moment["weights"][name].float() - value.float()).abs().max().item()
+        assert difference <= rounding, f"{name} of {at} differs by {difference:.3g}"
+    same = _same(moment["loss"], truth.loss[stage], max(3e-7, rounding))
+    assert same, f"{at}: loss {moment['loss']}, not {truth.loss[stage]}"
+    if not math.isnan(truth.rate[stage]):
+        assert moment["rate"] == truth.rate[stage], f"{at}: rate {moment['rate']}, not {truth.rate[stage]}"
+    return at
 
 
 def _same(value: float, truth: float, rounding: float) -> bool:

@@ -56,9 +56,11 @@ class Job:
     Attributes:
         stages: P.
         accumulation: a, at the start.
-        script: what the training loop calls, in order: "train", "drain", "eval", "save", "accumulate=N" (N micro-
-            batches an update from here on, by set_train_batch_size), "schedule=NAME", "reset" (of the activations'
-            shape); "train x3" is three of them.
+        script: what the training loop calls, in order: "train", "drain", "drained" (look at the module after a drain),
+            "eval", "save", "load" (what was saved last), "accumulate=N" (N micro-batches an update from here on, by
+            set_train_batch_size), "samples=N" (in a micro-batch, by set_train_micro_batch_size; the data stays as it
+            is), "schedule=NAME", "rate=X" (the learning rate, until a schedule changes it), "reset" (of the
+            activations' shape); "train x3" is three of them.
         model: "words" (one tensor between stages), "pairs" (a tuple of two floating tensors and one of integers
             between stages, tuples as inputs and labels), "hollow" (like "words", the middle third without
             parameters), "frozen" (like "words", only the last third trained), "matrices" (like "words", only matrices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -83,9 +84,10 @@ def train(job: Job, replicas: int = 1, wrap: Any = None) -> dict[str, Any]:
     stage = dist.get_rank() % job.stages
     mine = job.of_replica(dist.get_rank() // job.stages)
     feed = jobs.data(job.model, mine.first_micro_batch)
-    moments = []
+    moments: list[dict[str, Any]] = []
+    saved: dict[str, Any] = {}
     for action in job.actions():
-        loss = _act(schedule, job, stage, action, feed)
+        loss = _act(schedule, job, stage, action, feed, saved)
         moments.append(
             {
                 "action": action,
@@ -103,8 +105,8 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _act(schedule: Any, job: Job, stage: int, action: str, feed: Any) -> float:
-    """Do one action of a script; the loss that it tells of, NaN if none."""
+def _act(schedule: Any, job: Job, stage: int, action: str, feed: Any, saved: dict[str, Any]) -> float:
+    """Do one action of a script; the loss that it tells of, NaN if none.  `saved` is what "save" and "load" share."""
     first, last = stage == 0, stage == job.stages - 1
     name, _, value = action.partition("=")
     if name == "train":
@@ -123,9 +125,26 @@ def _act(schedule: Any, job: Job, stage: int, action: str, feed: Any) -> float:
         return torch.stack(losses).mean().item() if last else math.nan
     if name == "schedule":
         schedule.set_pipeline_schedule(value)
+    elif name == "rate":
+        for group in (group for each in schedule._update._optimizers for group in each.param_groups):
+            group["lr"] = float(value)
+    elif name in ("save", "load"):
+        _checkpoint(schedule, name == "load", saved)
     else:
         schedule.drain()
     return math.nan
+
+
+def _checkpoint(schedule: Any, loads: bool, saved: dict[str, Any]) -> None:
+    """Save this stage in memory, or load it."""
+    parts = {"schedule": schedule, "module": schedule._stage.submod}
+    parts |= {f"optimizer{number}": each for number, each in enumerate(schedule._update._optimizers)}
+    parts |= {f"rate{number}": each for number, each in enumerate(schedule._update._lr_schedulers)}
+    for name, part in parts.items():
+        if loads:
+            part.load_state_dict(copy.deepcopy(saved[name]))
+        else:
+            saved[name] = copy.deepcopy(part.state_dict())
 
 
 def run_all(

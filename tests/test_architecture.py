@@ -38,6 +38,7 @@ PUBLIC_NAMES = [
     "ConfigError",
     "DataEndedError",
     "LinkError",
+    "NonfiniteError",
     "PaciError",
     "PipelineSpec",
     "ScheduleError",

@@ -416,7 +416,7 @@ PLAN = "plan --devices 8 --memory 80 --global-batch 64"
         (f"simulate --schedule paci {SIZE} --batches 0", "batches=0"),
         (f"simulate --schedule paci {SIZE} --seed -1", "seed=-1"),
         (f"simulate --schedule paci {SIZE} --fowrard 2", "No such option '--fowrard'"),
-        (f"show --schedule paci {SIZE} --output a.gif", "the ending says the format"),
+        (f"show --schedule paci {SIZE} --output a.pdf", "the ending says the format"),
         (f"show --schedule paci {SIZE} --batches 0", "batches=0"),
         (f"show --schedule paci {SIZE} --width 0", "0 is not in the range x>=1"),
         ("check --schedule paci --stages 100000 --micro-batches 64", "the general simulator holds 10000000"),

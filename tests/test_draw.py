@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from paci_schedule import ConfigError, PipelineSpec
-from paci_schedule.core.ops import Op
+from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.draw.chrome import chrome_trace
+from paci_schedule.draw.colours import colour
 from paci_schedule.draw.picture import picture
 from paci_schedule.draw.shown import versions
 from paci_schedule.draw.text import text
@@ -96,7 +97,12 @@ def test_pictures_are_written_and_the_same_each_time(tmp_path, ending):
         picture({"one": paci(), "two": paci(1)}, path)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
-    start = {".svg": b"<?xml", ".png": b"\x89PNG", ".json": b'{"traceEvents"', ".txt": b"one\nstage 0"}[ending]
+    start = {
+        ".svg": b"<?xml",
+        ".png": b"\x89PNG",
+        ".json": b'{"traceEvents"',
+        ".txt": b"one\nstage 0",
+    }[ending]
     assert contents[0].startswith(start)
 
 
@@ -117,6 +123,72 @@ def test_empty_rows_and_instant_ops_can_be_drawn(tmp_path):
 
 def test_bad_outputs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="the ending says the format"):
-        picture({"": paci()}, tmp_path / "a.gif")
+        picture({"": paci()}, tmp_path / "a.pdf")
     with pytest.raises(ConfigError, match="name a file in a folder"):
         picture({"": paci()}, tmp_path / "no" / "a.svg")
+
+
+def test_a_backward_on_stashed_weights_has_their_version_and_no_stripe(tmp_path):
+    """PipeDream-2BW runs PACI's stream: the same ops drift under PACI."""
+    spec = PipelineSpec(stages=3, accumulation=2)
+    stashed = simulate(schedule("pipedream-2bw"), spec, Costs(forward=1.0, backward=2.0), 3)
+    assert (stashed.stashes, paci().stashes) == (True, False)
+    found = {str(span.op): (version, older) for span, version, older in versions(stashed.rows[0], stashed.stashes)}
+    assert (found["F2"], found["B2"]) == ((0, 0), (0, 0))
+    assert found["B4"] == (1, 1)
+    drifts = [event["args"]["drift"] for event in chrome_trace({"": stashed})["traceEvents"] if event["ph"] == "X"]
+    assert set(drifts) == {0}
+    picture({"": stashed}, tmp_path / "stashed.svg")
+    picture({"": paci()}, tmp_path / "paci.svg")
+    stripe, stash = "the forward ran with the stripe's version", "backwards on stashed weights"
+    drawn = [(tmp_path / name).read_text() for name in ("stashed.svg", "paci.svg")]
+    assert [(stripe in each, stash in each) for each in drawn] == [(False, True), (True, False)]
+
+
+def test_a_picture_says_what_waits_what_is_saved_and_what_its_letters_mean(tmp_path):
+    """Three batches of 1F1B take (a + P - 1) (F + B) each; PACI's stream takes (3 a + P - 1) (F + B) for all."""
+    spec = PipelineSpec(stages=3, accumulation=2)
+    drawn = {name: simulate(schedule(name), spec, Costs(forward=1.0, backward=2.0), 3) for name in ("1f1b", "paci")}
+    saved = drawn["1f1b"].makespan - drawn["paci"].makespan
+    assert saved == 3 * 4 * 3 - 8 * 3
+    captions = {"1f1b": ("bubble 50%", "bubble"), "paci": ("twice the speed", "fill")}
+    picture(drawn, tmp_path / "a.svg", captions=captions)
+    text = (tmp_path / "a.svg").read_text()
+    for words in (
+        "1f1b: bubble 50%",
+        ">bubble<",
+        ">fill<",
+        f">{saved:g} saved<",
+        "forward (F)",
+        "backward (B)",
+        "waiting",
+    ):
+        assert words in text, words
+    assert "weight gradient" not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_no_swatch_stands_for_two_things():
+    """The legend's kinds are grey; every other colour is one version's."""
+    kinds = {colour(kind, None) for kind in (OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT)}
+    ops = {colour(kind, version) for kind in (OpKind.FORWARD, OpKind.BACKWARD, OpKind.WEIGHT) for version in range(6)}
+    assert (len(kinds), len(ops), len(kinds & ops)) == (3, 18, 0)
+
+
+def test_a_moving_picture_comes_to_every_drift(tmp_path):
+    from PIL import Image
+
+    picture({"PACI": paci(2)}, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as image:
+        durations = []
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            durations.append(image.info["duration"])
+    moments = {span.end for row in paci(2).rows for span in row}
+    assert len(durations) == len(moments) + 1
+    drifting = sum(
+        version > older for row in paci(2).rows for span, version, older in versions(row) if str(span.op)[0] == "B"
+    )
+    assert 0 < durations.count(1400) <= drifting  # where two stages come to one at once, one is told
+    with pytest.raises(ConfigError, match="a GIF shows at most 400"):
+        picture({"": paci(300)}, tmp_path / "b.gif")

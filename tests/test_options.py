@@ -76,5 +76,6 @@ def test_every_option_that_all_frameworks_have_has_a_flag():
         "early_receives",
         "prediction",
         "prediction_reach",
+        "on_nonfinite",
         "record",
     ]

@@ -272,6 +272,19 @@ def test_what_the_momentum_expects_after_many_equal_gradients_is_that_gradient(n
                 torch.testing.assert_close(found, constant[parameter], check_dtype=False, **near)
 
 
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "Adam" in name and "as it is" not in name])
+def test_what_an_adam_expects_after_its_first_step_is_the_gradient_of_that_step(name):
+    cls, settings = SETTINGS[name]
+    parameters, optimizer = build(cls, {**settings, "lr": 0.0}, torch.float64)
+    first = gradients(parameters, 7)
+    step(optimizer, gradients(parameters, 7))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found = expected_gradient(optimizer, group, parameter, parameter.detach())
+            near = {"rtol": 1e-6, "atol": 1e-9} if cls is not FusedAdam else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(found, first[parameter], check_dtype=False, **near)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_momentum_expects_anything_before_the_first_step(name):
     parameters, optimizer = build(*SETTINGS[name])

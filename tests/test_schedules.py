@@ -243,6 +243,13 @@ def test_too_many_in_flight_are_refused():
         check_grid(schedule("1f1b"), PipelineSpec(stages=2, accumulation=3), rows)
 
 
+def test_one_update_more_than_the_bound_between_forward_and_backward_is_refused():
+    rows = grid.read("F0 F5 B0 F1 B1 STEP0 F2 B2 F3 B3 STEP1 F4 B4 B5 STEP2\nF0")
+    rows[1] = list(schedule("paci").stream(PipelineSpec(stages=2, accumulation=2), 1, 3))
+    with pytest.raises(ScheduleError, match="drift 2 at B5, bound 1"):
+        check_grid(schedule("paci"), PipelineSpec(stages=2, accumulation=2), rows)
+
+
 def test_a_backward_after_the_wrong_update_is_refused():
     rows = grid.read("F0 B0 STEP0 F1 B1 STEP1")
     check_grid(schedule("paci"), PipelineSpec(stages=1, accumulation=1), rows)

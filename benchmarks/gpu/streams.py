@@ -22,6 +22,7 @@ from paci_schedule.core.ops import Op
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.rehearse import rehearse
+from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.stage import StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
 
@@ -97,7 +98,9 @@ def _run_in_threads(
             with _stream(device):
                 compute = _Compute(stages[stage], [pair for batch in batches for pair in batch], spec, stage)
                 links = _Links(stage, wires, device, random.Random(1000 * seed + stage))
-                runner = StageRunner(spec, stage, compute, links, Stopwatch(device), schedule=schedule("paci"))
+                runner = StageRunner(
+                    spec, stage, compute, links, Stopwatch(device), schedule=schedule("paci"), ranges=Ranges(device)
+                )
                 for _ in batches:
                     runner.train_batch()
                 runner.drain()

@@ -89,6 +89,10 @@ class Options:
     prediction_reach: float = option(1.0, lambda value, written: check_reach(value, "every", written), flag=float)
     """How far along the expected update these weights lie, with "every"; 1 is the next weights."""
 
+    on_nonfinite: Literal["ignore", "raise"] = option("ignore", _one_of("ignore", "raise"), flag=str)
+    """What is done where a loss, an activation, a gradient or a weight is infinite or no number: what the framework
+    does by itself, or a NonfiniteError that names stage and micro-batch (`runtime.finite`)."""
+
     record: str | None = option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "", str)
     """Folder to record runs in: where the pipe is empty, each rank's newest ops with their times, for `paci trace`."""
 

@@ -11,10 +11,13 @@ from paci_schedule.check.validate import check_grid, check_schedule
 from paci_schedule.cli.options import at_least_one, json_option, shape_of, variant_options
 from paci_schedule.cli.printing import print_json
 from paci_schedule.core import grid
+from paci_schedule.core.files import read_text
 from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError, ScheduleError
 
 __all__ = ["check"]
+
+_LARGEST = 1 << 24  # bytes of a grid
 
 
 @click.command()
@@ -63,6 +66,6 @@ def check(file: Path | None, stages: int | None, batches: int, as_json: bool, **
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(file, _LARGEST)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"file={str(file)!r}: cannot be read ({error}); name a text file") from None

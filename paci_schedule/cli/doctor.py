@@ -61,5 +61,8 @@ def _examine_job(folder: Path, as_json: bool) -> None:
         return
     screen().print(grid(positions))
     for position in positions:
-        screen().print(f"rank {position.rank}: {position.error}", markup=False)
+        if position.error:
+            screen().print(f"rank {position.rank}: {position.error}", markup=False)
+        elif position.rank in told["first"]:
+            screen().print(f"rank {position.rank} stood here:\n{position.stack}", markup=False)
     screen().print(f"Look first at rank {', '.join(map(str, told['first']))}.", markup=False)

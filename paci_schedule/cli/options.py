@@ -93,7 +93,7 @@ output_option = click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write a picture: .svg, .png, .txt, or .json for a Chrome trace (ui.perfetto.dev).",
+    help="Write a picture: .svg, .png, .gif (moving), .txt, or .json for a Chrome trace (ui.perfetto.dev).",
 )
 
 width_option = click.option(

@@ -14,7 +14,6 @@ from paci_schedule.cli.models import config_of
 from paci_schedule.cli.options import json_option
 from paci_schedule.cli.plan_text import Settings, print_plan, settings_of
 from paci_schedule.cli.printing import print_json
-from paci_schedule.core.schedules.registry import SCHEDULES
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.hardware import Device, preset, presets
 from paci_schedule.plan.job import Job
@@ -153,7 +152,7 @@ def plan_(
     job = Job(
         model=shape,
         device=_device(shape, **{name: given.pop(name) for name in names}),
-        schedules=schedules or tuple(SCHEDULES),
+        **({"schedules": schedules} if schedules else {}),
         micro_batch_sizes=sizes,
         recompute={"none": (False,), "full": (True,), "both": (False, True)}[recompute],
         prediction=int(prediction) if prediction.isdecimal() else prediction,

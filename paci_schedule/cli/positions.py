@@ -25,7 +25,8 @@ def grid(positions: Sequence[Position]) -> Table:
         shift = position.at - first
         newest = "  ".join(f"{op} {start + shift:+.2f}" for op, start, _ in position.newest[-_NEWEST:])
         counts = (position.version, position.forwards, position.backwards, position.in_flight)
-        waits = ", ".join(f"rank {rank}" for rank in position.waits_for) or "[red]nobody: it failed itself[/]"
+        nobody = "[red]nobody: it failed itself[/]" if position.error else "nobody: it is at work, or hangs"
+        waits = ", ".join(f"rank {rank}" for rank in position.waits_for) or nobody
         table.add_row(
             str(position.rank),
             f"{position.stage} of {position.stages}",
@@ -35,7 +36,7 @@ def grid(positions: Sequence[Position]) -> Table:
             escape(newest),
         )
     for rank in missing(positions):
-        table.add_row(str(rank), *["?"] * 6, "[red]left nothing: it hangs or is gone[/]", "")
+        table.add_row(str(rank), *["?"] * 6, "[red]left nothing: it is gone[/]", "")
     return table
 
 
@@ -45,13 +46,16 @@ def findings(positions: Sequence[Position]) -> dict[str, Any]:
     Returns:
         missing: ranks that have left no position;
         failed: ranks that waited for nobody, with their errors;
+        at_work: ranks that waited for nobody, and had no error: they compute, or hang;
         waits: rank -> the ranks that it waited for;
-        first: where to look first: the ranks that failed themselves; else those that left nothing; else those that are
-            waited for and wait for nobody who is there.
+        first: where to look first: the ranks that failed themselves; else, of those that are waited for, the ones that
+            left nothing or were at work; else those that left nothing; else those that are waited for.
     """
     gone = missing(positions)
-    failed = {position.rank: position.error for position in positions if not position.waits_for}
+    nobody = [position for position in positions if not position.waits_for]
+    failed = {position.rank: position.error for position in nobody if position.error}
+    at_work = [position.rank for position in nobody if not position.error]
     waits = {position.rank: list(position.waits_for) for position in positions if position.waits_for}
     waited = {rank for ranks in waits.values() for rank in ranks}
-    first = sorted(failed) or [rank for rank in gone if rank in waited] or gone or sorted(waited)
-    return {"missing": gone, "failed": failed, "waits": waits, "first": first}
+    first = sorted(failed) or sorted(waited.intersection([*gone, *at_work])) or gone or sorted(waited)
+    return {"missing": gone, "failed": failed, "at_work": at_work, "waits": waits, "first": first}

@@ -12,14 +12,18 @@ import click
 from rich.table import Table
 
 from paci_schedule import trace
-from paci_schedule.cli.options import json_option, output_option, width_option
+from paci_schedule.cli.options import json_option, width_option
+from paci_schedule.cli.page import is_page, write_page
 from paci_schedule.cli.printing import print_grid, print_json, screen
+from paci_schedule.core.files import read_json
 from paci_schedule.draw.chrome import chrome_trace
 from paci_schedule.draw.picture import picture
 from paci_schedule.errors import ConfigError
 from paci_schedule.simulate.timeline import Timeline
 
 __all__ = ["trace_"]
+
+_LARGEST = 1 << 24  # bytes of a plan
 
 
 @click.command("trace")
@@ -38,15 +42,35 @@ __all__ = ["trace_"]
     help="Number of batches to draw, the last ones (default 3); a .json file holds the whole run.",
 )
 @width_option
-@output_option
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a picture: .svg, .png, .txt, .json for a Chrome trace (ui.perfetto.dev), or .html for a page.",
+)
+@click.option(
+    "--follow",
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="Write the .html page of a run that goes on, again and again, until you press Ctrl-C.",
+)
 @json_option
 def trace_(
-    files: Sequence[Path], against: Path | None, batches: int, width: int | None, output: Path | None, as_json: bool
+    files: Sequence[Path],
+    against: Path | None,
+    batches: int,
+    width: int | None,
+    output: Path | None,
+    follow: float | None,
+    as_json: bool,
 ) -> None:
     """Say where the time of a recorded run went, and what cost it.
 
     Name one FILE for each stage, or the folder that holds them; a simulated run is drawn beside the recorded one.
     """
+    if is_page(output) or follow is not None:
+        write_page(files, output, batches, follow)
+        return
     recordings = read_run(files)
     recorded, expected = trace.timeline(recordings), trace.simulated(recordings)
     drawn = {"recorded": recorded, "simulated": expected}
@@ -85,6 +109,7 @@ def trace_(
 
 def read_run(files: Sequence[Path]) -> list[trace.Recording]:
     """The recordings of a run, on one clock; `files` may name the folder that holds them."""
+    files = [file for file in files if not trace.holds_figures(file)]
     paths = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
     if not paths:
         raise ConfigError("no trace files: name the files (or the folder of *.jsonl files) that the ranks wrote")
@@ -120,7 +145,7 @@ def _spent(spent: Sequence[dict[str, float]]) -> Table:
 def _planned(path: Path, found: dict[str, Any]) -> list[str]:
     """Lines that compare the run with the row of a plan for DeepSpeed, or else for Megatron."""
     try:
-        settings = json.loads(path.read_text())["settings"]
+        settings = read_json(path, _LARGEST)["settings"]
         row = next(each["row"] for each in settings.values() if each.get("row"))
         stages, seconds, works = row["stages"], float(row["seconds_per_micro_batch"]), row["stage_seconds"]
         accumulation = row["accumulation"]

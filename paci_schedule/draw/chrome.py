@@ -27,7 +27,7 @@ def chrome_trace(timelines: Mapping[str, Timeline], notes: Mapping[str, Notes] |
         for stage, row in enumerate(timeline.rows):
             at = {"pid": process, "tid": stage}
             events.append({"ph": "M", "name": "thread_name", **at, "args": {"name": f"stage {stage}"}})
-            events += ({"ph": "X", **at, **event} for event in _slices(row, timeline.start))
+            events += ({"ph": "X", **at, **event} for event in _slices(row, timeline))
         if notes and title in notes:
             events += _noted(process, notes[title], timeline.start)
             events += _messages(process, timeline)
@@ -62,14 +62,14 @@ def _messages(process: int, timeline: Timeline) -> Iterator[dict[str, object]]:
             yield {"ph": "f", "bp": "e", **arrow, "tid": taker, "ts": max(sent, taken)}
 
 
-def _slices(row: Sequence[Span], origin: float) -> Iterator[dict[str, object]]:
+def _slices(row: Sequence[Span], timeline: Timeline) -> Iterator[dict[str, object]]:
     """The events of one stage's ops, in microseconds."""
     names = {OpKind.FORWARD: "forward", OpKind.BACKWARD: "backward", OpKind.WEIGHT: "weight", OpKind.STEP: "step"}
-    for span, version, older in versions(row):
+    for span, version, older in versions(row, timeline.stashes):
         yield {
             "name": str(span.op),
             "cat": names[span.op.kind],
-            "ts": (span.start - origin) * 1e6,
+            "ts": (span.start - timeline.start) * 1e6,
             "dur": (span.end - span.start) * 1e6,
             "args": {"version": version, "drift": version - older},
         }

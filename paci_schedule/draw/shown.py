@@ -11,21 +11,30 @@ from paci_schedule.simulate.timeline import Span, Timeline
 __all__ = ["shortest_op", "shown", "versions"]
 
 
-def versions(row: Sequence[Span]) -> Iterator[tuple[Span, int, int]]:
-    """For every span of a stage: the span, the updates before it, and the updates before its micro-batch's F."""
+def versions(row: Sequence[Span], stashes: bool = False) -> Iterator[tuple[Span, int, int]]:
+    """For every span of a stage: the span, the version that it runs with, and the version of its micro-batch's F.
+
+    Args:
+        row: the stage's spans.
+        stashes: a backward runs with the version of its forward.
+    """
     version, at_forward = next((span.op.index for span in row if span.op.kind is OpKind.STEP), 0), {}
     for span in row:
         key = span.op.index, span.op.chunk
         if span.op.kind is OpKind.FORWARD:
             at_forward[key] = version
-        yield span, version, at_forward.get(key, version) if span.op.kind is not OpKind.STEP else version
+        older = at_forward.get(key, version) if span.op.kind is not OpKind.STEP else version
+        yield span, older if stashes else version, older
         version += span.op.kind is OpKind.STEP
 
 
 def shown(timeline: Timeline) -> list[list[tuple[Span, int, int]]]:
     """The `versions` of the spans that are drawn, for every stage."""
     begin = timeline.shown_from
-    return [[each for each in versions(row) if each[0].start >= begin < each[0].end] for row in timeline.rows]
+    return [
+        [each for each in versions(row, timeline.stashes) if each[0].start >= begin < each[0].end]
+        for row in timeline.rows
+    ]
 
 
 def shortest_op(timeline: Timeline) -> float:

@@ -47,7 +47,7 @@ class Job:
     max_drift: int = 1
     """The most updates between a forward and its backward."""
 
-    schedules: Sequence[str] = tuple(SCHEDULES)
+    schedules: Sequence[str] = tuple(name for name in SCHEDULES if schedule(name).planned)
     """The schedules to search."""
 
     stages: Sequence[int] = ()

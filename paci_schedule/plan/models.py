@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from paci_schedule.core.files import read_json
 from paci_schedule.errors import ConfigError
 from paci_schedule.plan.hardware import Device
 from paci_schedule.plan.layers import Layer
@@ -87,6 +88,7 @@ class Measured:
 _MEASURED = "forward", "backward", "parameters", "activation_bytes", "input_bytes"
 _FURTHER = "workspace_bytes", "frozen_bytes"
 _MOST_LAYERS = 1000
+_LARGEST = 1 << 24  # bytes of a file
 
 _SIZES = MappingProxyType(
     {  # name -> layers, hidden, heads; GPT-2, and the models of arXiv 2401.10241, table 3
@@ -190,7 +192,7 @@ def write_layers(path: Path, layers: Sequence[Layer], sequence_length: int, micr
 
 def _read_json(option: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, _LARGEST)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option}={str(path)!r}: cannot be read as JSON ({error}); name a JSON file") from None
     if not isinstance(content, dict):

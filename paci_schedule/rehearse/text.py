@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from paci_schedule.core.files import read_text
 from paci_schedule.errors import ConfigError, UnsupportedError
 
 __all__ = ["Text"]
 
 _VALIDATION_SEED = 5
+_LARGEST = 1 << 28  # bytes of a text
 _LEAST = 257  # tokens of a byte-pair encoding
 
 
@@ -35,8 +37,8 @@ class Text:
 
     def __init__(self, path: Path, context: int, device: torch.device, vocabulary: int = 0) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, _LARGEST)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"text={str(path)!r}: cannot be read ({error}); give a text file in UTF-8") from None
         end = len(text) * 9 // 10
         encode, self.vocabulary = _bytes_pairs(text[:end], vocabulary) if vocabulary else _characters(text)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -15,21 +13,24 @@ import torch.distributed as dist
 from paci_schedule import trace
 from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.errors import DataEndedError, LinkError
+from paci_schedule.errors import CheckpointError, DataEndedError, LinkError
 from paci_schedule.predict import Prediction
+from paci_schedule.runtime.account import Account
+from paci_schedule.runtime.bulletin import Bulletin
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.deferred.tied import TiedGradient
+from paci_schedule.runtime.finite import FiniteGuard
 from paci_schedule.runtime.links import Links
+from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
+from paci_schedule.runtime.watched import WatchedCompute
 
 __all__ = ["Assembly"]
 
 logger = logging.getLogger(__name__)
-
-_NEWEST = 60  # ops in a position
 
 
 class Assembly:
@@ -48,16 +49,19 @@ class Assembly:
         early_receives: post the receives of gradients one op earlier (`core.lower`).
         varying_shapes: shapes change from micro-batch to micro-batch without being announced (`runtime.links`).
         record: the folder to record runs in; None for none.
+        replica: the number of this rank's data-parallel replica.
 
     Attributes:
         norms: gradient norms that travel with the messages; None for none.
         deferred, links, stopwatch, runner: of the stage, once it is connected.
+        bulletin: the figures of all stages, once it is connected.
     """
 
     deferred: DeferredState
     links: Links
     stopwatch: Stopwatch
     runner: StageRunner
+    bulletin: Bulletin
 
     def __init__(
         self,
@@ -71,14 +75,17 @@ class Assembly:
         timeout: timedelta,
         early_receives: bool,
         record: str | None,
+        replica: int = 0,
         varying_shapes: bool = False,
     ) -> None:
         self.norms = None
         if carries_norms:
             self.norms = CarriedNorms(spec, stage, pipeline, device, agrees=shares_weights, timeout=timeout)
         self._spec, self._stage, self._device, self._timeout = spec, stage, device, timeout
-        self._accounted: Exception | None = None  # the error whose position is written
-        self._early_receives, self._record, self._varying_shapes = early_receives, record, varying_shapes
+        self._early_receives, self._varying_shapes = early_receives, varying_shapes
+        self._record, self._replica = record, replica
+        self._account: Account | None = None
+        self._accounted: Exception | None = None  # the error of which the account was written
 
     def connect(
         self,
@@ -89,6 +96,8 @@ class Assembly:
         ties: Sequence[Sequence[int]],
         prediction: Prediction | None,
         reports: CarriedReports | None = None,
+        loss: Callable[[Sequence[float]], float] = lambda losses: losses[0],
+        watched: torch.nn.Module | None = None,
     ) -> None:
         """Connect the stage with its neighbours.
 
@@ -102,6 +111,8 @@ class Assembly:
             ties: for each tied weight that the runner sums, the stages that hold a copy.
             prediction: of the stage's weights; None for none.
             reports: sums for the log that travel with the activations; None for none.
+            loss: as of `Bulletin`.
+            watched: the stage's module, where an error is wanted if what it computes is not finite; else None.
         """
         early_receives, records = self._early_receives, self._record is not None
         self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports)
@@ -111,21 +122,45 @@ class Assembly:
             self._timeout,
             early_receives=early_receives,
             varying_shapes=self._varying_shapes,
-            record=self._record,
+            lost=self._lost,
         )
         self.stopwatch = Stopwatch(self._device, records=records)
+        self._watched, self._finite = watched, None if watched is None else FiniteGuard(self._stage)
+        self.bulletin = Bulletin(
+            self._stage,
+            self._spec.stages,
+            tells=dist.get_rank() in pipelines[0],
+            folder=self._record,
+            loss=loss,
+            record=self.write_recording if records else None,
+        )
         self.runner = StageRunner(
             self._spec,
             self._stage,
-            compute,
+            compute if self._finite is None else WatchedCompute(compute, self._finite),
             self.links,
             self.stopwatch,
             self.deferred,
             ties,
             early_receives,
             prediction,
+            self._finite,
             schedule=schedule,
+            ranges=Ranges(self._device),
+            bulletin=self.bulletin,
         )
+        if self._record is not None:
+            self._account = Account(self._record, self._replica, self.runner, self.links, self.stopwatch)
+
+    def close_update(self) -> None:
+        """The stage's update is done.
+
+        Raises:
+            NonfiniteError: something that this stage computed is not finite, and an error is wanted then.
+        """
+        self.deferred.close_update()
+        if self._finite is not None and self._watched is not None:
+            self._finite.look("a weight after the newest update", self._watched.parameters())
 
     def choose_schedule(self, chosen: Schedule) -> None:
         """Run another schedule from here on; asked while the pipe is empty, when every stage has the same version.
@@ -138,58 +173,33 @@ class Assembly:
             self.runner.schedule = chosen
 
     @contextmanager
-    def accounted(self, replica: int) -> Iterator[None]:
-        """If an error ends what runs inside, and runs are recorded, this rank writes where it stood, and its recording.
-
-        Args:
-            replica: as of `write_recording`.
-        """
+    def accounted(self) -> Iterator[None]:
+        """If an error ends what runs inside, and runs are recorded, all ranks write where they stand."""
         try:
             yield
-        except DataEndedError:  # which is no crash
+        except (DataEndedError, CheckpointError):  # which end nothing, and which every rank raises
             raise
         except Exception as error:
-            if self._record is not None and error is not self._accounted:
+            if self._account is not None and error is not self._accounted:
                 self._accounted = error
-                self.write_recording(replica)
-                self._write_position(self._record, replica, error)
+                self.write_recording()
+                self._account.ended(error)
             raise
 
-    def _write_position(self, folder: str, replica: int, error: Exception) -> None:
-        runner, mono, wall = self.runner, time.perf_counter(), time.time()
-        spans = [*self.stopwatch.spans()][-_NEWEST:]
-        position = trace.Position(
-            rank=dist.get_rank(),
-            ranks=dist.get_world_size(),
-            stage=runner.stage,
-            stages=runner.spec.stages,
-            replica=replica,
-            at=wall,
-            op="" if runner.at is None else str(runner.at),
-            version=runner.meter.version,
-            forwards=runner.forwards,
-            backwards=runner.backwards,
-            in_flight=runner.meter.in_flight,
-            waits_for=error.ranks if isinstance(error, LinkError) else (),
-            error=f"{type(error).__name__}: {error}".partition("\n")[0][:2000],
-            posted=self.links.under_way(),
-            newest=[(str(what), start - mono, end - mono) for what, start, end in spans],
-            stack="".join(traceback.format_exception(error))[-20_000:],
-        )
-        try:
-            trace.write_position(folder, position)
-        except OSError as failed:
-            logger.warning("stage %d: cannot write where it stood: %s", runner.stage, failed)
+    def _lost(self, error: LinkError) -> None:
+        if self._account is not None:
+            self._account.lost(error)
 
-    def write_recording(self, replica: int) -> None:
+    def write_recording(self, newest: int | None = None) -> None:
         """Write the newest ops of this rank, where runs are recorded; a full disk stops no training.
 
         Args:
-            replica: the number of this rank's data-parallel replica.
+            newest: how many ops; None for all that are kept.
         """
         if self._record is not None:
-            runner = self.runner
+            runner, spans = self.runner, [*self.stopwatch.spans()]
             try:
-                trace.write(self._record, runner.spec, runner.stage, replica, self.stopwatch.spans())
+                kept = spans[-newest:] if newest else spans
+                trace.write(self._record, runner.spec, runner.stage, self._replica, kept)
             except OSError as error:
                 logger.warning("stage %d: this run is not recorded: %s", runner.stage, error)

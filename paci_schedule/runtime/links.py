@@ -26,7 +26,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from paci_schedule.core.ops import Op
+from paci_schedule.core.ops import Op, OpKind
+from paci_schedule.errors import LinkError
 from paci_schedule.runtime.boxes import End, Inbox, Outbox
 from paci_schedule.runtime.communicators import backend_for, connect
 from paci_schedule.runtime.lookout import Lookout
@@ -52,8 +53,7 @@ class Links:
         early_receives: whether the receives of gradients are posted before F (`core.lower`).
         varying_shapes: whether shapes may change from micro-batch to micro-batch without being announced: every message
             then has a header, for which the host waits.
-        record: folder in which the lookout also writes which stage this one has waited for in vain; None for the log
-            only.
+        lost: told by the lookout that this stage has waited in vain; None for nobody.
         looks_out: whether a lookout reports messages that do not come, since waiting for one returns at once; None for
             yes if the transport is NCCL.
 
@@ -69,7 +69,7 @@ class Links:
         *,
         early_receives: bool = False,
         varying_shapes: bool = False,
-        record: str | None = None,
+        lost: Callable[[LinkError], None] | None = None,
         looks_out: bool | None = None,
     ) -> None:
         # By what they carry.  A stage at an end of the pipeline has none beyond it, and no op that needs one.
@@ -85,7 +85,7 @@ class Links:
         pairs = connect(pipelines, device, timeout)
         if looks_out is None:
             looks_out = bool(pairs) and backend_for(device) == "nccl"
-        self._lookout = Lookout(stage, device, timeout, record) if pairs and looks_out else None
+        self._lookout = Lookout(stage, device, timeout, lost) if pairs and looks_out else None
         order: list[Inbox | Outbox] = []
         for pair in pairs:
             above = rank == pair.ranks[0]
@@ -127,9 +127,11 @@ class Links:
         self._outboxes[_ACTIVATION].send(op, self._shapes_of(op), payload, riders)
 
     def expect_gradient(self, op: Op) -> None:
-        self._inboxes[_GRADIENT].expect(op, self._shapes_of(op, last=self._above is None))
+        self._inboxes[_GRADIENT].expect(op, self._shapes_of(op))
 
     def recv_gradient(self, op: Op) -> tuple[Payload, Riders]:
+        if self._above is None:  # no other message of the micro-batch is to come
+            self._shapes.pop(op.index, None)
         return self._inboxes[_GRADIENT].receive(op)
 
     def send_gradient(self, op: Op, payload: Payload, riders: Riders) -> None:
@@ -198,6 +200,13 @@ class Links:
     def under_way(self) -> list[str]:
         """The messages that are posted or sent and not done, for people."""
         return [line for box in (*self._inboxes.values(), *self._outboxes.values()) for line in box.under_way()]
+
+    def awaited(self, op: Op) -> tuple[int, ...]:
+        """The rank that this stage may stand and wait for in an op; none where the op has no message."""
+        above = (OpKind.EXPECT_ACTIVATION, OpKind.RECV_ACTIVATION, OpKind.SEND_GRADIENT)
+        below = (OpKind.EXPECT_GRADIENT, OpKind.RECV_GRADIENT, OpKind.SEND_ACTIVATION)
+        end = self._above if op.kind in above else self._below if op.kind in below else None
+        return () if end is None else (end.peer,)
 
     def _shapes_of(self, op: Op, *, last: bool = False) -> int | None:
         """The number of the shapes of a micro-batch; 0 where none was announced, None where they vary.

@@ -15,13 +15,14 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from paci_schedule.errors import LinkError
 from paci_schedule.runtime.waiting import no_answer
 
 __all__ = ["Lookout"]
@@ -41,13 +42,13 @@ class _Wait:
 
 
 class Lookout:
-    """Reports once, in the log and in a file, which message a stage has waited for longer than `timeout`.
+    """Reports once which message a stage has waited for longer than `timeout`.
 
     Args:
         stage: this rank's.
         device: where the messages live.
         timeout: how long a message may take.
-        folder: where the file goes, ``lost-stage2-rank5.txt``; None for none.
+        lost: told of the error, by the lookout's thread; None for nobody.
         interval: seconds between two looks.
     """
 
@@ -56,10 +57,10 @@ class Lookout:
         stage: int,
         device: torch.device,
         timeout: timedelta,
-        folder: str | None = None,
+        lost: Callable[[LinkError], None] | None = None,
         interval: float = 1.0,
     ) -> None:
-        self._stage, self._timeout, self._folder = stage, timeout, folder
+        self._stage, self._timeout, self._lost = stage, timeout, lost
         self._waits: deque[_Wait] = deque()
         self._newest: deque[str] = deque(maxlen=_NEWEST)
         self._lock = threading.Lock()
@@ -115,13 +116,8 @@ class Lookout:
         error = no_answer(self._stage, wait.doing, f"stage {wait.peer_stage}", [wait.peer], self._timeout)
         line = f"{error}  The newest ops of this stage that send or receive: {', '.join(self._newest)}"
         logger.error(line)
-        if self._folder is not None:
-            path = Path(self._folder, f"lost-stage{self._stage}-rank{dist.get_rank()}.txt")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            except OSError as error:
-                logger.error("%s cannot be written: %s", path, error)
+        if self._lost is not None:
+            self._lost(LinkError(line, [wait.peer]))
 
 
 def _look(lookout: weakref.ref[Lookout], device: torch.device, interval: float) -> None:

@@ -49,22 +49,33 @@ class Meetings:
         """
         number, self._held = self._held, self._held + 1
         try:
-            self._store.set(f"{number} {self._rank}", json.dumps(word))
-            if self._store.add(f"{number} {_ARRIVED}", 1) == self._ranks:
-                words = self._store.multi_get([f"{number} {rank}" for rank in range(self._ranks)])
-                self._store.set(f"{number} {_WORDS}", f"[{','.join(bytes(word).decode() for word in words)}]")
-            self._store.wait([f"{number} {_WORDS}"], self._timeout)
-            gathered = json.loads(self._store.get(f"{number} {_WORDS}"))
-            if number:  # whoever has come here has read the words of the meeting before
+            words, missing = self._words(number, json.dumps(word))
+            if words and number:  # whoever has come here has read the words of the meeting before
                 for part in (self._rank, *((_ARRIVED, _WORDS) if self._rank == 0 else ())):
                     self._store.delete_key(f"{number - 1} {part}")
-            return gathered
-        except dist.DistStoreError:
-            missing = [rank for rank in range(self._ranks) if not self._store.check([f"{number} {rank}"])]
-            raise self._no_answer(doing, missing or [0]) from None
         except RuntimeError as error:
             said = f"{self._no_answer(doing, [0])}  The job's store, which that rank may keep, says: {error}"
             raise LinkError(said, [0]) from error
+        if missing:
+            raise self._no_answer(doing, missing)
+        return json.loads(words)
+
+    def _words(self, number: int, word: str) -> tuple[str, list[int]]:
+        """What all ranks have said, a JSON list, and none who is missing; or no words, and who is."""
+        self._store.set(f"{number} {self._rank}", word)
+        if self._store.add(f"{number} {_ARRIVED}", 1) == self._ranks:
+            self._store.set(f"{number} {_WORDS}", self._collected(number))
+        try:
+            self._store.wait([f"{number} {_WORDS}"], self._timeout)
+        except dist.DistStoreError:
+            missing = [rank for rank in range(self._ranks) if not self._store.check([f"{number} {rank}"])]
+            # With nobody missing, whoever came last was cut off before it collected the words.
+            return ("", missing) if missing else (self._collected(number), [])
+        return self._store.get(f"{number} {_WORDS}").decode(), []
+
+    def _collected(self, number: int) -> str:
+        words = self._store.multi_get([f"{number} {rank}" for rank in range(self._ranks)])
+        return f"[{','.join(bytes(word).decode() for word in words)}]"
 
     def _no_answer(self, doing: str, missing: list[int]) -> LinkError:
         doing = f"{doing} together with"

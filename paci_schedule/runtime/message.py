@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,8 @@ class Layout:
     @classmethod
     def from_header(cls, header: torch.Tensor) -> Layout:
         """The layout that such a header holds."""
-        return pickle.loads(header.numpy().tobytes())  # pickle ignores the bytes after its end
+        parts, riders, bare = json.loads(header.numpy().tobytes().rstrip(b"\0"))
+        return cls(tuple((tuple(shape), getattr(torch, dtype)) for dtype, *shape in parts), riders, bare)
 
     def header(self) -> torch.Tensor:
         """This layout as uint8[HEADER], on the host.
@@ -55,17 +56,18 @@ class Layout:
         Raises:
             UnsupportedError: it does not fit.
         """
-        pickled = pickle.dumps(self)
-        if len(pickled) > HEADER:
+        parts = [[_name(dtype), *shape] for shape, dtype in self.parts]
+        written = json.dumps([parts, self.riders, self.bare], separators=(",", ":")).encode()
+        if len(written) > HEADER:
             raise UnsupportedError(
-                f"{len(self.parts)} tensors between two stages: their shapes take {len(pickled)} bytes, more than "
+                f"{len(self.parts)} tensors between two stages: their shapes take {len(written)} bytes, more than "
                 f"{HEADER}; pack them into fewer tensors"
             )
-        padded = bytearray(pickled.ljust(HEADER, b"\0"))
+        padded = bytearray(written.ljust(HEADER, b"\0"))
         return torch.frombuffer(padded, dtype=torch.uint8)
 
     def __str__(self) -> str:
-        parts = [f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in self.parts]
+        parts = [f"{_name(dtype)}{list(shape)}" for shape, dtype in self.parts]
         payload, riders = parts[: len(parts) - self.riders], parts[len(parts) - self.riders :]
         shown = payload[0] if self.bare else f"a tuple ({', '.join(payload)})"
         return f"{shown} with losses and norms in {', '.join(riders)}" if riders else shown
@@ -104,6 +106,10 @@ class Layout:
             buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for offset, (shape, dtype) in zip(self._offsets(), self.parts, strict=True)
         ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(payload: Payload, riders: Riders) -> tuple[torch.Tensor, ...]:

@@ -21,9 +21,12 @@ from paci_schedule.core.schedules.base import Call, Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, LinkError
 from paci_schedule.predict import Prediction
+from paci_schedule.runtime.bulletin import Bulletin
 from paci_schedule.runtime.deferred.state import DeferredState
+from paci_schedule.runtime.finite import FiniteGuard
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.message import Payload, Riders
+from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.stopwatch import DATA, Stopwatch
 
 __all__ = ["SplitCompute", "StageCompute", "StageRunner"]
@@ -91,7 +94,10 @@ class StageRunner:
         ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
         early_receives: post the receives of gradients before F (`core.lower`).
         prediction: of this stage's weights, for stale forwards; None for none.
+        finite: looks at what the stage computes, and is asked where the pipe is empty; None where nobody looks.
         schedule: what to run.
+        bulletin: what hears of every update; None for nothing.
+        ranges: names the ops for profilers.
 
     Attributes:
         admitted: micro-batches taken in since the pipe was last empty.
@@ -116,8 +122,11 @@ class StageRunner:
         ties: Sequence[Sequence[int]] = (),
         early_receives: bool = False,
         prediction: Prediction | None = None,
+        finite: FiniteGuard | None = None,
         *,
         schedule: Schedule,
+        ranges: Ranges,
+        bulletin: Bulletin | None = None,
     ) -> None:
         self.spec = spec
         self.stage = stage
@@ -131,6 +140,8 @@ class StageRunner:
         self._deferred, self._norms = deferred, None if deferred is None else deferred.norms
         self._reports = None if deferred is None else deferred.reports
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
+        self._finite = finite
+        self._ranges, self._bulletin = ranges, bulletin
         self._received: dict[int, tuple[Payload, Riders]] = {}
         self._outputs: dict[int, tuple[Payload, Riders]] = {}
         self._gradients: dict[int, tuple[tuple[torch.Tensor, ...], Riders]] = {}
@@ -204,7 +215,7 @@ class StageRunner:
         losses = self.take_losses()
         assert losses is not None, "a leading call finishes a whole batch"
         if not self.admitted:
-            self._links.finish()
+            self._finish()
         return losses
 
     def count_flushed(self, schedule: Schedule) -> None:
@@ -222,7 +233,7 @@ class StageRunner:
         """
         self._stopwatch.start()
         self._call(self.schedule.drain(self.spec, self.admitted))
-        self._links.finish()
+        self._finish()
         if self._deferred is not None:
             self._deferred.exchange()
 
@@ -284,12 +295,20 @@ class StageRunner:
         self._exchange_weights()
         for op in self._lowering.program(call):
             self.at = op
-            self._execute[op.kind](op)
+            self._ranges(self._execute[op.kind], op)
             self._stopwatch.lap(op)
         self._exchange_weights()  # not after an error: it may have to wait for replicas
         self.interrupted = False
         is_empty = call.finished == call.taken
         self.admitted, self.finished = (0, 0) if is_empty else (call.taken, call.finished)
+
+    def _finish(self) -> None:
+        """The pipe is empty."""
+        self._links.finish()
+        if self._finite is not None:
+            self._finite.settle()
+        if self._bulletin is not None:
+            self._bulletin.tell()
 
     def _exchange_weights(self) -> None:
         """Real weights for whoever has control between two calls, and the predictions left in place for the next."""
@@ -346,8 +365,10 @@ class StageRunner:
         if self._prediction is not None:
             self._prediction.before_step()
         self._compute.step(op.index, losses)
-        self.window_drift = 0
         self.meter.record(op)
+        if self._bulletin is not None:
+            self._bulletin.note(self.meter.version, self.backwards, self.window_drift, self.seconds(), losses)
+        self.window_drift = 0
 
     def _recv_activation(self, op: Op) -> None:
         self._received[op.index] = self._links.recv_activation(op)

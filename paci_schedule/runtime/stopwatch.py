@@ -67,6 +67,10 @@ class Stopwatch:
         self._fold()
         yield from self._spans or ()
 
+    def newest(self, count: int) -> list[tuple[Op | str, float, float]]:
+        """So many of the newest `spans`, as far as they are booked; a thread may ask that is not the stage's."""
+        return [*(self._spans or deque()).copy()][-count:]
+
     def _lap(self, what: Op | str | None, idle: bool = False) -> None:
         if self._last is None:
             self._book(what, time.perf_counter())

@@ -13,6 +13,7 @@ costs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,7 +39,8 @@ def simulate(schedule: Schedule, spec: PipelineSpec, costs: Costs, batches: int 
     """
     check_size(schedule, spec, batches)
     programs = [list(schedule.calls(spec, stage, batches)) for stage in range(spec.stages)]
-    return execute(schedule, programs, costs)
+    stashes = any(schedule.weight_versions(spec, stage) > 1 for stage in range(spec.stages))
+    return replace(execute(schedule, programs, costs), stashes=stashes)
 
 
 def check_size(schedule: Schedule, spec: PipelineSpec, batches: int, why: str = "") -> None:

@@ -29,11 +29,13 @@ class Timeline:
         rows: the spans of each stage.
         calls: for each stage, how many of its spans were done at the end of each call of the training loop.
         shown_from: pictures leave out the spans that start before this time.
+        stashes: a backward runs with the version of its forward, of which the stage has kept a copy.
     """
 
     rows: Sequence[Sequence[Span]]
     calls: Sequence[Sequence[int]] = ()
     shown_from: float = -inf
+    stashes: bool = False
 
     @property
     def start(self) -> float:

@@ -24,12 +24,15 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
+from paci_schedule.core.files import parse_json, read_text
 from paci_schedule.core.ops import Op, OpKind
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, ScheduleError
 from paci_schedule.simulate.timeline import Span
 
 __all__ = ["Recording", "read", "write"]
+
+_LARGEST = 1 << 26  # bytes of a file: more than half a million ops, where a rank keeps its newest
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,12 @@ def read(path: Path) -> Recording:
         ConfigError: the file cannot be read or is not a trace; the error names the line.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, _LARGEST).splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"trace={str(path)!r}: cannot be read ({error}); name the file that a rank wrote") from None
     number = 1
     try:
-        header = json.loads(lines[0])
+        header = parse_json(lines[0])
         shift = float(header["clock"]["wall"]) - float(header["clock"]["mono"])
         if not -inf < shift < inf:
             raise ValueError(f"the clocks are {shift} apart")
@@ -80,7 +83,7 @@ def read(path: Path) -> Recording:
         spans: list[Span] = []
         data: list[tuple[float, float]] = []
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007
-            entry = json.loads(line)
+            entry = parse_json(line)
             start, end = float(entry["start"]), float(entry["end"])
             if not -inf < start <= end < inf:
                 raise ValueError(f"from {start} to {end} is not a span of time")

@@ -1,16 +1,18 @@
 """Where a rank stood when it ended with an error: the file that it writes, and what the files of all ranks tell.
 
-A rank writes ``position-rank3.json``.  A rank that hangs or was killed writes none, and that is what tells it apart:
-the others name it.
+A rank writes ``position-rank3.json``, also where another one's error ends the job.  A rank that was killed writes none,
+and that is what tells it apart: the others name it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from paci_schedule.core.files import read_json
 from paci_schedule.errors import ConfigError
 
 __all__ = ["Position", "missing", "read_all", "write_position"]
@@ -25,12 +27,12 @@ class Position:
     Attributes:
         rank, stage, replica: which one; `ranks` and `stages` of how many.
         at: when, in seconds since 1970.
-        op: the op that it ran, as it prints; "" for none.
+        op: the op that it ran, as it prints; "" between two calls.
         version: updates applied.
         forwards, backwards: micro-batches done.
         in_flight: micro-batches between their forward and backward.
-        waits_for: the ranks that it waited for; none where something else went wrong.
-        error: the first line of what it says.
+        waits_for: the ranks that it waited for; none where something else went wrong, or it was at work.
+        error: the first line of what it says; "" where another rank's error ended the job.
         posted: messages that were not done.
         newest: the newest ops as (op, start, end), in seconds before `at`.
         stack: the Python stack.
@@ -58,7 +60,9 @@ def write_position(folder: str, position: Position) -> Path:
     """Write the file of one rank; an older one of the rank is replaced."""
     path = Path(folder, f"position-rank{position.rank}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(position), indent=1))
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(asdict(position), indent=1))
+    os.replace(new, path)
     return path
 
 
@@ -85,9 +89,7 @@ def missing(positions: Iterable[Position]) -> list[int]:
 
 def _read(path: Path) -> Position:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"has more than {_LARGEST} bytes")
-        found = json.loads(path.read_text())
+        found = read_json(path, _LARGEST)
         wrong = [field.name for field in fields(Position) if not _fits(found[field.name], str(field.type))]
         if wrong or not 0 <= found["rank"] < found["ranks"] <= 1 << 20:
             raise ValueError(f"wrong values of {wrong or 'rank'}")

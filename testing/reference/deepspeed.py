@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ class Reference:
         self.data: list[Iterator[Any]] = [
             jobs.data(job.model, job.of_replica(replica).first_micro_batch, job.shapes) for replica in range(replicas)
         ]
-        self._schedule = "paci"
+        self._schedule, self._samples = "paci", 3  # in a micro-batch, at the start
+        self._saved: tuple[list[TorchStage], Pipeline, list[float]] | None = None
         self._newest = [math.nan] * job.stages
 
     def run(self) -> list[Moment]:
@@ -112,9 +114,13 @@ class Reference:
             batches = [[next(data) for data in self.data] for _ in range(pipeline.accumulation)]
             finished = pipeline.train(batches, flush=self._flushes())
             losses = self._newest = self._known(finished, _mean(finished[-1]))
-        elif name == "drain":
+        elif name in ("drain", "drained"):
             self._newest = self._known(pipeline.drain(), math.nan)
-        elif name != "reset":  # whatever else a training loop does comes to an empty pipe
+        elif name == "rate":
+            self._set_rate(float(value))
+        elif name == "reset" or action in (f"accumulate={pipeline.accumulation}", f"samples={self._samples}"):
+            pass
+        else:  # whatever else a training loop does comes to an empty pipe
             pipeline.empty()
             if name == "eval":
                 losses = [self._evaluate()] * len(self.stages)
@@ -122,7 +128,13 @@ class Reference:
                 pipeline.accumulation = int(value)
             elif name == "schedule":
                 self._schedule = value
-            elif name != "save":
+            elif name == "save":
+                self._saved = copy.deepcopy((self.stages, pipeline, self._newest))
+            elif name == "load":
+                pipeline = self._load()
+            elif name == "samples":
+                self._samples = int(value)
+            else:
                 raise ValueError(f"{action!r} is no action")
         return Moment(
             action,
@@ -151,6 +163,21 @@ class Reference:
     def window_losses(self) -> list[list[float]]:
         """The mean loss of the micro-batches of each update, by stage."""
         return [[math.fsum(window) / len(window) for window in run.windows] for run in self.pipeline.runs]
+
+    def _load(self) -> Pipeline:
+        """Go on with what was saved; what is counted since the start goes on, and the settings stay."""
+        assert self._saved is not None, "a script saves before it loads"
+        before = self.pipeline
+        self.stages, self.pipeline, self._newest = copy.deepcopy(self._saved)
+        self.pipeline.accumulation = before.accumulation
+        for run, old in zip(self.pipeline.runs, before.runs, strict=True):
+            run.drift, run.peak = old.drift, old.peak
+        return self.pipeline
+
+    def _set_rate(self, rate: float) -> None:
+        for stage in self.stages:
+            for group in stage.updater.optimizer.param_groups if stage.updater.optimizer else ():
+                group["lr"] = rate
 
     def _flushes(self) -> bool:
         """Whether the next batch is flushed: it is decided where the pipe is empty."""

@@ -81,7 +81,7 @@ class DrainingEngine(StageLocalEngine):
 
     def _accounted(self) -> AbstractContextManager[None]:
         """An error that ends what runs inside leaves this rank's position, where runs are recorded."""
-        return self._assembly.accounted(self.grid.get_data_parallel_id())
+        return self._assembly.accounted()
 
     def _empty(self) -> None:
         """Finish the outstanding backwards; their losses belong to those that the next call returns."""

@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -23,17 +22,16 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from paci_schedule import __version__
 from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.deepspeed.compute import EngineCompute
 from paci_schedule.adapters.deepspeed.device import take_device
 from paci_schedule.adapters.deepspeed.diagnostics import switch_off_diagnostics
 from paci_schedule.adapters.deepspeed.draining import DrainingEngine
 from paci_schedule.adapters.deepspeed.experts import make_expert_groups
-from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule
+from paci_schedule.adapters.deepspeed.options import PaciOptions, read_schedule, settings
 from paci_schedule.adapters.deepspeed.prediction import build_prediction, copied_bytes, note_update
 from paci_schedule.adapters.deepspeed.refusals import check_supported, refused
-from paci_schedule.adapters.deepspeed.report import HostCopy, Reporter, Update
+from paci_schedule.adapters.deepspeed.report import Reporter, Update
 from paci_schedule.adapters.deepspeed.split import why_not_split
 from paci_schedule.adapters.deepspeed.stage_local import LEAST_SQUARE, StageMpu
 from paci_schedule.adapters.deepspeed.ties import Ties
@@ -46,6 +44,7 @@ from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, DataEndedError
 from paci_schedule.runtime.assembly import Assembly
 from paci_schedule.runtime.deferred.norms import NormGroup
+from paci_schedule.runtime.host_copy import HostCopy
 from paci_schedule.runtime.meeting import Meetings, require_alike
 from paci_schedule.runtime.stopwatch import DATA
 from paci_schedule.runtime.waiting import shorten_timeout, together, waiting
@@ -86,8 +85,8 @@ class PaciPipelineEngine(DrainingEngine):
         ):
             shorten_timeout(group, timeout)
         self._meetings = Meetings(stage, timeout)
-        settings = _settings(config_class, options, self._schedule, module)
-        require_alike(self._meetings.gather("began to construct its engine", settings))
+        alike = settings(config_class, options, self._schedule, module)
+        require_alike(self._meetings.gather("began to construct its engine", alike))
         with together(stage, "constructed its engine", timeout):
             check_supported(self._schedule, config_class, options, module, type(self))
             make_expert_groups(config_class, module)
@@ -107,6 +106,7 @@ class PaciPipelineEngine(DrainingEngine):
                 timeout=timeout,
                 early_receives=options.early_receives,
                 record=options.record,
+                replica=grid.get_data_parallel_id(),
             )
             self._norm_group = None
             if self._assembly.norms is not None:
@@ -116,7 +116,7 @@ class PaciPipelineEngine(DrainingEngine):
             super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
             self._check_schedule(self._schedule, spec)
             self._reporter = (
-                Reporter(self.monitor, self.steps_per_print(), writes=self.global_rank == 0)
+                Reporter(self.monitor, self.stage_figures, self.steps_per_print(), writes=self.global_rank == 0)
                 if self.is_first_stage()
                 else None
             )
@@ -131,6 +131,7 @@ class PaciPipelineEngine(DrainingEngine):
                 self._ties.gradients,
                 [self._ties.gradients[name].stages for name in self._ties.across],
                 self._prediction,
+                watched=module if options.on_nonfinite == "raise" else None,
             )
             self._deferred = self._assembly.deferred
             self._runner = self._assembly.runner
@@ -241,6 +242,18 @@ class PaciPipelineEngine(DrainingEngine):
         """
         return {**self._runner.stats(), "version": self.global_steps}
 
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """What every stage has told of its newest updates, about once a second; nobody waits for it.
+
+        Returns:
+            for each stage version, drift, waiting_share (0 to 1), samples_per_second (of all replicas) and loss, as of
+            an update not long ago; None for a stage that has told nothing yet.
+        """
+        before = self.global_steps - self._runner.meter.version
+        samples = self.train_micro_batch_size_per_gpu() * self.dp_world_size
+        newest = self._assembly.bulletin.read()
+        return [each and each.told(before, samples_per_second=samples) for each in newest]
+
     def take_update(self, losses: torch.Tensor) -> None:
         """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
         self.report()  # the update before: monitors want steps that never go back
@@ -250,7 +263,7 @@ class PaciPipelineEngine(DrainingEngine):
             with self._waiting_for_replicas("updated"):
                 self._exec_reduce_grads()
                 self._exec_optimizer_step()
-        self._deferred.close_update()
+        self._assembly.close_update()
         if self._prediction is not None:
             note_update(self, self._prediction)
         if self._reporter is not None and self._reporter.wants(self.global_steps):
@@ -318,7 +331,7 @@ class PaciPipelineEngine(DrainingEngine):
             self._ending.keep(self)
         self.report()
         if self._stage_mpu.get_model_parallel_rank() == 0:
-            self._assembly.write_recording(self.grid.get_data_parallel_id())
+            self._assembly.write_recording()
 
     def _check_schedule(self, name: str, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for the job's spec, and UnsupportedError, on every rank,
@@ -377,17 +390,3 @@ class PaciPipelineEngine(DrainingEngine):
         if self._norm_group is not None and self._runner.flushing:
             peers, ranks = f"the other stages and {peers}", {*ranks, *self.grid.pp_group}
         return waiting(self.stage_id, f"{doing} ({self._runner.at}) together with", peers, ranks, self._timeout)
-
-
-def _settings(config: DeepSpeedConfig, options: PaciOptions, schedule: str, module: PipelineModule) -> dict[str, Any]:
-    """What has to be the same on all ranks, by name as a user writes it; folders may differ."""
-    of_paci = {f'"paci": {{"{name}"}}': value for name, value in asdict(options).items() if name != "record"}
-    return {
-        "the version of paci_schedule": __version__,
-        '"pipeline_schedule"': schedule,
-        "the number of stages": module.num_stages,
-        '"gradient_accumulation_steps"': config.gradient_accumulation_steps,
-        '"gradient_clipping"': config.gradient_clipping,
-        **{f'"{name}"': config._param_dict.get(name) for name in ("bf16", "fp16", "zero_optimization")},
-        **of_paci,
-    }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
+from paci_schedule import __version__
 from paci_schedule.adapters.choice import check_choice
 from paci_schedule.adapters.options import LaggingOptions, read
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.errors import ConfigError
 
-__all__ = ["PaciOptions", "read_schedule"]
+if TYPE_CHECKING:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+__all__ = ["PaciOptions", "read_schedule", "settings"]
 
 _OF_DRIFT = frozenset({"clip", "flush_warmup_steps", "prediction", "prediction_reach", "extra_in_flight"})
 
@@ -50,3 +55,17 @@ def read_schedule(config: Mapping[str, Any]) -> str:
                     'schedule without a flush after every batch; leave it out, or take "pipeline_schedule": "paci"'
                 )
     return name
+
+
+def settings(config: DeepSpeedConfig, options: PaciOptions, name: str, module: PipelineModule) -> dict[str, Any]:
+    """What has to be the same on all ranks, by name as a user writes it; folders may differ."""
+    of_paci = {f'"paci": {{"{option}"}}': value for option, value in asdict(options).items() if option != "record"}
+    return {
+        "the version of paci_schedule": __version__,
+        '"pipeline_schedule"': name,
+        "the number of stages": module.num_stages,
+        '"gradient_accumulation_steps"': config.gradient_accumulation_steps,
+        '"gradient_clipping"': config.gradient_clipping,
+        **{f'"{key}"': config._param_dict.get(key) for key in ("bf16", "fp16", "zero_optimization")},
+        **of_paci,
+    }

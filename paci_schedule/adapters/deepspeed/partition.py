@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
 from paci_schedule.adapters.deepspeed.device import current_device, take_device
+from paci_schedule.core.files import read_json
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, PaciError
 from paci_schedule.measure.profile import Runnable, profile_layers
@@ -31,6 +32,7 @@ __all__ = ["CutPipelineModule", "balanced_cut", "layer_costs"]
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 1 << 20  # bytes of a partition
 _FoundT = TypeVar("_FoundT")
 
 
@@ -217,7 +219,7 @@ def _read(path: Path, layers: int, stages: int) -> Partition | None:
     if not path.exists():
         return None
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, _LARGEST)
         cut = Partition(**{field.name: tuple(known[field.name]) for field in fields(Partition)})
         check_bounds(cut.bounds, layers, stages)
     except (OSError, ValueError, KeyError, TypeError) as error:

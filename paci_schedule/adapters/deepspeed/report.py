@@ -8,39 +8,14 @@ The numbers are written at the next update, when the device has long copied them
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from deepspeed.monitor.monitor import MonitorMaster
 
-__all__ = ["HostCopy", "Reporter", "Update"]
+from paci_schedule.runtime.host_copy import HostCopy
 
-
-class HostCopy:
-    """A small tensor on its way to the host.
-
-    Args:
-        tensor: on any device; may change after construction.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        if tensor.device.type == "cuda":
-            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._host = tensor.clone()
-
-    def has_arrived(self) -> bool:
-        return self._arrived is None or self._arrived.query()
-
-    def numbers(self) -> list[float]:
-        """The values; waits for the copy if it is still under way."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host.tolist()
+__all__ = ["Reporter", "Update"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +46,20 @@ class Reporter:
 
     Args:
         monitor: DeepSpeed's monitor.
+        figures: gives the newest figures of all stages, by name; None for a stage that has told none.
         steps_per_print: updates between two printed lines; None for no lines.
         writes: whether this rank is the one that writes; its replicas only take part in averaging.
     """
 
-    def __init__(self, monitor: MonitorMaster, steps_per_print: int | None, writes: bool) -> None:
-        self._monitor = monitor
+    def __init__(
+        self,
+        monitor: MonitorMaster,
+        figures: Callable[[], Sequence[Mapping[str, float] | None]],
+        steps_per_print: int | None,
+        writes: bool,
+    ) -> None:
+        self._monitor, self._figures = monitor, figures
+        self._shown: dict[int, Mapping[str, float]] = {}
         self._steps_per_print = steps_per_print
         self._writes = writes
         self._pending: Update | None = None
@@ -114,8 +97,16 @@ class Reporter:
             self._monitor.write_events(
                 [(f"Train/Samples/{name}", value, update.samples) for name, value in events.items()]
             )
+            self._monitor.write_events([(*event, update.samples) for event in self._of_stages()])
         if self._steps_per_print is not None and update.step % self._steps_per_print == 0:
             self._print(update, loss, waiting)
+
+    def _of_stages(self) -> Iterator[tuple[str, float]]:
+        """The events of every stage that has told figures since it was asked last."""
+        for stage, figures in enumerate(self._figures()):
+            if figures is not None and figures != self._shown.get(stage):
+                self._shown[stage] = figures
+                yield from ((f"Train/Stage{stage}/{name}", value) for name, value in figures.items() if name != "loss")
 
     def _print(self, update: Update, loss: float, waiting: float) -> None:
         step, samples, at = self._printed

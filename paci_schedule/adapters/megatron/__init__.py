@@ -10,7 +10,15 @@ from paci_schedule.adapters.megatron.hooks import probe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_state_dict", "look_at_arguments", "pipeline_stats", "probe", "register", "state_dict"]
+__all__ = [
+    "load_state_dict",
+    "look_at_arguments",
+    "pipeline_stats",
+    "probe",
+    "register",
+    "stage_figures",
+    "state_dict",
+]
 
 
 def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -66,6 +74,22 @@ def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, 
     from paci_schedule.adapters.megatron.dispatch import stream_of
 
     return stream_of(model).stats()
+
+
+def stage_figures(model: torch.nn.Module | list[torch.nn.Module]) -> list[dict[str, float] | None]:
+    """What every stage of `model` has told of its newest updates, about once a second; nobody waits for it.
+
+    Returns:
+        for each stage version, drift, waiting_share (0 to 1), loss, and tokens_per_second of all replicas
+        (micro_batches_per_second of one replica outside Megatron-LM), as of an update not long ago; None for a stage
+        that has told nothing yet.
+
+    Raises:
+        ConfigError: the model has not been trained under PACI.
+    """
+    from paci_schedule.adapters.megatron.dispatch import stream_of
+
+    return stream_of(model).stage_figures()
 
 
 def state_dict(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Dispatcher:
         name, stream = read_schedule(get_model_config(first), self.default), _stream(first)
         untouched = functools.partial(stock, model=model, forward_only=forward_only, **call)
         if forward_only:
-            return untouched()
+            return untouched() if stream is None else stream.evaluate(untouched)
         if name == "1f1b":
             return untouched() if stream is None else stream.flush_batch(untouched, call["num_microbatches"])
         group = getattr(call.get("pg_collection"), "pp", None) or groups.pipeline()

@@ -24,6 +24,8 @@ _HOOKS = {
     f"{_SCHEDULES}:backward_step": ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
     f"{_SCHEDULES}:deallocate_output_tensor": ("out", "deallocate_pipeline_outputs"),
     "megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads": (),
+    "megatron.core.pipeline_parallel.p2p_communication:_batched_p2p_ops": ("prev_pipeline_rank", "next_pipeline_rank"),
+    "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops": ("prev_pipeline_rank", "next_pipeline_rank"),
     "megatron.core.utils:get_model_config": (),
     "megatron.core.utils:make_viewless_tensor": ("inp", "requires_grad", "keep_graph"),
     "megatron.core.optimizer.optimizer:MegatronOptimizer.get_grad_stats_parallel_group": (),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.runtime.deferred.reports import CarriedReports, ReportGroup
 
-__all__ = ["REBOUND", "current_args", "iteration", "make_local", "reports"]
+__all__ = ["REBOUND", "current_args", "iteration", "make_local", "reports", "write_figures"]
 
 REBOUND = (
     "reduce_max_stat_across_model_parallel_group",
@@ -53,6 +53,31 @@ def reports(args: Namespace, device: torch.device) -> CarriedReports | None:
     layers = (args.num_layers or 0) + (getattr(args, "mtp_num_layers", None) or 0)
     size = bool(args.log_params_norm) + (_METRICS * layers if args.num_experts else 0)
     return CarriedReports(size, device) if size else None
+
+
+def write_figures(figures: Callable[[], Sequence[Mapping[str, float] | None]]) -> None:
+    """Write what is known of all stages to TensorBoard and W&B, on the rank where the job has such a writer.
+
+    Args:
+        figures: gives the newest figures of every stage; asked only on that rank.
+    """
+    args = current_args()
+    if args is None or args.curr_iteration % args.tensorboard_log_interval:
+        return
+    variables = loaded("megatron.training.global_vars")
+    board, wandb = variables.get_tensorboard_writer(), variables.get_wandb_writer()
+    if not (board or wandb):
+        return
+    told = {
+        f"stage-{stage}/{name.replace('_', '-')}": value
+        for stage, newest in enumerate(figures())
+        for name, value in (newest or {}).items()
+        if name != "loss"
+    }
+    for name, value in told.items() if board else ():
+        board.add_scalar(name, value, args.curr_iteration)
+    if wandb and told:
+        wandb.log(told, args.curr_iteration)
 
 
 def make_local(args: Namespace, config: Any, carried: CarriedReports | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -18,6 +18,7 @@ from paci_schedule.adapters.megatron import groups, job
 from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.ends import JobEnds, PlannedEnds
+from paci_schedule.adapters.megatron.evaluating import timed_messages
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
@@ -75,7 +76,7 @@ class ModelStream:
                 f"config.paci = {{'record': {options.record!r}}}: a recording is written where the pipe is empty, and "
                 "no end is known; say 'train_iters' or 'drain_interval' too"
             )
-        device = next(self._model.parameters()).device
+        self._device, self._timeout = device, timeout = next(self._model.parameters()).device, timeout
         shares = getattr(call.get("pg_collection"), "embd", None) or groups.embedding()
         self._ties = ties = Ties(self._model, shares, spec, timeout)
         self._assembly = Assembly(
@@ -88,6 +89,7 @@ class ModelStream:
             timeout=timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=groups.replicas().rank(),
             varying_shapes=self._config.variable_seq_lengths,
         )
         prediction = build_prediction(self._model, self._config, options)
@@ -104,6 +106,8 @@ class ModelStream:
             ties.stages,
             prediction,
             self._reports,
+            _loss,
+            watched=self._model if options.on_nonfinite == "raise" else None,
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
@@ -144,6 +148,7 @@ class ModelStream:
         """
         runner, config = self._runner, self._config
         self.settle()
+        job.write_figures(self.stage_figures)
         data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         if data is not self._data:
             self._require_empty("another data_iterator than in the call before")
@@ -152,7 +157,7 @@ class ModelStream:
         self._data = data
         self._sums.flush(False)
         self._compute.begin(forward_step_func, data, num_microbatches)
-        with self._assembly.accounted(groups.replicas().rank()):
+        with self._assembly.accounted():
             self._loss = runner.lead_batch(self._last())
         reduced = self._compute.end()
         if config.finalize_model_grads_func is not None:
@@ -162,7 +167,7 @@ class ModelStream:
                 )
         self._end_call()
         if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._assembly.write_recording(groups.replicas().rank())
+            self._assembly.write_recording()
         # The update that comes now writes to weights that parked micro-batches go on backward through: that is PACI,
         # not a mistake.
         parameters = tuple(self._model.parameters())
@@ -192,12 +197,21 @@ class ModelStream:
         self._end_call()
         return reduced
 
+    def evaluate(self, stock: Callable[[], list[Any]]) -> list[Any]:
+        """A call of Megatron-core's own schedule that trains nothing; what is parked stays as it is.
+
+        Raises:
+            LinkError: a neighbouring stage did not answer in time.
+        """
+        with self._assembly.accounted(), timed_messages(self._runner.stage, self._device, self._timeout):
+            return stock()
+
     def settle(self) -> bool:
         """The update after the last call is done.  Returns whether nothing is parked."""
         self._between_calls.close()
         empty = not self._runner.admitted
         if self._is_updating:
-            self._deferred.close_update()
+            self._assembly.close_update()
             if empty:
                 self._deferred.exchange()
         self._is_updating = False
@@ -217,10 +231,15 @@ class ModelStream:
     def stats(self) -> dict[str, Any]:
         """See `paci_schedule.adapters.megatron.pipeline_stats`."""
         stats = self._runner.stats()
-        if self._loss is None:
-            return {**stats, "loss": float("nan")}
-        loss, *tokens = self._loss.tolist()
-        return {**stats, "loss": loss / max(tokens[0], 1) if tokens else loss}
+        return {**stats, "loss": float("nan") if self._loss is None else _loss(self._loss.tolist())}
+
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """See `paci_schedule.adapters.megatron.stage_figures`."""
+        args, rates = job.current_args(), {"micro_batches_per_second": 1}
+        if args is not None:
+            rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
+        before = self._resumed_at + self._calls - self._runner.meter.version
+        return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
 
     def _respec(self, num_microbatches: int) -> None:
         runner = self._runner
@@ -265,6 +284,12 @@ class ModelStream:
             done = self._calls
         end = self._ends.next_end(done, runner.spec)
         return None if end is None else runner.finished + (end - done) * runner.spec.accumulation
+
+
+def _loss(losses: Sequence[float]) -> float:
+    """The mean loss, of what a micro-batch tells: that, or the sum of its tokens' losses and their number."""
+    loss, *tokens = losses
+    return loss / max(tokens[0], 1) if tokens else loss
 
 
 def _settings(options: PaciOptions, name: str, stages: int, accumulation: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ lead, and with them data from beyond the batch that the call was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -27,8 +27,9 @@ from paci_schedule.adapters.torch.compute import Batch, ModuleCompute
 from paci_schedule.adapters.torch.hooks import check_installed
 from paci_schedule.adapters.torch.options import PaciOptions
 from paci_schedule.adapters.torch.refusals import HEADING, job_reasons, optimizer_reasons
+from paci_schedule.adapters.torch.state import as_tensors, from_tensors
 from paci_schedule.adapters.torch.ties import Ties
-from paci_schedule.adapters.torch.update import StageUpdate
+from paci_schedule.adapters.torch.update import StageUpdate, listed
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.core.staleness import interval_of
@@ -135,8 +136,8 @@ class SchedulePaci(PipelineScheduleSingle):
         if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not 0 <= max_norm < float("inf"):
             raise ConfigError(f"max_norm={max_norm!r}: must be a number of at least 0; 0 means no clipping")
         stage, options, ties = self._stage, self._options, self._ties
-        listed = _listed(optimizers)
-        refuse_together(optimizer_reasons(listed, options), HEADING)
+        given = listed(optimizers)
+        refuse_together(optimizer_reasons(given, options), HEADING)
         assembly = Assembly(
             self._spec,
             stage.stage_index,
@@ -147,16 +148,17 @@ class SchedulePaci(PipelineScheduleSingle):
             timeout=self._timeout,
             early_receives=options.early_receives,
             record=options.record,
+            replica=next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks),
         )
         interval, prediction = interval_of(options.prediction), None
         if interval is not None:
-            weights = SteppedWeights(listed, list(ties.weights.values()), drop_overflow if ties.weights else None)
+            weights = SteppedWeights(given, list(ties.weights.values()), drop_overflow if ties.weights else None)
             prediction = Prediction(weights, interval, options.prediction_reach)
         self._update = StageUpdate(
             stage,
             self._group,
-            listed,
-            _listed(lr_schedulers),
+            given,
+            listed(lr_schedulers),
             max_norm,
             assembly.norms,
             ties,
@@ -168,7 +170,13 @@ class SchedulePaci(PipelineScheduleSingle):
             stage, self._loss_fn, self._spec.accumulation, self.scale_grads, self._apply, ties.post_sum
         )
         assembly.connect(
-            self._compute, schedule(self._schedule), self._pipelines, ties.gradients, ties.stages, prediction
+            self._compute,
+            schedule(self._schedule),
+            self._pipelines,
+            ties.gradients,
+            ties.stages,
+            prediction,
+            watched=stage.submod if options.on_nonfinite == "raise" else None,
         )
         self._assembly, self._runner, self.device = assembly, assembly.runner, torch.device(stage.device)
         self._ending = Ending(self, dist.get_rank() == 0, self._timeout, "schedule.drain()")
@@ -232,7 +240,8 @@ class SchedulePaci(PipelineScheduleSingle):
         )
         outputs = self._compute.batch.outputs
         try:
-            runner.admit_batch()
+            with assembly.accounted():
+                runner.admit_batch()
         finally:
             self._keep()
         self._tell(runner, losses)
@@ -272,6 +281,13 @@ class SchedulePaci(PipelineScheduleSingle):
         """The norm that this stage's newest update was clipped by, float32[]; None where nothing is clipped."""
         return None if self._assembly is None else self._update.norm
 
+    def stage_figures(self) -> list[dict[str, float] | None]:
+        """For each stage version, drift, waiting_share (0 to 1), micro_batches_per_second and loss, as of an update not
+        long ago, and None for a stage that has told nothing yet; nobody waits for it."""
+        before = self._updates() - self._runner.meter.version
+        newest = self._connected().bulletin.read()
+        return [each and each.told(before, micro_batches_per_second=1) for each in newest]
+
     def stats(self) -> dict[str, Any]:
         """What this stage has done, counted as it happened.
 
@@ -295,19 +311,8 @@ class SchedulePaci(PipelineScheduleSingle):
                 "SchedulePaci.state_dict() with micro-batches in flight: each stage stands at another version; call "
                 "schedule.drain() on every rank before anything is saved"
             )
-        state = assembly.deferred.state()
-        tied: dict[str, Any] = {}
-        for name, gradient in self._ties.gradients.items():
-            sums, nothing = state["tied"][name], torch.zeros_like(self._ties.weights[name])
-            padded = [*sums, *[nothing] * (gradient.delay - len(sums))]
-            tied[name] = {"pending": torch.tensor(len(sums)), "sums": torch.stack(padded).detach()}
-        stage = {
-            "updates": torch.tensor(self._updates()),
-            "norms": torch.tensor(state["norms"]).reshape(-1, self._spec.stages),
-            "factor": torch.tensor(float("nan") if state["factor"] is None else state["factor"]),
-            "tied": tied,
-        }
-        return {f"stage_{self._stage.stage_index}": stage}
+        state = as_tensors(assembly.deferred.state(), self._ties, self._spec.stages)
+        return {f"stage_{self._stage.stage_index}": {"updates": torch.tensor(self._updates()), **state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on as the stage that gave `state_dict`, before the first `step`.
@@ -324,17 +329,7 @@ class SchedulePaci(PipelineScheduleSingle):
         if self._assembly.runner.admitted:
             raise ConfigError("load_state_dict() with micro-batches in flight, which would be lost: drain() first")
         stage = state_dict[name]
-        factor = stage["factor"].item()
-        self._assembly.deferred.load_state(
-            {
-                "norms": stage["norms"].tolist(),
-                "factor": None if factor != factor else factor,
-                "tied": {
-                    name: list(tied["sums"].clone().unbind())[: int(tied["pending"])]
-                    for name, tied in stage["tied"].items()
-                },
-            }
-        )
+        self._assembly.deferred.load_state(from_tensors(stage))
         self._updates_before = int(stage["updates"]) - self._assembly.runner.meter.version
 
     def report(self, waits: bool) -> None:
@@ -374,16 +369,12 @@ class SchedulePaci(PipelineScheduleSingle):
             self.loss = mean.reshape(())
 
     def _empty(self, assembly: Assembly) -> None:
-        assembly.runner.drain()
+        with assembly.accounted():
+            assembly.runner.drain()
         self._keep()
-        assembly.write_recording(next(at for at, ranks in enumerate(self._pipelines) if dist.get_rank() in ranks))
+        assembly.write_recording()
 
     def _apply(self, update: int) -> None:
         assembly = self._connected()
         self._update.apply(assembly.runner.at, assembly.runner.flushing)
-        assembly.deferred.close_update()
-
-
-def _listed(given: Any) -> Sequence[Any]:
-    """One or several, as a list; a container of optimizers, as torchtitan has it, is iterated."""
-    return list(given) if hasattr(given, "__iter__") else [given]
+        assembly.close_update()

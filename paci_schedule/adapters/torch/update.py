@@ -17,7 +17,7 @@ from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.tied import drop_overflow
 from paci_schedule.runtime.waiting import begun, waiting
 
-__all__ = ["StageUpdate"]
+__all__ = ["StageUpdate", "listed"]
 
 
 class StageUpdate:
@@ -106,3 +106,8 @@ class StageUpdate:
             return torch.zeros((), device=self._stage.device)
         total = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
         return total.full_tensor() if isinstance(total, DTensor) else total
+
+
+def listed(given: Any) -> Sequence[Any]:
+    """One or several, as a list; a container of optimizers, as torchtitan has it, is iterated."""
+    return list(given) if hasattr(given, "__iter__") else [given]

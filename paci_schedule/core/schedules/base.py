@@ -91,6 +91,7 @@ class Schedule:
             `PipelineSpec`: the closed forms of `core.drift` hold, and there are wavefronts (`simulate.wavefront`).
         options: the options that it takes: "chunks", "leading", "extra_in_flight", "prediction".
         cannot_run: why no engine can run it; empty where engines can.
+        planned: whether the planner searches it unasked; else it is there to be drawn and simulated.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Schedule:
     in_rounds: bool = False
     options: frozenset[str] = frozenset()
     cannot_run: str = ""
+    planned: bool = True
 
     def check(self, spec: PipelineSpec) -> None:
         """Raises ConfigError where the schedule does not exist for `spec`."""

@@ -7,8 +7,10 @@ from functools import partial
 from types import MappingProxyType
 
 from paci_schedule.core.schedules.base import Schedule
+from paci_schedule.core.schedules.dual_pipe_v import DualPipeV
 from paci_schedule.core.schedules.gpipe import GPipe
 from paci_schedule.core.schedules.interleaved import Interleaved
+from paci_schedule.core.schedules.interleaved_zero_bubble import InterleavedZeroBubble
 from paci_schedule.core.schedules.one_f_one_b import OneFOneB
 from paci_schedule.core.schedules.paci import Paci
 from paci_schedule.core.schedules.pipedream import PipeDream
@@ -27,6 +29,8 @@ SCHEDULES: MappingProxyType[str, Callable[..., Schedule]] = MappingProxyType(
         "zb-h1": partial(ZeroBubble, 1),
         "zb-h2": partial(ZeroBubble, 2),
         "zb-v": ZeroBubbleV,
+        "interleaved-zb": InterleavedZeroBubble,
+        "dualpipev": DualPipeV,
         "pipedream": PipeDream,
         "pipedream-2bw": PipeDream2BW,
         "paci": Paci,

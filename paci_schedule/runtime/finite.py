@@ -1,0 +1,70 @@
+"""Is what a stage computes finite?  The device says so late, and is not waited for while micro-batches follow.
+
+What a stage hands on is looked at, the losses, and the weights after each update: a gradient that is not finite makes
+weights that are not.  The host hears of it where it has the answer anyhow; where the pipe is empty it waits for all of
+them, so nothing that is not finite gets into a checkpoint without a word.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from paci_schedule.errors import NonfiniteError
+from paci_schedule.runtime.host_copy import HostCopy
+
+__all__ = ["FiniteGuard"]
+
+
+class FiniteGuard:
+    """Raises NonfiniteError, which names stage and micro-batch, soon after something is not finite.
+
+    Args:
+        stage: this rank's.
+    """
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._looked: deque[tuple[str, HostCopy]] = deque()
+
+    def look(self, what: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Look at tensors; on a CPU the answer is there at once.
+
+        Args:
+            what: "the activation of micro-batch 3".
+            tensors: of any shapes; those that are not floating-point are left out.
+        """
+        largest = [
+            torch.linalg.vector_norm(tensor.detach(), float("inf"), dtype=torch.float32)
+            for tensor in map(_local, tensors)
+            if tensor.is_floating_point() and tensor.numel()
+        ]
+        if largest:
+            self._looked.append((what, HostCopy(torch.stack(largest).amax().reshape(1))))
+        self._hear(waits=False)
+
+    def settle(self) -> None:
+        """Wait for every answer."""
+        self._hear(waits=True)
+
+    def _hear(self, waits: bool) -> None:
+        while self._looked and (waits or self._looked[0][1].has_arrived()):
+            what, copy = self._looked.popleft()
+            (largest,) = copy.numbers()
+            if largest - largest != 0.0:
+                self._looked.clear()
+                raise NonfiniteError(
+                    f"stage {self._stage} (rank {dist.get_rank()}): {what} is not finite: its largest element is "
+                    f"{largest}.  If several stages say so, an activation comes from the lowest one, a gradient from "
+                    "the highest.  Start again from the last checkpoint, which is finite, and leave out the data of "
+                    'this micro-batch or lower the learning rate; with "on_nonfinite": "ignore" the job trains on'
+                )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor that several ranks share."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
