@@ -29,16 +29,24 @@ def started(script, *arguments, path=()):
     return run(*TORCHRUN, script, *(word for argument in arguments for word in str(argument).split()), path=path)
 
 
-def run(*command, path=(), folder=None):
-    """Run Python, with more folders from which it imports; returns what it wrote."""
+def run(*command, path=(), folder=None, ranks=2, ends=(0,)):
+    """Run Python, with more folders from which it imports; returns what it wrote.
+
+    Args:
+        command: the arguments.
+        path: the folders.
+        folder: where it runs.
+        ranks: how many devices the CPU pretends to be.
+        ends: the exit codes that are no error.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, command)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT), *FURTHER]),
             "DS_ACCELERATOR": "cpu",
-            "LOCAL_SIZE": "2",  # which DeepSpeed reads for the number of devices on a CPU
-            "LOCAL_WORLD_SIZE": "2",  # for as many devices the CPU plays CUDA
+            "LOCAL_SIZE": str(ranks),  # which DeepSpeed reads for the number of devices on a CPU
+            "LOCAL_WORLD_SIZE": str(ranks),  # for as many devices the CPU plays CUDA
             "OMP_NUM_THREADS": "1",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         },
@@ -49,7 +57,7 @@ def run(*command, path=(), folder=None):
         timeout=1800,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode in ends, done.stdout[-6000:]
     return done.stdout
 
 
