@@ -15,7 +15,7 @@ from paci_schedule.plan.models import write_layers
 
 __all__ = ["profile"]
 
-_NEEDED = "layers", "micro_batch", "sequence_length"
+_NEEDED = "micro_batch", "sequence_length"
 
 
 @click.command()
@@ -32,24 +32,25 @@ _NEEDED = "layers", "micro_batch", "sequence_length"
     "--repeats", type=click.IntRange(1), default=5, metavar="N", help="How often each layer is timed (default 5)."
 )
 def profile(source: str, output: Path, bf16: bool, repeats: int) -> None:
-    """Measure what each layer of a DeepSpeed pipeline costs on this machine's device.
+    """Measure what each layer of a DeepSpeed pipeline or a Megatron model costs on this machine's device.
 
-    FUNCTION takes no arguments and returns a dictionary with "layers" (as a PipelineModule takes them), "micro_batch"
-    (inputs and labels, as the data iterator yields them), "sequence_length", and if there is one "loss_fn".  The file
-    that is written is what `paci plan --layers` reads.
+    FUNCTION takes no arguments and returns a dictionary with "micro_batch" (inputs and labels, as the data iterator
+    yields them), "sequence_length", and either "layers" (as a PipelineModule takes them), with "loss_fn" if there is
+    one, or "model" (a whole GPTModel of megatron-core on its device).  The file that is written is what `paci plan
+    --layers` reads.
     """
     given = _call(_function(source), source)
     import torch
 
-    from paci_schedule.adapters.deepspeed import layer_costs
+    measuring: dict[str, Any] = {"dtype": torch.bfloat16 if bf16 else None, "repeats": repeats}
+    if "model" in given:
+        from paci_schedule.adapters.megatron.profiling import layer_costs as costs_of_model
 
-    costs = layer_costs(
-        given["layers"],
-        given["micro_batch"],
-        loss_fn=given.get("loss_fn"),
-        dtype=torch.bfloat16 if bf16 else None,
-        repeats=repeats,
-    )
+        costs = costs_of_model(given["model"], given["micro_batch"], **measuring)
+    else:
+        from paci_schedule.adapters.deepspeed import layer_costs
+
+        costs = layer_costs(given["layers"], given["micro_batch"], loss_fn=given.get("loss_fn"), **measuring)
     inputs = given["micro_batch"][0]
     first = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
     write_layers(output, costs, given["sequence_length"], len(first))
@@ -84,7 +85,9 @@ def _call(function: Callable[[], Any], source: str) -> dict[str, Any]:
         given = function()
     except Exception as error:
         raise ConfigError(f"source={source!r}: {type(error).__name__}: {error}; correct the function") from error
-    missing = [key for key in _NEEDED if not isinstance(given, dict) or key not in given]
-    if missing:
-        raise ConfigError(f"source={source!r}: the function must return a dictionary with {', '.join(_NEEDED)}")
+    if not isinstance(given, dict) or not given.keys() >= set(_NEEDED) or ("layers" in given) == ("model" in given):
+        raise ConfigError(
+            f"source={source!r}: the function must return a dictionary with {', '.join(_NEEDED)}, and either layers or "
+            "model"
+        )
     return given
