@@ -65,7 +65,8 @@ def torch_job(seed: int, stages: int, length: int) -> Job:
             "schedule": lambda: f"={draw.choice(job['schedules'])}",
             "rate": lambda: f"={draw.choice([0.01, 0.02, 0.03])}",
         },
-        others=("drain", "eval", "save", "load"),
+        # PyTorch's own evaluation takes no tuples as targets.
+        others=("drain", "save", "load", *(["eval"] if job["model"] != "pairs" else [])),
     )
     return Job(
         stages=stages,

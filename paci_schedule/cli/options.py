@@ -29,6 +29,8 @@ __all__ = [
     "width_option",
 ]
 
+_MOST = 100_000  # stages, micro-batches, batches
+
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -290,6 +292,8 @@ def shape_of(
     varied |= {"leading": cut == "leading"} if cut is not None else {}
     for value, option in ((stages, "stages"), (micro_batches, "micro_batches")):
         at_least_one(option, value)
+    if max(extra_in_flight if isinstance(extra_in_flight, tuple) else (extra_in_flight,), default=0) > _MOST:
+        raise ConfigError(f"extra_in_flight={extra_in_flight}: must be at most {_MOST}")
     chosen = schedule(name, **varied)
     spec = PipelineSpec(stages=stages, accumulation=micro_batches, extra_in_flight=extra_in_flight)
     chosen.check(spec)
@@ -297,6 +301,6 @@ def shape_of(
 
 
 def at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ConfigError(f"{name}={value}: must be a whole number of at least 1")
+    if not 1 <= value <= _MOST:
+        raise ConfigError(f"{name}={value}: must be a whole number of at least 1, and at most {_MOST}")
     return value

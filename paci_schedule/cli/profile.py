@@ -65,8 +65,8 @@ def _function(source: str) -> Callable[[], Any]:
     if not name or not path.is_file():
         raise ConfigError(f"source={source!r}: must be FILE.py:FUNCTION, and the file must exist")
     spec = importlib.util.spec_from_file_location("paci_profiled", path)
-    assert spec is not None, "a file that exists has a loader"
-    assert spec.loader is not None, "likewise"
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"source={source!r}: is no file of Python; name one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:

@@ -14,6 +14,8 @@ from paci_schedule.plan.models import Model
 
 __all__ = ["DATA_PARALLEL", "Job", "Row"]
 
+_MOST = 10_000_000  # devices, samples of a batch
+
 DATA_PARALLEL = "data parallel"
 """What a row of one stage is called, where every schedule is the same."""
 
@@ -67,8 +69,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("devices", "global_batch"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be more than 0")
+            if not 0 < getattr(self, name) <= _MOST:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be more than 0 and at most {_MOST}")
         if self.max_drift < 0:
             raise ConfigError(f"max_drift={self.max_drift}: must be at least 0")
         if self.zero not in (0, 1):

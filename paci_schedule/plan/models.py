@@ -120,8 +120,12 @@ def load_config(name: str) -> dict[str, Any] | None:
         sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50257, "n_positions": 1024}
         return {**sizes, "tie_word_embeddings": False}
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    return _read_json("model", path) if path.exists() else None
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        there = path.exists()
+    except OSError:  # a name that is too long for a file
+        return None
+    return _read_json("model", path) if there else None
 
 
 def from_layers(path: Path) -> Measured:
