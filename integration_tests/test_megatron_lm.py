@@ -278,8 +278,8 @@ def test_megatron_cores_own_example_trains_with_two_stages(checkout, tmp_path):
     [
         ("--paci-clip=none", "argument --paci-clip"),
         ("--paci-prediction=evry", "argument --paci-prediction: 'evry'"),
-        ("--paci-timeout=-3", "argument --paci-timeout: invalid seconds"),
-        ("--paci-timeout=inf", "argument --paci-timeout: invalid seconds"),
+        ("--paci-timeout=-3", "argument --paci-timeout: '-3': must be a finite number"),
+        ("--paci-timeout=inf", "argument --paci-timeout: 'inf': must be a finite number"),
         ("--paci-flush-warmup-steps=-1", "argument --paci-flush-warmup-steps: '-1': must be a whole number"),
         ("--paci-flush-warmup-steps=1.5", "argument --paci-flush-warmup-steps: '1.5': must be a whole number"),
     ],
