@@ -29,7 +29,7 @@ def started(script, *arguments, path=()):
     return run(*TORCHRUN, script, *(word for argument in arguments for word in str(argument).split()), path=path)
 
 
-def run(*command, path=(), folder=None, ranks=2, ends=(0,)):
+def run(*command, path=(), folder=None, ranks=2, ends=(0,), seconds=1800):
     """Run Python, with more folders from which it imports; returns what it wrote.
 
     Args:
@@ -38,6 +38,7 @@ def run(*command, path=(), folder=None, ranks=2, ends=(0,)):
         folder: where it runs.
         ranks: how many devices the CPU pretends to be.
         ends: the exit codes that are no error.
+        seconds: that it may take.
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, command)],
@@ -54,7 +55,7 @@ def run(*command, path=(), folder=None, ranks=2, ends=(0,)):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1800,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode in ends, done.stdout[-6000:]

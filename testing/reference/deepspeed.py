@@ -129,7 +129,8 @@ class Reference:
             elif name == "schedule":
                 self._schedule = value
             elif name == "save":
-                self._saved = copy.deepcopy((self.stages, pipeline, self._newest))
+                if "load" in self.job.actions():  # not every model can be copied
+                    self._saved = copy.deepcopy((self.stages, pipeline, self._newest))
             elif name == "load":
                 pipeline = self._load()
             elif name == "samples":
