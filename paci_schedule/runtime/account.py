@@ -42,18 +42,9 @@ class Account:
         folder: to write in.
         replica: the number of this rank's data-parallel replica.
         runner, links, stopwatch: of the stage.
-        interval: seconds between two looks at what the other ranks say.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        replica: int,
-        runner: StageRunner,
-        links: Links,
-        stopwatch: Stopwatch,
-        interval: float = _INTERVAL,
-    ) -> None:
+    def __init__(self, folder: str, replica: int, runner: StageRunner, links: Links, stopwatch: Stopwatch) -> None:
         self._folder, self._replica = folder, replica
         self._runner, self._links, self._stopwatch = runner, links, stopwatch
         self._main = threading.get_ident()
@@ -65,7 +56,7 @@ class Account:
         stopped = threading.Event()
         weakref.finalize(self, stopped.set)  # also where the process ends, before the store does
         listening = threading.Thread(
-            target=_listen, args=(weakref.ref(self), stopped, interval), name="paci account", daemon=True
+            target=_listen, args=(weakref.ref(self), stopped), name="paci account", daemon=True
         )
         listening.start()
 
@@ -132,9 +123,9 @@ class Account:
             self._store.set(f"{_WRITTEN} {dist.get_rank()}", "")
 
 
-def _listen(account: weakref.ref[Account], stopped: threading.Event, interval: float) -> None:
+def _listen(account: weakref.ref[Account], stopped: threading.Event) -> None:
     """The life of an account's thread: as long as the account's, or the store's."""
-    while not stopped.wait(interval):
+    while not stopped.wait(_INTERVAL):
         one = account()
         try:
             if one is None or not one._listen():
