@@ -248,13 +248,16 @@ class PaciPipelineEngine(DrainingEngine):
         """What every stage has told of its newest updates, about once a second; nobody waits for it.
 
         Returns:
-            for each stage version, drift, waiting_share (0 to 1), samples_per_second (of all replicas) and loss, as of
-            an update not long ago; None for a stage that has told nothing yet.
+            for each stage version, drift, waiting_share (0 to 1), samples_per_second, tokens_per_second and loss, as of
+            an update not long ago; None for a stage that has told nothing yet.  The rates are those of all replicas,
+            as if these were like the first; tokens are counted where the inputs are integers [samples, length].
         """
         before = self.global_steps - self._runner.meter.version
-        samples = self.train_micro_batch_size_per_gpu() * self.dp_world_size
-        newest = self._assembly.bulletin.read()
-        return [each and each.told(before, samples_per_second=samples) for each in newest]
+        first, *_ = newest = self._assembly.bulletin.read()
+        each_has = {"samples_per_second": self.train_micro_batch_size_per_gpu() * self.dp_world_size}
+        if first is not None and first.tokens:
+            each_has["tokens_per_second"] = first.tokens * self.dp_world_size
+        return [each and each.told(before, **each_has) for each in newest]
 
     def take_update(self, losses: torch.Tensor) -> None:
         """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
@@ -323,6 +326,8 @@ class PaciPipelineEngine(DrainingEngine):
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"
             )
+        if self.is_first_stage():
+            self._assembly.bulletin.count_tokens([each[0] for each in pulled if isinstance(each, tuple | list)])
 
     def _empty(self) -> None:
         if self._runner.admitted:
