@@ -256,6 +256,31 @@ def test_a_rank_that_hangs_in_an_evaluation_ends_the_others_within_the_timeout()
     assert float(first.output.rsplit("waited ", 1)[1].split()[0]) < 20
 
 
+def be_lost_in_a_load(job, folder, how):
+    """Rank 1 is lost while it reads its layers; how long the other one waits."""
+    engine = deepspeed_job.build(job)
+    engine.train_batch(jobs.data(job.model))
+    engine.save_checkpoint(folder)
+    if engine.global_rank == 1:
+        engine.module.load_state_dir = lambda *_, **__: os._exit(9) if how == "dies" else time.sleep(600)
+    started = time.monotonic()
+    try:
+        engine.load_checkpoint(folder)
+    finally:
+        print(f"waited {time.monotonic() - started:.1f}")
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_is_lost_in_a_load_ends_the_others_within_the_timeout(how, tmp_path):
+    job = Job(stages=2, accumulation=2, script=(), config={"paci": {"timeout": 3}})
+    grace = 1 if how == "hangs" else 30
+    first, second = ranks.gather_outcomes(be_lost_in_a_load, 2, (job, str(tmp_path), how), timeout=90, grace=grace)
+    assert second.ended == {"dies": "died", "hangs": "killed"}[how], second
+    assert first.raised[:1] == ("LinkError",), first
+    assert "stage 0 (rank 0) loaded a checkpoint together with the other ranks of the job (rank 1)" in first.error
+    assert float(first.output.rsplit("waited ", 1)[1].split()[0]) < 20
+
+
 def test_settings_that_differ_are_named_with_their_ranks():
     require_alike([{"a": 1, "b": [1]}] * 3)
     with pytest.raises(ConfigError, match=r"b is \[1\] on ranks 0, 2; \[2\] on rank 1.*one config"):
