@@ -25,7 +25,10 @@ STAGES, ITERATIONS = 2, 5
 COMMON = "--lr 0 --min-lr 0 --clip-grad 0 --eval-iters 0 --eval-interval 100 --untie-embeddings-and-output-weights"
 _BY_SAMPLES = "--train-samples 28 --lr-decay-samples 28"
 _SHARDED = "--bf16 --use-distributed-optimizer --global-batch-size 4"
-_EXPERTS = "--num-experts 4 --moe-router-dtype fp64 --disable-bias-linear --moe-router-load-balancing-type aux_loss"
+_EXPERTS = (
+    "--num-experts 4 --moe-router-dtype fp64 --disable-bias-linear --moe-router-load-balancing-type aux_loss "
+    "--global-batch-size 4"
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,12 @@ CASES = {
     "per-token loss": Case("--calculate-per-token-loss"),
     "norms and timers": Case("--log-params-norm --log-throughput --timing-log-level 2"),
     "re-runs": Case("--rerun-mode validate_results"),
-    "experts": Case(f"{_EXPERTS} --moe-token-dispatcher-type allgather --expert-model-parallel-size 2", 2),
-    "experts, all-to-all": Case(f"{_EXPERTS} --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2", 2),
+    "experts": Case(
+        f"{_EXPERTS} --moe-token-dispatcher-type allgather --expert-model-parallel-size 2 --global-batch-size 4", 2
+    ),
+    "experts, all-to-all": Case(
+        f"{_EXPERTS} --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 --global-batch-size 4", 2
+    ),
     "experts, grouped": Case(f"{_EXPERTS} --moe-token-dispatcher-type allgather --moe-grouped-gemm"),
     "latent attention": Case(
         "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 --kv-lora-rank 8 "
