@@ -107,8 +107,8 @@ OPTIMIZER = (
     _flag(
         "optimizer_cpu_offload",
         "--optimizer-cpu-offload",
-        "not tried: its copies between device and host run on streams of their own, which only a GPU has; leave it off, "
-        "or keep the states small with --use-precision-aware-optimizer",
+        "not tried: its copies between device and host run on streams of their own, which only a GPU has; leave it "
+        "off, or keep the states small with --use-precision-aware-optimizer",
     ),
 )
 
