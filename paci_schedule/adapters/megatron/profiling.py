@@ -55,8 +55,8 @@ def _check(model: Any) -> None:
     if model.config.mtp_num_layers:
         raise UnsupportedError(
             "layers that predict further tokens (mtp_num_layers) take the embedding besides the layer before, and a "
-            "layer in the file has one input: measure the model without them, and leave the last stage room for as many "
-            "blocks and heads"
+            "layer in the file has one input: measure the model without them, and leave the last stage room for as "
+            "many blocks and heads"
         )
     if model.position_embedding_type not in _POSITIONS:
         raise UnsupportedError(
