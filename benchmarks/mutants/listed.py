@@ -29,7 +29,7 @@ DEEPSPEED = _of(f"{_ON_DEEPSPEED}equivalence", "test_the_engine_trains_as_the_re
 CLIPPED = _of(f"{_ON_DEEPSPEED}clip", "test_the_engine_clips_as_the_reference", "P=3 a=2")
 OVERFLOW = _of(f"{_ON_DEEPSPEED}clip", "test_an_overflow_elsewhere_counts_as_nothing_and_skips_one_update_of_one_stage")
 TIED_DEEPSPEED = _of(f"{_ON_DEEPSPEED}tied", "test_the_engine_ties_as_the_reference", "P=2 a=3", "P=3 a=2")
-TIED_CLIPPED = _of(f"{_ON_DEEPSPEED}tied", "test_the_engine_ties_as_the_reference", "clipping")
+TIED_CLIPPED = _of(f"{_ON_DEEPSPEED}tied", "test_the_engine_ties_as_the_reference", "P=4 a=2, clipping")
 SWITCHED_TIES = _of(f"{_ON_DEEPSPEED}tied", "test_the_engine_ties_as_the_reference", "a flush on the way")
 TIED_OVERFLOW = _of(f"{_ON_DEEPSPEED}tied", "test_gradients_that_overflow_are_dropped_element_by_element")
 PREDICTED = _of(

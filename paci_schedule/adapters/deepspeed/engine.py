@@ -132,6 +132,8 @@ class PaciPipelineEngine(DrainingEngine):
                 [self._ties.gradients[name].stages for name in self._ties.across],
                 self._prediction,
                 watched=module if options.on_nonfinite == "raise" else None,
+                spike=options.spike,
+                replicas=grid.get_data_parallel_group(),
             )
             self._deferred = self._assembly.deferred
             self._runner = self._assembly.runner
@@ -347,13 +349,10 @@ class PaciPipelineEngine(DrainingEngine):
             refuse_together(why_not_split(self), refused(name))
 
     def _choose_schedule(self) -> None:
-        """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""
-        if self._runner.admitted:
-            return
-        chosen = schedule("1f1b" if self.global_steps < self._options.flush_warmup_steps else self._schedule)
-        self._assembly.choose_schedule(chosen)
+        warms_up = self.global_steps < self._options.flush_warmup_steps
+        self._assembly.begin_batch(schedule(self._schedule), schedule("1f1b"), warms_up, self._empty)
         if self._norm_group is not None:
-            self._norm_group.flushing = chosen.flushes
+            self._norm_group.flushing = self._runner.flushing
 
     def _first_losses(self, losses: torch.Tensor | None) -> torch.Tensor | None:
         """The losses of the engine's first batch: the last stage's, where this stage has finished no micro-batch."""
