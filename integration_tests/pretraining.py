@@ -6,83 +6,22 @@ MEGATRON_LM_CHECKOUT names the checkout; several, separated by ':', are tried on
 import os
 import pickle
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from testing.ranks import on_gpus
+from testing.megatron_lm import ROOT, logged, pretrained
+
+__all__ = ["CHECKOUTS", "ROOT", "logged", "pretrain", "validated", "weights"]
 
 CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM_CHECKOUT", "").split(os.pathsep) if path]
-ROOT = Path(__file__).resolve().parents[1]
-FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-MODEL = shlex.split("""
-    --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-gradient-accumulation-fusion
-    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused
-    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 32
-    --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 3 --lr-decay-style constant
-    --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 127
-    --make-vocab-size-divisible-by 1 --log-interval 1 --no-create-attention-mask-in-dataloader --num-workers 0
-""")
-MADE_UP = ["--mock-data", "--split", "90,5,5"]
 
 
-def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, script=None, replicas=1, real_data=False):
-    """Run the script; returns what it wrote.  `arguments` may hold spaces between flags and values."""
-    flags = [word for argument in arguments for word in argument.split()]
-    model = MODEL
-    if "--step-batch-size-schedule" in flags:  # which takes no other batch size beside it
-        at = model.index("--global-batch-size")
-        model = model[:at] + model[at + 2 :]
-    module = ["paci_schedule.launch"]
-    if not on_gpus(stages * replicas):
-        module = ["testing.megatron_cpu", *module]
-        flags += ["--distributed-backend", "gloo"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
-    }
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(stages * replicas),
-            "-m",
-            *module,
-            str(script or f"{checkout}/pretrain_gpt.py"),
-            *(["--pipeline-schedule", schedule] if schedule else []),
-            "--pipeline-model-parallel-size",
-            str(stages),
-            *model,
-            *([] if real_data else MADE_UP),
-            *flags,
-        ],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def pretrain(*job, expect=0, **more):
+    """Run the script (see `testing.megatron_lm.pretrained`); returns what it wrote."""
+    run = pretrained(*job, **more)
     assert (run.returncode == 0) == (expect == 0), run.stdout[-6000:]
     return run.stdout
-
-
-def logged(output):
-    """iteration -> (consumed samples, learning rate, loss, grad norm), as the log says."""
-    names = ("consumed samples", "learning rate", "lm loss", "grad norm")
-    pattern = r"iteration +(\d+)/ .*" + ".*".join(rf"{name}: +(\S+)" for name in names)
-    return {int(found[0]): found[1:] for found in re.findall(pattern, output)}
 
 
 def validated(output):

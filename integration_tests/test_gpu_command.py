@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.lifted import without
 from benchmarks.gpu.place import Place, Unavailable
+from benchmarks.gpu.refused import CASES
+from paci_schedule.adapters.megatron.settings import MODEL
+from paci_schedule.adapters.refusal import reasons
 
 ROOT = Path(__file__).parents[1]
 STEPS = (
@@ -24,6 +29,7 @@ STEPS = (
     "memory",
     "stopwatch",
     "host_memory",
+    "refused",
     "convergence",
 )
 
@@ -69,11 +75,21 @@ def test_a_python_without_what_is_needed_is_told_in_one_line():
 def test_every_step_runs_on_the_cpu_as_far_as_it_can(step):
     run = import_module(f"benchmarks.gpu.{step}").run
     place = Place(torch.device("cpu"), 250)
-    if step == "spinning":
-        with pytest.raises(Unavailable, match="needs a GPU: kernels that spin"):
+    needs = {"spinning": "kernels that spin", "refused": "Transformer Engine's kernels"}
+    if step in needs:
+        with pytest.raises(Unavailable, match=f"needs a GPU: {needs[step]}"):
             run(place)
     else:
         assert run(place)
+
+
+@pytest.mark.parametrize("setting", [lifted for _, lifted in CASES.values()])
+def test_one_refusal_is_lifted_for_a_gpu_to_tell_whether_it_is_needed(setting):
+    asked = Namespace(**{setting: "on"})
+    assert len(list(reasons(MODEL, asked))) == 1
+    left = without(MODEL, [setting])
+    assert not list(reasons(left, asked))
+    assert len(left) == len(MODEL) - 1
 
 
 def test_the_command_runs_each_step_in_a_process_of_its_own_and_writes_what_it_found(tmp_path):

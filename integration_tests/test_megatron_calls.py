@@ -13,6 +13,7 @@ from integration_tests.megatron_checks import STOCK, assert_equal
 from paci_schedule import PipelineSpec, trace
 from paci_schedule.adapters.frameworks import exists
 from paci_schedule.core.schedules import paci
+from paci_schedule.errors import UnsupportedError
 from testing.megatron_cpu import shim
 from testing.megatron_job import refusals, train_all
 from testing.megatron_model import GptJob
@@ -109,7 +110,8 @@ def test_rank_0_says_in_one_line_what_runs():
 
 
 def register_late(alias):
-    """What a training loop that has imported a schedule by name calls then, what the selector returns, and the log."""
+    """What a training loop that has imported a schedule by name calls then, what the selector returns, and the log; and
+    what is said where something keeps the schedule without a name."""
     shim.install()
     from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 
@@ -122,18 +124,27 @@ def register_late(alias):
     sys.modules[loop.__name__] = loop
     logged = []
     dispatch.logger.warning = lambda text, *values: logged.append(text % values)
+    loop.TABLE = {"1f1b": stock}
+    with pytest.raises(UnsupportedError) as refused:
+        paci_schedule.register("megatron")
+    untouched = schedules.forward_backward_pipelining_without_interleaving is stock
+    del loop.TABLE
     paci_schedule.register("megatron")
     paci_schedule.register("megatron")
     ours = schedules.forward_backward_pipelining_without_interleaving
     chosen = get_forward_backward_func(pp_size=2, vp_size=None)
-    return ours is not stock, getattr(loop, alias) is ours, chosen is ours, logged
+    replaced = ours is not stock, getattr(loop, alias) is ours, chosen is ours
+    return *replaced, untouched, str(refused.value), logged
 
 
 @pytest.mark.parametrize("alias", ["forward_backward_pipelining_without_interleaving", "schedule"])
 def test_a_schedule_imported_before_registration_is_replaced(alias):
     """And the selector, whoever has it, returns the function of that name, as Megatron-core's own tests ask for."""
-    [(*replaced, [said])] = run_ranks(register_late, 1, (alias,))
-    assert replaced == [True] * 3
+    [(*replaced, refused, [said])] = run_ranks(register_late, 1, (alias,))
+    assert replaced == [True] * 4
+    assert refused.startswith(
+        "a_training_loop.TABLE: got a schedule of Megatron-core before paci_schedule was registered"
+    )
     assert f"a_training_loop (as {alias}) imported a schedule of Megatron-core before" in said
 
 

@@ -296,3 +296,22 @@ def test_an_end_that_nobody_planned_is_one_at_which_the_pipe_is_empty(checkout, 
         ours, theirs = (weights(f"{folder}/iter_0000011/mp_rank_00_{rank:03}") for folder in (resumed, whole))
         assert len(ours) > 10
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_precision_aware_optimizer_clips_and_steps_as_the_one_with_masters_of_megatrons(checkout):
+    """With a stand-in for Transformer Engine's FusedAdam, which leaves the arithmetic to PyTorch's."""
+    job = "--lr 1e-2 --train-iters 5 --untie-embeddings-and-output-weights --eval-iters 0 --eval-interval 100 --bf16"
+    job += " --clip-grad 0.3 --use-distributed-optimizer --global-batch-size 4"
+    plain = logged(pretrain(checkout, "paci", 2, job, replicas=2))
+    aware = pretrain(
+        checkout,
+        "paci",
+        2,
+        job,
+        "--use-precision-aware-optimizer",
+        replicas=2,
+        script=ROOT / "testing" / "fused_adam.py",
+    )
+    assert len(plain) == 5
+    assert logged(aware) == plain

@@ -36,8 +36,23 @@ def whole_model(tied):
     }
 
 
+def with_yarn(given):
+    """The model with rotary positions that are scaled as YaRN does, and its micro-batch."""
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    model = given["model"]
+    model.position_embedding_type = "yarn"
+    model.rotary_pos_emb = YarnRotaryEmbedding(
+        kv_channels=model.config.kv_channels,
+        rotary_percent=1.0,
+        use_cpu_initialization=True,
+        original_max_position_embeddings=SEQUENCE,
+    )
+    return model, given["micro_batch"]
+
+
 def profile(folder):
-    """Profile both models by the command; the file's layers, the parameters, and an error."""
+    """Profile both models by the command; the file's layers and the parameters; another one's roles, and errors."""
     from pathlib import Path
 
     import_megatron()
@@ -52,7 +67,12 @@ def profile(folder):
         assert exited.value.code == 0
         model = whole_model(name == "tied")["model"]
         found.append((json.loads(output.read_text()), sum(each.numel() for each in model.parameters())))
+    found.append([layer.role for layer in layer_costs(*with_yarn(whole_model(False)), repeats=1)])
     given = whole_model(True)
+    given["model"].config.mtp_num_layers = 1
+    with pytest.raises(UnsupportedError, match="measure the model without them"):
+        layer_costs(given["model"], given["micro_batch"])
+    given["model"].config.mtp_num_layers = None
     given["model"].output_layer = None
     with pytest.raises(UnsupportedError, match="without output_layer cannot be measured"):
         layer_costs(given["model"], given["micro_batch"])
@@ -60,9 +80,10 @@ def profile(folder):
 
 
 def test_the_layers_of_a_model_of_megatron_are_measured_for_its_layout(tmp_path, capsys):
-    [[(untied, parameters), (tied, shared)]] = ranks.run_ranks(profile, 1, (str(tmp_path),))
+    [[(untied, parameters), (tied, shared), yarn]] = ranks.run_ranks(profile, 1, (str(tmp_path),))
+    assert yarn == ["embedding", *["block"] * BLOCKS, "head"]
     for found in (untied, tied):
-        assert [layer["role"] for layer in found["layers"]] == ["embedding", *["block"] * BLOCKS, "head"]
+        assert [layer["role"] for layer in found["layers"]] == yarn
         assert (found["sequence_length"], found["micro_batch_size"]) == (SEQUENCE, 2)
         assert all(layer["forward"] > 0 and layer["backward"] > 0 for layer in found["layers"])
         blocks = found["layers"][1:-1]

@@ -57,6 +57,11 @@ _STEPS = (  # in the order of what they tell: name, what it asks, seconds
     ("memory", "Is the peak memory 1F1B's?", 120),
     ("stopwatch", "Is the engine's account of its time the device's?", 90),
     ("host_memory", "Do ranks that share a GPU through host memory train as the reference?", 90),
+    (
+        "refused",
+        "Does what is refused on Megatron for want of a GPU run: fp8, CUDA graphs, activation offloading?",
+        600,
+    ),
     ("convergence", "What does the delay cost per token, and what does prediction win back?", 900),
 )
 

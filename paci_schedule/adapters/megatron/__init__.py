@@ -24,8 +24,8 @@ __all__ = [
 def register(default: str | None = None, options: Mapping[str, Any] | None = None) -> None:
     """Let Megatron-core's schedules look at the model config's ``pipeline_schedule``.  Idempotent.
 
-    They are what ``get_forward_backward_func`` returns.  Modules that have imported one of them by name get ours under
-    that name, with a warning.
+    They are what ``get_forward_backward_func`` returns.  Modules and classes that have one of them by name get ours
+    under that name, with a warning.
 
     Args:
         default: the schedule of a model whose config names none; "1f1b" unless some call has set it.
@@ -33,7 +33,8 @@ def register(default: str | None = None, options: Mapping[str, Any] | None = Non
 
     Raises:
         ConfigError: `default` is not a schedule, or an option that the rules do not allow.
-        UnsupportedError: this Megatron-core is outside the tested range, or a hook that we rely on is gone.
+        UnsupportedError: this Megatron-core is outside the tested range, a hook that we rely on is gone, or something
+            keeps one of its schedules where no name leads to it.
     """
     from paci_schedule.adapters.megatron.dispatch import install
 

@@ -24,11 +24,11 @@ from paci_schedule.adapters.megatron.hooks import check_installed
 from paci_schedule.adapters.megatron.options import PaciOptions, read_schedule
 from paci_schedule.adapters.megatron.stream import FRAMEWORK, ModelStream
 from paci_schedule.adapters.ranks import is_rank_0
-from paci_schedule.adapters.rebinding import rebind
+from paci_schedule.adapters.rebinding import keepers, rebind
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.errors import ConfigError
+from paci_schedule.errors import ConfigError, UnsupportedError
 
 __all__ = ["Dispatcher", "install", "load_state", "stream_of"]
 
@@ -130,21 +130,28 @@ def _installed() -> Dispatcher | None:
 
 
 def _replace() -> Dispatcher:
-    """Put schedules of ours in the place of Megatron-core's, in every module that has imported one by name too."""
+    """Put schedules of ours in the place of Megatron-core's, in every module and class that has one by name too.
+
+    Raises:
+        UnsupportedError: something else has one.
+    """
     check_installed()
+    stock = [getattr(schedules, name) for name in _SCHEDULES]
+    if kept := [place for each in stock for place in keepers(each)]:
+        raise UnsupportedError(
+            f"{', '.join(kept)}: got a schedule of Megatron-core before paci_schedule was registered, and would go on "
+            "with it; register first, or start the job with python -m paci_schedule.launch"
+        )
     dispatcher = Dispatcher()
-    early: list[str] = []
-    for schedule_name in _SCHEDULES:
-        stock = getattr(schedules, schedule_name)
-        early += [
-            f"{importer} (as {name})"
-            for importer, name in rebind(stock, dispatcher.in_place_of(stock))
-            if importer not in (schedules.__name__, pipeline_parallel.__name__)
-        ]
+    early = [
+        f"{owner} (as {name})"
+        for each in stock
+        for owner, name in rebind(each, dispatcher.in_place_of(each))
+        if owner not in (schedules.__name__, pipeline_parallel.__name__)
+    ]
     if early and is_rank_0():
         logger.warning(
-            "%s imported a schedule of Megatron-core before paci_schedule was registered: these have the new one now; "
-            "what a module keeps elsewhere, in a class or as a default value, goes on with the stock schedule",
+            "%s imported a schedule of Megatron-core before paci_schedule was registered: these have the new one now",
             ", ".join(sorted(early)),
         )
     return dispatcher

@@ -16,7 +16,8 @@ from paci_schedule.plan.layers import Layer
 __all__ = ["layer_costs"]
 
 _PARTS = "embedding", "decoder", "output_layer", "compute_language_model_loss"
-_POSITIONS = "learned_absolute", "rope", "none"
+_ROTARY = "rope", "yarn"
+_POSITIONS = "learned_absolute", "none", *_ROTARY
 
 
 def layer_costs(model: Any, micro_batch: tuple[torch.Tensor, torch.Tensor], **measuring: Any) -> list[Layer]:
@@ -52,7 +53,11 @@ def _check(model: Any) -> None:
             "with pre_process=True and post_process=True, and not wrapped in DDP"
         )
     if model.config.mtp_num_layers:
-        raise UnsupportedError("layers that predict further tokens (mtp_num_layers) cannot be measured: leave them out")
+        raise UnsupportedError(
+            "layers that predict further tokens (mtp_num_layers) take the embedding besides the layer before, and a "
+            "layer in the file has one input: measure the model without them, and leave the last stage room for as "
+            "many blocks and heads"
+        )
     if model.position_embedding_type not in _POSITIONS:
         raise UnsupportedError(
             f"position_embedding_type={model.position_embedding_type!r} cannot be measured: use one of "
@@ -62,8 +67,9 @@ def _check(model: Any) -> None:
 
 def _layers(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Iterator[nn.Module]:
     rotary = None
-    if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
-        rotary = model.rotary_pos_emb(tokens.shape[1])
+    if model.position_embedding_type in _ROTARY and not model.config.multi_latent_attention:
+        found = model.rotary_pos_emb(tokens.shape[1])
+        rotary = found[0] if isinstance(found, tuple) else found  # YaRN's comes with its scale
     yield _Embedding(model, tokens)
     for block in model.decoder.layers:
         yield _Block(block, rotary)

@@ -107,7 +107,8 @@ OPTIMIZER = (
     _flag(
         "optimizer_cpu_offload",
         "--optimizer-cpu-offload",
-        "not tried: Megatron has it with Transformer Engine's FusedAdam on a GPU only; leave it off",
+        "not tried: its copies between device and host run on streams of their own, which only a GPU has; leave it "
+        "off, or keep the states small with --use-precision-aware-optimizer",
     ),
 )
 
@@ -131,7 +132,8 @@ JOB = (
     _flag(
         "inprocess_restart",
         "--inprocess-restart",
-        "not tried: it needs NCCL and nvidia-resiliency-ext; let torchrun start the job again from its checkpoint",
+        "it makes new process groups in a process that keeps PACI's links and the micro-batches in them; let torchrun "
+        "start the job again from its checkpoint (--max-restarts), which costs the start of a process more",
     ),
     _flag("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
     _flag("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),
