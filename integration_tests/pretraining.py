@@ -3,16 +3,23 @@
 MEGATRON_LM_CHECKOUT names the checkout; several, separated by ':', are tried one after the other.
 """
 
+import contextlib
 import os
 import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import uuid
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from testing.ranks import on_gpus
 
@@ -49,33 +56,44 @@ def pretrain(checkout, schedule, stages, *arguments, trace=None, expect=0, scrip
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
     }
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(stages * replicas),
-            "-m",
-            *module,
-            str(script or f"{checkout}/pretrain_gpt.py"),
-            *(["--pipeline-schedule", schedule] if schedule else []),
-            "--pipeline-model-parallel-size",
-            str(stages),
-            *model,
-            *([] if real_data else MADE_UP),
-            *flags,
-        ],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (run.returncode == 0) == (expect == 0), run.stdout[-6000:]
-    return run.stdout
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(stages * replicas),
+        "-m",
+        *module,
+        str(script or f"{checkout}/pretrain_gpt.py"),
+        *(["--pipeline-schedule", schedule] if schedule else []),
+        "--pipeline-model-parallel-size",
+        str(stages),
+        *model,
+        *([] if real_data else MADE_UP),
+        *flags,
+    ]
+    mark = environment["PACI_TEST_RUN"] = uuid.uuid4().hex
+    # Into a file: the writer of a rank that was killed lives on, and would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            ended = subprocess.run(
+                command, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=300, check=False
+            )
+        finally:
+            end_what_is_left(mark)
+        said.seek(0)
+        output = said.read()
+    assert (ended.returncode == 0) == (expect == 0), output[-6000:]
+    return output
+
+
+def end_what_is_left(mark):
+    """End the processes that a run has left behind."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def logged(output):
@@ -103,3 +121,16 @@ def weights(folder):
     pickled = SimpleNamespace(__name__="left", Unpickler=Left, load=None)
     saved = torch.load(f"{folder}/model_optim_rng.pt", weights_only=False, pickle_module=pickled)
     return {name: value for name, value in saved["model"].items() if isinstance(value, torch.Tensor)}
+
+
+def distributed(folder):
+    """name -> tensor, of a checkpoint in Megatron's format "torch_dist"."""
+    reader = FileSystemReader(folder)
+    found = {
+        name: torch.zeros(each.size, dtype=each.properties.dtype)
+        for name, each in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings(action="ignore"):  # that one process loads alone
+        load(found, storage_reader=reader)
+    return found
