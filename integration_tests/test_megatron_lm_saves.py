@@ -66,6 +66,14 @@ def checkout(request):
     return request.param
 
 
+def flags_of(kind, checkout, folder):
+    """The flags of a kind of save into this folder, for this Megatron-LM, of whose two ways to write in the background
+    the other one needs a package."""
+    flags = f"{KINDS[kind][1].replace('FOLDER', str(folder))} --save {folder}"
+    has_strategies = "async_strategy" in Path(checkout, "megatron/training/async_utils.py").read_text(encoding="utf-8")
+    return f"{flags} --async-strategy mcore" if has_strategies and "--async-save" in flags else flags
+
+
 def written(tmp_path, checkout, doom=None, fate="pass", mark="iter_0000004"):
     """A script that is pretrain_gpt.py; the rank `doom[0]` meets its fate at its file operation `doom[1]` of a save."""
     script = tmp_path / f"watched-{doom and '-'.join(map(str, doom))}.py"
@@ -83,9 +91,8 @@ def values(folder):
 @cache
 def whole(checkout, kind, root):
     """The run of a kind that is let be: its log, what it computed, and the file operations of each rank's save."""
-    replicas, flags = KINDS[kind]
-    folder = root / "whole"
-    flags = f"{flags.replace('FOLDER', str(folder))} --save {folder}"
+    replicas, folder = KINDS[kind][0], root / "whole"
+    flags = flags_of(kind, checkout, folder)
     said = pretrain(checkout, "paci", 2, COMMON, flags, script=written(root, checkout), replicas=replicas)
     counted = {int(rank): int(count) for rank, count in re.findall(r"rank (\d+) did (\d+) operations", said)}
     assert sorted(counted) == list(range(2 * replicas))
@@ -108,9 +115,8 @@ def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(checkout, kind, se
     draw = random.Random(seed)
     rank = draw.randrange(len(counted))
     doom = rank, draw.randint(1, counted[rank])
-    replicas, flags = KINDS[kind]
-    folder = tmp_path / "cut"
-    flags = f"{flags.replace('FOLDER', str(folder))} --save {folder}"
+    replicas, folder = KINDS[kind][0], tmp_path / "cut"
+    flags = flags_of(kind, checkout, folder)
     said = pretrain(
         checkout, "paci", 2, COMMON, flags, script=written(tmp_path, checkout, doom, DIES), replicas=replicas, expect=1
     )
@@ -141,8 +147,7 @@ def test_a_torn_checkpoint_is_named_before_anything_is_loaded(checkout, root):
         torn = next(path for path in folder.rglob("iter_0000004/**/*") if path.suffix in (".pt", ".distcp"))
         size = torn.stat().st_size
         os.truncate(torn, 100)
-        flags = KINDS[kind][1].replace("--train-iters 4", "--train-iters 8")
-        said = pretrain(checkout, "paci", 2, COMMON, flags, f"--load {folder}", expect=1)
+        said = pretrain(checkout, "paci", 2, COMMON, KINDS[kind][1], f"--load {folder}", expect=1)
         [final] = [parent for parent in torn.parents if parent.name == "iter_0000004"]
         assert f"{torn.relative_to(final)} has 100 of {size} bytes" in said
         assert "Traceback" not in said.split("has 100 of ")[0].rpartition("\n")[2]
@@ -153,8 +158,8 @@ def test_megatron_removes_its_checkpoints_and_what_is_ours_with_them(checkout, t
     flags = f"--train-iters 4 --save-interval 1 --ckpt-format torch --save-retain-interval 3 --save {tmp_path}/torch"
     pretrain(checkout, "paci", 2, COMMON.replace("--train-iters 4", ""), flags)
     assert {path.name for path in (tmp_path / "torch").glob("iter_*")} == {"iter_0000003", "iter_0000004"}
-    flags = f"{BACKGROUND} {TRANSIENT} global".replace("-save-interval 2", "-save-interval 1")
-    pretrain(checkout, "paci", 2, COMMON, flags, f"--save {tmp_path}/background")
+    flags = flags_of("non-persistent, in the background, of replicas", checkout, tmp_path / "background")
+    pretrain(checkout, "paci", 2, COMMON, flags.replace("-save-interval 2", "-save-interval 1"))
     found = {path.name for path in (tmp_path / "background" / "non_persistent").glob("iter_*")}
     assert found == {"iter_0000003", "iter_0000004"}
     assert not list(tmp_path.rglob("paci_schedule/iter_*"))
@@ -208,8 +213,8 @@ def test_a_writer_that_dies_in_the_background_is_named(checkout, tmp_path):
     """Megatron-LM would wait for it without end."""
     script = tmp_path / "dead.py"
     script.write_text(DEAD.format(checkout=checkout))
-    flags = KINDS["in the background"][1]
-    said = pretrain(checkout, "paci", 2, COMMON, flags, f"--save {tmp_path}/saved", script=script, expect=1)
+    flags = flags_of("in the background", checkout, tmp_path / "saved")
+    said = pretrain(checkout, "paci", 2, COMMON, flags, script=script, expect=1)
     assert re.search(
         r"CheckpointError: the process that writes checkpoints for rank [01] .* ended with exit code -9", said
     )

@@ -113,6 +113,7 @@ class Publishing:
         with self._renamed(final):
             for step in steps:
                 step()
+        self._meetings.gather("wrote a checkpoint")
         # Whoever has written on a node, the node's own copies of the pages go to the disk.
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         _meet(self._meetings, "saved a checkpoint", partial(_sync, new) if is_first else None)
