@@ -1,10 +1,11 @@
 """Random sequences of calls for as long as you like, with faults and without: ``make soak``.
 
-Each turn draws jobs from the next seed, on all three frameworks, and compares every weight with the reference after
-every call, difference 0.  DeepSpeed's are carried out once without a fault, where memory, files, threads and shared
-memory must not grow, and once with two faults, after each of which the next life goes on from the newest checkpoint.  A
-loss is a weight that is not the reference's, a checkpoint older than the newest that all ranks have saved, or a rank
-that does not end.  The first one ends the programme, with the seed.
+Each turn draws a job of one of the three frameworks from the next seed, and compares every weight with the reference
+after every call, difference 0 (on Megatron-core the norm of every update, and the weights at the end).  Of three jobs
+one is carried out without a fault; there memory, files, threads and shared memory must not grow.  Two have two faults
+each, after each of which the next life goes on from the newest checkpoint.  A loss is a weight that is not the
+reference's, a checkpoint older than the newest that all ranks have saved, or a rank that does not end.  The first one
+ends the programme, with the seed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import random
 import re
 import tempfile
@@ -19,21 +21,24 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from testing import deepspeed_job, lives, ranks, resources, sequences, torch_job
+from testing import deepspeed_job, lives, ranks, resources, sequences
 from testing.jobs import Job
-from testing.megatron_job import train_all
+from testing.megatron_job import live as live_on_megatron
+from testing.megatron_model import GptJob
 from testing.reference import megatron
 from testing.reference.deepspeed import Moment, Reference
 
 _TIMEOUT = 10  # seconds that a rank waits for another one
 _WARM_UP = ("train x3", "eval", "save", "train", "drained", "accumulate=2", "train x2", "reset", "train x2", "save")
+_TORCH_WARM_UP = ("train x3", "drain", "save", "train", "drain", "load", "train x2")
+_DEEPSPEED, _TORCH, _MEGATRON = "DeepSpeed", "torch.distributed.pipelining", "Megatron-core"
 _ONE_REFERENCE = threading.Lock()  # it builds models from the one generator of random numbers
 
 
@@ -42,112 +47,162 @@ def _expected(job: Job) -> list[Moment]:
         return Reference(job).run()
 
 
-def _drawn(seed: int, length: int) -> Job:
+def _on_deepspeed(seed: int, length: int) -> Job:
     """A DeepSpeed job; its calls begin with one of every kind that makes something for the first time."""
     job = sequences.deepspeed_job(seed, 2 + seed % 2, length)
     config = {"paci": {**job.options, "timeout": _TIMEOUT}}
     return dataclasses.replace(job, script=(*_WARM_UP, *job.script), config=config)
 
 
-def _compared(moments: Iterable[Path], expected: list[Moment]) -> list[list[int]]:
+def _on_torch(seed: int, length: int) -> Job:
+    """A job of torch.distributed.pipelining, likewise."""
+    job = sequences.torch_job(seed, 2 + seed % 2, length)
+    evaluates, flushes = ("eval" in job.script, "schedule=1f1b" in job.script)
+    warm_up = (*_TORCH_WARM_UP, *["eval"] * evaluates, *("schedule=1f1b", "train x2", "schedule=paci") * flushes)
+    config = {"paci": {**job.options, "timeout": _TIMEOUT}}
+    return dataclasses.replace(job, script=(*warm_up, *job.script), config=config)
+
+
+def _on_megatron(seed: int, length: int) -> GptJob:
+    """A Megatron job; its first calls are of every kind, too."""
+    calls = length // 2
+    job = sequences.gpt_job(seed, 2, calls)
+    return dataclasses.replace(
+        job,
+        # The distributed optimizer saves its state in another way.
+        distributed_optimizer=False,
+        resume_after=None,
+        evaluate_after=tuple(sorted({1, 2, *job.evaluate_after})),
+        paci={**job.paci, "timeout": _TIMEOUT},
+    )
+
+
+def _compared(moments: Iterable[Path], expected: list[Moment], losses: bool) -> list[list[int]]:
     """By stage, the actions after which it was as the reference."""
     numbers: list[list[int]] = []
     for stage, path in enumerate(moments):
         numbers.append([])
         for number, moment in lives.written(path) if path.exists() else ():
-            deepspeed_job.assert_moment(moment, expected[number], stage, number)
+            truth = expected[number]
+            if not losses:  # what a schedule of PyTorch's tells of them is another thing
+                truth.loss[stage] = moment["loss"] = math.nan
+            deepspeed_job.assert_moment(moment, truth, stage, number)
             numbers[-1].append(number)
     return numbers
 
 
-def _without_faults(seed: int, length: int) -> Counter[str]:
-    job = _drawn(seed, length)
+class _Calls:
+    """Jobs of DeepSpeed or of torch.distributed.pipelining, whose stages write down what they come to."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name, self.stages = name, job.stages
+        if job.precision == "bf16-bf16":  # which DeepSpeed's BF16_Optimizer cannot load without ZeRO
+            job = dataclasses.replace(job, precision="bf16")
+        self._job, self._expected = job, _expected(job)
+        self._begin = lives.on_deepspeed if name == _DEEPSPEED else lives.on_torch
+        self._saves = [number for number, action in enumerate(job.actions()) if action == "save"]
+
+    def life(self, fault: lives.Fault | None, folder: str, number: int) -> list[ranks.Outcome]:
+        self._moments = [Path(f"{folder}/moments{number}-{stage}") for stage in range(self.stages)]
+        arguments = (self._job, fault, f"{folder}/saved", f"{folder}/moments{number}", self._begin)
+        return ranks.gather_outcomes(lives.live, self.stages, arguments, timeout=400, grace=2 * _TIMEOUT)
+
+    def compared(self, outcomes: list[ranks.Outcome]) -> tuple[int, int, list[Any]]:
+        """Calls that were as the reference, the action after the newest checkpoint, and what the ranks held."""
+        numbers = _compared(self._moments, self._expected, self.name == _DEEPSPEED)
+        everywhere = set.intersection(*map(set, numbers))
+        if all(each.ended == "returned" for each in outcomes):
+            assert all(part[-1] == len(self._expected) - 1 for part in numbers)
+        newest = max((number + 1 for number in self._saves if number in everywhere), default=0)
+        return sum(map(len, numbers)), newest, [each.value for each in outcomes]
+
+
+class _Updates:
+    """Jobs of Megatron-core, of which the norms of every update and the weights at the end are compared."""
+
+    name, stages = "Megatron-core", 2
+
+    def __init__(self, job: GptJob) -> None:
+        self._job = job
+        [[self._expected]] = ranks.run_ranks(megatron.train_all, 1, ([job],), timeout=400)
+
+    def life(self, fault: lives.Fault | None, folder: str, _: int) -> list[ranks.Outcome]:
+        arguments = (self._job, fault, f"{folder}/saved")
+        return ranks.gather_outcomes(live_on_megatron, self.stages, arguments, timeout=400, grace=2 * _TIMEOUT)
+
+    def compared(self, outcomes: list[ranks.Outcome]) -> tuple[int, int, list[Any]]:
+        calls = 0
+        for each, truth in zip(outcomes, self._expected, strict=True):
+            if each.ended == "returned":
+                first, got, _ = each.value
+                for name, weight in got.weights.items():
+                    assert torch.equal(weight.float(), truth.weights[name].float()), f"{self._job}, {each.rank}, {name}"
+                assert got.norms == truth.norms[first:], (self._job, each.rank)
+                calls += len(got.norms)
+        return calls, 0, [each.value and each.value[2] for each in outcomes]
+
+
+def _job(kind: str, seed: int, length: int) -> _Calls | _Updates:
+    if kind == _MEGATRON:
+        return _Updates(_on_megatron(seed, length))
+    return _Calls(kind, (_on_deepspeed if kind == _DEEPSPEED else _on_torch)(seed, length))
+
+
+def _without_faults(kind: str, seed: int, length: int) -> Counter[str]:
+    job = _job(kind, seed, length)
     with tempfile.TemporaryDirectory() as folder:
-        moments = f"{folder}/moments"
-        held = ranks.run_ranks(lives.live, job.stages, (job, None, f"{folder}/saved", moments), timeout=400)
-        expected = _expected(job)
-        numbers = _compared([Path(f"{moments}-{stage}") for stage in range(job.stages)], expected)
-    assert numbers == [list(range(len(expected)))] * job.stages
+        outcomes = job.life(None, folder, 0)
+        assert all(each.ended == "returned" for each in outcomes), [each.error for each in outcomes]
+        calls, _, held = job.compared(outcomes)
     for rank, readings in enumerate(held):
         resources.assert_flat(readings, f"rank {rank}")
-    return Counter({"sequences on DeepSpeed without faults": 1, "calls of engines": sum(map(len, numbers))})
+    return Counter({f"{kind}: sequences without faults": 1, f"{kind}: calls": calls})
 
 
-def _with_faults(seed: int, length: int) -> Counter[str]:
-    job, draw = _drawn(seed, length), random.Random(seed)
-    if job.precision == "bf16-bf16":  # which DeepSpeed's BF16_Optimizer cannot load without ZeRO
-        job = dataclasses.replace(job, precision="bf16")
-    expected, counted = _expected(job), Counter({"sequences on DeepSpeed with faults": 1})
-    saves = [number for number, action in enumerate(job.actions()) if action == "save"]
-    newest = 0
+def _with_faults(kind: str, seed: int, length: int) -> Counter[str]:
+    job, draw = _job(kind, seed, length), random.Random(seed)
+    counted, newest = Counter({f"{kind}: sequences with faults": 1}), 0
     with tempfile.TemporaryDirectory() as folder:
         for life in itertools.count():
             fault = lives.Fault.drawn(draw, job.stages) if life < 2 else None
-            moments = f"{folder}/moments{life}"
-            outcomes = ranks.gather_outcomes(
-                lives.live,
-                job.stages,
-                (job, fault, f"{folder}/saved", moments),
-                timeout=400,
-                grace=2 * _TIMEOUT,
-            )
+            outcomes = job.life(fault, folder, life)
             begun = {
                 int(at) for each in outcomes for at in re.findall(r"^went on from action (\d+)\.$", each.output, re.M)
             }
             assert len(begun) == 1, [each.error or each.output[-2000:] for each in outcomes]
-            assert begun.pop() >= newest, f"life {life} went on from an older checkpoint than that of action {newest}"
-            numbers = _compared([Path(f"{moments}-{stage}") for stage in range(job.stages)], expected)
-            counted["calls of engines"] += sum(map(len, numbers))
-            everywhere = set.intersection(*map(set, numbers))
-            newest = max([newest, *(number + 1 for number in saves if number in everywhere)])
-            ended = [each.ended for each in outcomes]
-            if set(ended) == {"returned"}:
-                assert all(part[-1] == len(expected) - 1 for part in numbers)
+            assert (at := begun.pop()) >= newest, f"life {life} went on from {at}, older than action {newest}"
+            calls, saved, _ = job.compared(outcomes)
+            counted[f"{kind}: calls"] += calls
+            newest = max(newest, saved)
+            if all(each.ended == "returned" for each in outcomes):
                 return counted
             assert fault is not None, [each.error or each.output[-2000:] for each in outcomes]
-            counted[f"faults: {fault.kind}"] += 1
-            for each in outcomes:
-                if each.rank == fault.rank:
-                    wanted = {"kill": "died", "stop": "killed", "raise": "raised"}[fault.kind]
-                    assert each.ended == wanted, (fault, each)
-                elif each.ended == "returned":
-                    counted["ranks left that had no call to wait in"] += 1
-                else:
-                    assert each.ended == "raised", (fault, each)
-                    named = each.raised[0] == "LinkError"
-                    counted["ranks left that named the lost one" if named else "ranks left with another error"] += 1
-                    if not named:
-                        print(f"seed {seed}, {fault}: {each.error.splitlines()[-1]}", flush=True)
+            counted[f"{kind}: faults: {fault.kind}"] += 1
+            counted.update(_ends(kind, seed, fault, outcomes))
     raise AssertionError
 
 
-def _on_torch(seed: int, length: int) -> Counter[str]:
-    drawn = [sequences.torch_job(3 * seed + number, 2 + seed % 3, length) for number in range(3)]
-    for job, results in zip(drawn, torch_job.run_all(*((job, {}) for job in drawn), timeout=400), strict=True):
-        for result in results:
-            for number, (moment, truth) in enumerate(zip(result["moments"], _expected(job), strict=True)):
-                moment["loss"] = truth.loss[result["stage"]] = float("nan")
-                deepspeed_job.assert_moment(moment, truth, result["stage"], number)
-    calls = sum(job.stages * len(list(job.actions())) for job in drawn)
-    return Counter({"sequences on torch.distributed.pipelining": 3, "calls of schedules": calls})
+def _ends(kind: str, seed: int, fault: lives.Fault, outcomes: list[ranks.Outcome]) -> Iterator[str]:
+    """How the ranks of a life with a fault ended, each as one of several kinds."""
+    for each in outcomes:
+        if each.rank == fault.rank:
+            wanted = {"kill": "died", "stop": "killed", "raise": "raised"}[fault.kind]
+            assert each.ended == wanted, (fault, each)
+        elif each.ended == "returned":
+            yield f"{kind}: ranks left that had no call to wait in"
+        else:
+            assert each.ended == "raised", (fault, each)
+            named = each.raised[0] == "LinkError"
+            yield f"{kind}: ranks left " + ("that named the lost one" if named else "with another error")
+            if not named:
+                print(f"{kind}, seed {seed}, {fault}: {each.error.splitlines()[-1]}", flush=True)
 
 
-def _on_megatron(seed: int, length: int) -> Counter[str]:
-    drawn = [sequences.gpt_job(3 * seed + number, 2, length // 5) for number in range(3)]
-    found = ranks.run_ranks(train_all, 2, (drawn,), timeout=400)
-    [expected] = ranks.run_ranks(megatron.train_all, 1, (drawn,), timeout=400)
-    for number, job in enumerate(drawn):
-        for stage, (got, truth) in enumerate(zip((each[number] for each in found), expected[number], strict=True)):
-            for name, weight in got.weights.items():
-                assert torch.equal(weight.float(), truth.weights[name].float()), f"{job}, stage {stage}, {name}"
-            assert got.norms == truth.norms, (job, stage)
-            assert got.stats["backwards"] == len(truth.drift), (job, stage)
-    return Counter(
-        {"sequences on Megatron-core": 3, "calls of Megatron's function": sum(2 * job.calls for job in drawn)}
-    )
-
-
-_TURN = (_with_faults, _without_faults, _with_faults, _on_torch, _with_faults, _on_megatron)
+_TURN = tuple(
+    (carry_out, kind)
+    for kind in (_DEEPSPEED, _TORCH, _MEGATRON)
+    for carry_out in (_with_faults, _without_faults, _with_faults)
+)
 
 
 def main() -> None:
@@ -166,13 +221,13 @@ def main() -> None:
     def work() -> None:
         while time.monotonic() - started < arguments.seconds and not lost.is_set():
             with taking:
-                seed, kind = next(seeds), next(turns)
+                seed, (carry_out, kind) = next(seeds), next(turns)
             try:
-                counted = kind(seed, arguments.length)
+                counted = carry_out(kind, seed, arguments.length)
             except BaseException:
                 lost.set()
                 traceback.print_exc()
-                raise SystemExit(f"seed {seed}, {kind.__name__.strip('_')}: lost") from None
+                raise SystemExit(f"{kind}, seed {seed}, {carry_out.__name__.strip('_')}: lost") from None
             with taking:
                 total.update(counted)
 

@@ -6,9 +6,12 @@ MEGATRON_LM_CHECKOUT names the checkout; several, separated by ':', are tried on
 import os
 import pickle
 import re
+import warnings
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from testing.megatron_lm import ROOT, logged, pretrained
 
@@ -42,3 +45,16 @@ def weights(folder):
     pickled = SimpleNamespace(__name__="left", Unpickler=Left, load=None)
     saved = torch.load(f"{folder}/model_optim_rng.pt", weights_only=False, pickle_module=pickled)
     return {name: value for name, value in saved["model"].items() if isinstance(value, torch.Tensor)}
+
+
+def distributed(folder):
+    """name -> tensor, of a checkpoint in Megatron's format "torch_dist"."""
+    reader = FileSystemReader(folder)
+    found = {
+        name: torch.zeros(each.size, dtype=each.properties.dtype)
+        for name, each in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings(action="ignore"):  # that one process loads alone
+        load(found, storage_reader=reader)
+    return found

@@ -1,7 +1,8 @@
-"""What a Megatron job says where its ranks do not fit together, or where one stands still while it evaluates."""
+"""What a Megatron job says where its ranks do not fit together, or where one stands still under Megatron's schedule."""
 
 import time
 
+import pytest
 import torch.distributed as dist
 
 from testing import megatron_job
@@ -30,8 +31,8 @@ def test_different_options_are_refused_on_both_ranks():
         assert 'clip in config.paci is "global" on rank 0; "stage" on rank 1' in outcome.error
 
 
-def hang_in_the_evaluation(job):
-    """Rank 0 stands still in the forward of its evaluation."""
+def hang(job, doing):
+    """Rank 0 stands still in the forward of its evaluation, or of a call under 1F1B."""
     megatron_job.prepare()
     set_up(job)
 
@@ -39,20 +40,30 @@ def hang_in_the_evaluation(job):
         model, optimizer = megatron_job.wired(job)
 
         def stop(*_):
-            if not model.training:
+            if not model.training or (doing != "evaluated" and model.config.pipeline_schedule == "1f1b"):
                 time.sleep(600)
 
         if dist.get_rank() == 0:
             model.module.register_forward_pre_hook(stop)
         return model, optimizer
 
-    megatron_job.train(job, build_stage=build_stage)
+    begun = []
+    try:
+        megatron_job.train(job, lambda _: begun.append(time.monotonic()), build_stage)
+    finally:
+        print(f"waited {time.monotonic() - begun[-1]:.1f}")
 
 
-def test_a_rank_that_hangs_in_an_evaluation_ends_the_others_within_the_timeout():
-    job = GptJob(stages=2, calls=2, evaluate_after=(2,), paci={"train_iters": 2, "timeout": 4})
-    first, second = gather_outcomes(hang_in_the_evaluation, 2, (job,), timeout=120, grace=2)
+JOBS = {
+    "evaluated": GptJob(calls=2, evaluate_after=(2,), paci={"train_iters": 2, "timeout": 4}),
+    "trained under 1f1b": GptJob(calls=2, schedules=("paci", "1f1b"), paci={"drain_interval": 1, "timeout": 4}),
+}
+
+
+@pytest.mark.parametrize("doing", JOBS)
+def test_a_rank_that_hangs_in_megatrons_own_schedule_ends_the_others_within_the_timeout(doing):
+    first, second = gather_outcomes(hang, 2, (JOBS[doing], doing), timeout=120, grace=2)
     assert first.ended == "killed", first
     assert second.raised[:1] == ("LinkError",), second.error
-    assert "stage 1 (rank 1) evaluated, and exchanged a message with the neighbouring stage (rank 0)" in second.error
-    assert second.seconds < 60
+    assert f"stage 1 (rank 1) {doing}, and exchanged a message with the neighbouring stage (rank 0)" in second.error
+    assert float(second.output.rsplit("waited ", 1)[1].split()[0]) < 30

@@ -1,4 +1,4 @@
-"""A DeepSpeed job that is cut off again and again: each life goes on from the newest checkpoint of the lives before.
+"""A job that is cut off again and again: each life goes on from the newest checkpoint of the lives before.
 
 A life ends with a fault at one of its calls, or with the end of the script.  What every stage has come to after each
 call is written down at once, so that what happened before a fault can be compared, too.
@@ -11,17 +11,34 @@ import pickle
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from testing import deepspeed_job, jobs, resources
+import torch.distributed as dist
+
+from testing import deepspeed_job, jobs, resources, torch_job
 from testing.jobs import Job
+from testing.kept import Kept
 
-__all__ = ["KINDS", "Fault", "live", "written"]
+__all__ = ["KINDS", "Fault", "Life", "live", "on_deepspeed", "on_torch", "written"]
 
 KINDS = ("kill", "stop", "raise")
+
+
+class Life(NamedTuple):
+    """A job between its start and its end.
+
+    Attributes:
+        stage: of this rank.
+        done: how many actions of the script the checkpoint has behind it.
+        act: does an action, given its number; what the stage has come to.
+    """
+
+    stage: int
+    done: int
+    act: Callable[[int, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,18 +72,40 @@ class Fault:
         signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-6))
 
 
-def live(job: Job, fault: Fault | None, folder: str, moments: str) -> list[resources.Held]:
+def live(
+    job: Job, fault: Fault | None, folder: str, moments: str, begin: Callable[[Job, str], Life]
+) -> list[resources.Held]:
     """What a rank does in one life.
 
     Args:
         job: with the whole script.
         fault: that this life ends with; None for none.
         folder: of the checkpoints.
-        moments: the file in which this rank writes down what it has come to, without its number.
+        moments: the file in which this rank writes down what it has come to, without the number of its stage.
+        begin: `on_deepspeed` or `on_torch`.
 
     Returns:
         What it held after each call.
     """
+    life = begin(job, folder)
+    script, done = list(job.actions()), life.done
+    print(f"went on from action {done}.", flush=True)
+    strikes = None if fault is None else done + int(fault.at * (len(script) - done))
+    readings = []
+    with open(f"{moments}-{life.stage}", "ab") as file:
+        for number, action in enumerate(script[done:], done):
+            if fault is not None and number == strikes and dist.get_rank() == fault.rank:
+                fault.strike()
+            pickle.dump((number, life.act(number, action)), file)
+            file.flush()
+            readings.append(resources.held())
+        if fault is not None and dist.get_rank() == fault.rank:
+            time.sleep(2 * fault.seconds)  # for one that comes after the last call
+    return readings
+
+
+def on_deepspeed(job: Job, folder: str) -> Life:
+    """The life of an engine of DeepSpeed."""
     engine = deepspeed_job.build(job)
     script, loads = list(job.actions()), Path(folder, "latest").exists()
     done = pulled = 0
@@ -74,34 +113,51 @@ def live(job: Job, fault: Fault | None, folder: str, moments: str) -> list[resou
         path, state = engine.load_checkpoint(folder)
         assert path is not None
         done, pulled = state["done"], state["pulled"]
-        for name in ("accumulate", "samples", "schedule"):  # settings are the script's, not the checkpoint's
-            newest = [action for action in script[:done] if action.startswith(f"{name}=")]
-            for action in newest[-1:]:
-                deepspeed_job.act(engine, job, action, iter(()))
-    print(f"went on from action {done}.", flush=True)
+        for action in _newest(script[:done], "accumulate", "samples", "schedule"):
+            deepspeed_job.act(engine, job, action, iter(()))
     feed = deepspeed_job.Feed(jobs.data(job.model, pulled, job.shapes))
-    strikes = None if fault is None else done + int(fault.at * (len(script) - done))
-    readings = []
-    with open(f"{moments}-{engine.stage_id}", "ab") as file:
-        for number, action in enumerate(script[done:], done):
-            if fault is not None and number == strikes and engine.global_rank == fault.rank:
-                fault.strike()
-            if action == "save":
-                state = {"done": number + 1, "pulled": pulled + feed.pulled}
-                engine.save_checkpoint(folder, tag="common" if number % 3 else None, client_state=state)
-                loss = float("nan")
-            elif action == "load":
-                path, _ = engine.load_checkpoint(folder)
-                assert path is not None
-                loss = float("nan")
-            else:
-                loss = deepspeed_job.act(engine, job, action, feed)
-            pickle.dump((number, deepspeed_job.moment(engine, action, loss)), file)
-            file.flush()
-            readings.append(resources.held())
-        if fault is not None and engine.global_rank == fault.rank:
-            time.sleep(2 * fault.seconds)  # for one that comes after the last call
-    return readings
+
+    def act(number: int, action: str) -> dict[str, Any]:
+        loss = float("nan")
+        if action == "save":
+            state = {"done": number + 1, "pulled": pulled + feed.pulled}
+            engine.save_checkpoint(folder, tag="common" if number % 3 else None, client_state=state)
+        elif action == "load":
+            path, _ = engine.load_checkpoint(folder)
+            assert path is not None
+        else:
+            loss = deepspeed_job.act(engine, job, action, feed)
+        return deepspeed_job.moment(engine, action, loss)
+
+    return Life(engine.stage_id, done, act)
+
+
+def on_torch(job: Job, folder: str) -> Life:
+    """The life of a schedule of torch.distributed.pipelining, whose checkpoints are `Kept`."""
+    schedule, weights = torch_job.build(job)
+    stage, kept = dist.get_rank() % job.stages, Kept(folder, dist.get_rank(), job.stages)
+    done, saved = kept.newest()
+    saved = {"pulled": 0} if saved is None else saved
+    if done:
+        torch_job.act(schedule, job, stage, "load", iter(()), saved)
+        for action in _newest(list(job.actions())[:done], "schedule"):
+            torch_job.act(schedule, job, stage, action, iter(()), saved)
+    before, feed = saved["pulled"], deepspeed_job.Feed(jobs.data(job.model, saved["pulled"]))
+
+    def act(number: int, action: str) -> dict[str, Any]:
+        torch_job.act(schedule, job, stage, action, feed, saved)
+        if action == "save":
+            saved["pulled"] = before + feed.pulled
+            kept.save(number + 1, saved)
+        return torch_job.moment(schedule, action, float("nan"), weights)
+
+    return Life(stage, done, act)
+
+
+def _newest(done: list[str], *names: str) -> Iterator[str]:
+    """The newest action of each name: settings are the script's, not the checkpoint's."""
+    for name in names:
+        yield from [action for action in done if action.startswith(f"{name}=")][-1:]
 
 
 def written(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

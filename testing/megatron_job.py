@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from testing import resources
 from testing.collectives import recorded
+from testing.kept import Kept
+from testing.lives import Fault
 from testing.megatron_model import (
     SEQUENCE,
     GptJob,
@@ -23,7 +28,7 @@ from testing.megatron_model import (
     token_loss,
 )
 
-__all__ = ["Trained", "forward_step", "prepare", "refusals", "train", "train_all", "train_recorded", "wired"]
+__all__ = ["Trained", "forward_step", "live", "prepare", "refusals", "train", "train_all", "train_recorded", "wired"]
 
 
 @dataclass
@@ -116,6 +121,7 @@ def train(
     job: GptJob,
     begins: Callable[[int], Any] = lambda call: None,
     build_stage: Callable[[GptJob], tuple[Any, Any]] = wired,
+    kept: Kept | None = None,
 ) -> Trained:
     """Train on this rank, with the process groups of the job set up.
 
@@ -123,21 +129,28 @@ def train(
         job: what to train.
         begins: told of every call before it begins.
         build_stage: makes this rank's model and optimizer.
+        kept: the checkpoints, of which the newest one is where the job begins; one is saved at the
+            ends that the job plans.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from paci_schedule.adapters.megatron import load_state_dict, pipeline_stats, state_dict
+    from paci_schedule.adapters.megatron import pipeline_stats, state_dict
 
     replica = parallel_state.get_data_parallel_rank()
     model, optimizer = build_stage(job)
     seen = Trained()
     accumulations = job.accumulations or (job.accumulation,) * job.calls
     count = sum(accumulations) + (job.stages if "train_iters" not in job.paci else 0)
-    data = Counted(micro_batch(index, replica, lengths=job.lengths) for index in range(count - job.missing))
-    validation = (micro_batch(10_000 + index, replica) for index in range(2 * len(job.evaluate_after)))
+    first, state = (0, None) if kept is None else kept.newest()
+    if state is not None:
+        _go_on(model, optimizer, state)
+    indices = range(sum(accumulations[:first]), count - job.missing)
+    data = Counted(micro_batch(index, replica, lengths=job.lengths) for index in indices)
+    evaluated = sum(call <= first for call in job.evaluate_after)
+    validation = (micro_batch(10_000 + index, replica) for index in range(2 * evaluated, 2 * len(job.evaluate_after)))
     shape = {"seq_length": SEQUENCE, "micro_batch_size": 2}
-    for call, accumulation in enumerate(accumulations):
+    for call, accumulation in enumerate(accumulations[first:], first):
         begins(call)
         if job.schedules:
             model.config.pipeline_schedule = job.schedules[call]
@@ -155,7 +168,8 @@ def train(
         seen.losses.append([entry["lm loss"].item() for entry in reduced])
         # The weights that are gathered late are those of the update before the call.
         seen.kept.append(job.overlap_param_gather or all(map(torch.equal, found, model.parameters())))
-        seen.gradients.append({name: p.main_grad.clone().cpu() for name, p in model.named_parameters()})
+        if kept is None:
+            seen.gradients.append({name: p.main_grad.clone().cpu() for name, p in model.named_parameters()})
         ok, norm, zeros = optimizer.step()
         assert ok
         seen.norms.append(norm)
@@ -180,16 +194,57 @@ def train(
                 model.start_param_sync(force_sync=True)
             saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), state_dict(model)))
             model, optimizer = build_stage(job)
-            model.load_state_dict(saved[0])
-            # By number: what the layer-wise optimizer takes, and any chain.
-            optimizer.load_state_dict(dict(enumerate(saved[1])) if isinstance(saved[1], list) else saved[1])
-            load_state_dict(model, saved[2])
+            _go_on(model, optimizer, saved)
+        if kept is not None and _is_end(job, call + 1):
+            kept.save(call + 1, (model.state_dict(), optimizer.state_dict(), state_dict(model)))
     if job.overlap_param_gather:
         model.start_param_sync(force_sync=True)
     seen.weights = {name: p.detach().clone().cpu() for name, p in model.module.named_parameters()}
     if job.schedule == "paci" and job.stages > 1:
         seen.stats = pipeline_stats(model)
     return seen
+
+
+def _is_end(job: GptJob, calls: int) -> bool:
+    """Whether the pipe is empty after so many calls, and the next one runs under PACI, as the first one does."""
+    interval = job.paci.get("drain_interval")
+    return bool(interval) and calls % interval == 0 and "1f1b" not in job.schedules[calls : calls + 1]
+
+
+def _go_on(model: Any, optimizer: Any, saved: tuple[Any, Any, Any]) -> None:
+    """Load what a stage has saved into one that is built anew."""
+    from paci_schedule.adapters.megatron import load_state_dict
+
+    model.load_state_dict(saved[0])
+    # By number: what the layer-wise optimizer takes, and any chain.
+    optimizer.load_state_dict(dict(enumerate(saved[1])) if isinstance(saved[1], list) else saved[1])
+    load_state_dict(model, saved[2])
+
+
+def live(job: GptJob, fault: Fault | None, folder: str) -> tuple[int, Trained, list[resources.Held]]:
+    """What a rank does in one life, as `lives.live`; its calls are the actions.
+
+    Returns:
+        the call with which it began, what it saw from then on, and what it held before each of its calls.
+    """
+    prepare()
+    set_up(job)
+    rank, readings = dist.get_rank(), []
+    kept = Kept(folder, rank, job.stages)
+    first, _ = kept.newest()
+    dist.barrier()  # nobody saves before all have looked
+    print(f"went on from action {first}.", flush=True)
+    strikes = None if fault is None else first + int(fault.at * (job.calls - first))
+
+    def begins(call: int) -> None:
+        readings.append(resources.held())
+        if fault is not None and call == strikes and rank == fault.rank:
+            fault.strike()
+
+    trained = train(job, begins, kept=kept)
+    if fault is not None and rank == fault.rank:
+        time.sleep(2 * fault.seconds)  # for one that comes after the last call
+    return first, trained, readings
 
 
 def train_recorded(job: GptJob) -> Trained:

@@ -5,11 +5,15 @@ On a machine without GPUs `testing.megatron_cpu` helps.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import uuid
 from pathlib import Path
 
 from testing.ranks import on_gpus
@@ -68,31 +72,42 @@ def pretrained(
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
     }
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(stages * replicas),
-            "-m",
-            *module,
-            str(script or f"{checkout}/pretrain_gpt.py"),
-            *(["--pipeline-schedule", schedule] if schedule else []),
-            "--pipeline-model-parallel-size",
-            str(stages),
-            *model,
-            *([] if real_data else MADE_UP),
-            *flags,
-        ],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(stages * replicas),
+        "-m",
+        *module,
+        str(script or f"{checkout}/pretrain_gpt.py"),
+        *(["--pipeline-schedule", schedule] if schedule else []),
+        "--pipeline-model-parallel-size",
+        str(stages),
+        *model,
+        *([] if real_data else MADE_UP),
+        *flags,
+    ]
+    mark = environment["PACI_TEST_RUN"] = uuid.uuid4().hex
+    # Into a file: the writer of a rank that was killed lives on, and would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            ended = subprocess.run(
+                command, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=300, check=False
+            )
+        finally:
+            _end_what_is_left(mark)
+        said.seek(0)
+        return subprocess.CompletedProcess(command, ended.returncode, said.read())
+
+
+def _end_what_is_left(mark: str) -> None:
+    """End the processes that a run has left behind."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def logged(output: str) -> dict[int, tuple[str, ...]]:

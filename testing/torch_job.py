@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from testing import jobs, ranks
 from testing.jobs import Job, Shared
 
-__all__ = ["build", "run_all", "train", "whole_batch"]
+__all__ = ["act", "build", "moment", "run_all", "train", "whole_batch"]
 
 
 class _Layers(nn.Sequential):
@@ -87,25 +87,28 @@ def train(job: Job, replicas: int = 1, wrap: Any = None) -> dict[str, Any]:
     moments: list[dict[str, Any]] = []
     saved: dict[str, Any] = {}
     for action in job.actions():
-        loss = _act(schedule, job, stage, action, feed, saved)
-        moments.append(
-            {
-                "action": action,
-                "loss": loss,
-                "weights": {name: _whole(weight.detach()).clone() for name, weight in weights.items()},
-                "stats": schedule.stats(),
-                "rate": next((each.param_groups[0]["lr"] for each in schedule._update._optimizers), math.nan),
-                "norm": math.nan if schedule.norm is None else schedule.norm.item(),
-            }
-        )
+        loss = act(schedule, job, stage, action, feed, saved)
+        moments.append(moment(schedule, action, loss, weights))
     return {"moments": moments, "stage": stage}
+
+
+def moment(schedule: Any, action: str, loss: float, weights: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """What a rank has come to after an action that told of this loss."""
+    return {
+        "action": action,
+        "loss": loss,
+        "weights": {name: _whole(weight.detach()).clone() for name, weight in weights.items()},
+        "stats": schedule.stats(),
+        "rate": next((each.param_groups[0]["lr"] for each in schedule._update._optimizers), math.nan),
+        "norm": math.nan if schedule.norm is None else schedule.norm.item(),
+    }
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _act(schedule: Any, job: Job, stage: int, action: str, feed: Any, saved: dict[str, Any]) -> float:
+def act(schedule: Any, job: Job, stage: int, action: str, feed: Any, saved: dict[str, Any]) -> float:
     """Do one action of a script; the loss that it tells of, NaN if none.  `saved` is what "save" and "load" share."""
     first, last = stage == 0, stage == job.stages - 1
     name, _, value = action.partition("=")

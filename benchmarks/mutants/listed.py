@@ -254,8 +254,8 @@ MUTANTS = (
         "tied rule",
         "Megatron: a flush leaves the sums of its own update for later",
         f"{ADAPTERS}/megatron/stream.py",
-        "with self._ties.exchanging(now=True):",
-        "with self._ties.exchanging():",
+        "self._ties.exchanging(now=True):",
+        "self._ties.exchanging():",
         MEGATRON_FLUSH,
     ),
     Mutant(

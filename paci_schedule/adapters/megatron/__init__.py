@@ -44,11 +44,13 @@ def register(default: str | None = None, options: Mapping[str, Any] | None = Non
 def look_at_arguments() -> None:
     """Let Megatron-LM refuse what PACI cannot run when it checks its arguments, in a script that trains under PACI.
 
-    Call it after `register` and before the script's arguments are parsed.
+    A rank that is lost while the checkpoint is loaded then ends the others within the timeout.  Call it after
+    `register` and before the script's arguments are parsed.
     """
-    from paci_schedule.adapters.megatron import parsing
+    from paci_schedule.adapters.megatron import loading, parsing
 
     parsing.look_at_arguments()
+    loading.watch_loading()
 
 
 def pipeline_stats(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:

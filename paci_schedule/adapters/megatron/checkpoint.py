@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron import groups
+from paci_schedule.adapters.megatron.background import watch_writers
 from paci_schedule.adapters.megatron.hooks import loaded
-from paci_schedule.adapters.megatron.publishing import folder_of, published
+from paci_schedule.adapters.megatron.publishing import Publishing, beside, folder_of, named
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.meeting import Meetings
 from paci_schedule.runtime.publication import OURS
@@ -39,9 +41,6 @@ def keep_deferred(
 ) -> None:
     """Save the deferred state in the folder of every checkpoint, and begin with that of the loaded one.
 
-    Checkpoints that Megatron-LM writes in the background (--async-save), and non-persistent ones, are completed by
-    itself: they have the deferred state beside them, in a folder that goes when they are gone.
-
     Every rank of the job calls it at the same time: where one of them finds nothing, or what was saved with other
     weights (a checkpoint that a run of the stock schedule has written anew), all begin with nothing deferred, for the
     copies of a tied weight must apply the same sums.
@@ -62,42 +61,33 @@ def keep_deferred(
     writes = sharded or groups.replicas().rank() == 0
     stage = parallel_state.get_pipeline_model_parallel_rank()
 
+    publishing = Publishing(args, stage, meetings, timeout)
+
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
         empty = settle()
         state = deferred.state() if empty else {**deferred.state(), "norms": []}
         state = {**state, "weights": _fingerprint(model)} if writes else None
-        if args.async_save or options.get("non_persistent_ckpt"):
-            _write(state, _beside(args.save, iteration) / name)
-            _remove_what_is_gone(args.save, iteration)
-            return stock_save(iteration, *rest, **options)
-        with published(args, iteration, stage, meetings, timeout) as folder:
-            done = stock_save(iteration, *rest, **options)
-            _write(state, folder / OURS / name)
-        return done
+        transient = bool(options.get("non_persistent_ckpt"))
+        stock = partial(stock_save, iteration, *rest, **options)
+        return publishing.save(iteration, transient, stock, lambda folder: _write(state, folder / name))
 
     setattr(save_checkpoint, _STOCK, stock_save)
     training.save_checkpoint = save_checkpoint
+    watch_writers(args, stage, timeout)
     if args.load and args.iteration:
-        within = folder_of(args.load, args.iteration) / OURS
-        folder = within if within.is_dir() else _beside(args.load, args.iteration)
-        _load(folder / name, model, deferred)
-
-
-def _beside(folder: str, iteration: int) -> Path:
-    return Path(folder, OURS, f"iter_{iteration:07d}")
+        chosen = named(args)
+        loads = chosen is not None and chosen.name == folder_of("", args.iteration).name
+        within = chosen / OURS if chosen is not None and loads else beside(args.load, args.iteration)
+        _load(within / name, model, deferred)
 
 
 def _write(state: dict[str, Any] | None, file: Path) -> None:
+    """Write the file, which is whole or not there."""
     if state is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, file)
-
-
-def _remove_what_is_gone(folder: str, iteration: int) -> None:
-    """Remove deferred states beside checkpoints that Megatron-LM has removed; rank 0 does so."""
-    for state in Path(folder, OURS).glob("iter_*") if dist.get_rank() == 0 else ():
-        if state != _beside(folder, iteration) and not Path(folder, state.name).exists():
-            shutil.rmtree(state, ignore_errors=True)
+        new = file.with_name(f"{file.name}.new")
+        torch.save(state, new)
+        os.replace(new, file)
 
 
 def _load(file: Path, model: torch.nn.Module, deferred: DeferredState) -> None:

@@ -30,7 +30,7 @@ from paci_schedule.core.schedules.registry import schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import ConfigError, UnsupportedError
 
-__all__ = ["Dispatcher", "install", "load_state", "stream_of"]
+__all__ = ["Dispatcher", "install", "load_state", "registered_options", "stream_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,12 @@ def install(default: str | None, options: Mapping[str, Any] | None) -> None:
 
 def _installed() -> Dispatcher | None:
     return getattr(schedules.forward_backward_pipelining_without_interleaving, _DISPATCHER, None)
+
+
+def registered_options() -> PaciOptions:
+    """Those of a model whose config has no ``paci``."""
+    dispatcher = _installed()
+    return PaciOptions.read({} if dispatcher is None else dispatcher.options)
 
 
 def _replace() -> Dispatcher:

@@ -1,4 +1,4 @@
-"""The messages of Megatron-core's evaluation, which end in time, and with the name of the rank that did not answer.
+"""The messages of Megatron-core's own schedule, which end in time, and with the name of the rank that did not answer.
 
 On gloo a message lasts as long as its group was told to when the group was made.  On CUDA nothing changes: there the
 host would have to wait for the device.
@@ -20,10 +20,11 @@ __all__ = ["timed_messages"]
 
 
 @contextmanager
-def timed_messages(stage: int, device: torch.device, timeout: timedelta) -> Iterator[None]:
+def timed_messages(doing: str, stage: int, device: torch.device, timeout: timedelta) -> Iterator[None]:
     """While it lasts, no message that this rank sends or receives takes longer than `timeout`.
 
     Args:
+        doing: what this rank does meanwhile: "evaluated".
         stage: this rank's.
         device: where the stage computes.
         timeout: of one message.
@@ -40,8 +41,8 @@ def timed_messages(stage: int, device: torch.device, timeout: timedelta) -> Iter
                 if any(call[f"tensor_{way}_{side}"] is not None for way in ("send", "recv"))
             ]
             if isinstance(works, list):
-                return [_Timed(work, stage, peers, timeout) for work in works]
-            return {name: _Timed(work, stage, peers, timeout) for name, work in works.items()}
+                return [_Timed(work, doing, stage, peers, timeout) for work in works]
+            return {name: _Timed(work, doing, stage, peers, timeout) for name, work in works.items()}
 
         return begun
 
@@ -57,13 +58,14 @@ def timed_messages(stage: int, device: torch.device, timeout: timedelta) -> Iter
 class _Timed:
     """A message under way, waited for no longer than `timeout`."""
 
-    def __init__(self, work: Any, stage: int, peers: list[int], timeout: timedelta) -> None:
-        self._work, self._stage, self._peers, self._timeout = work, stage, peers, timeout
+    def __init__(self, work: Any, doing: str, stage: int, peers: list[int], timeout: timedelta) -> None:
+        self._work, self._doing = work, doing
+        self._stage, self._peers, self._timeout = stage, peers, timeout
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
     def wait(self) -> bool:
-        doing = "evaluated, and exchanged a message with"
+        doing = f"{self._doing}, and exchanged a message with"
         with waiting(self._stage, doing, "the neighbouring stage", self._peers, self._timeout):
             return self._work.wait(self._timeout)

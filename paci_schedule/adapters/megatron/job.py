@@ -30,6 +30,7 @@ REBOUND = (
     "save_checkpoint",
     "calc_params_l2_norm",
     "training_log",
+    "maybe_finalize_async_save",
 )
 """The names in megatron.training.training that get another meaning here."""
 

@@ -21,6 +21,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from paci_schedule.adapters.megatron import groups
+from paci_schedule.adapters.megatron.background import REPLACED
 from paci_schedule.adapters.megatron.hooks import TESTED, loaded
 from paci_schedule.adapters.megatron.job import REBOUND
 from paci_schedule.adapters.megatron.options import PaciOptions
@@ -86,7 +87,8 @@ def _reasons(
         yield from reasons(DDP, ddp)
     if args is not None:
         yield from reasons(JOB, args)
-        for module, names in (("megatron.training.training", REBOUND), ("megatron.training.checkpointing", RENAMED)):
+        saving = (*RENAMED, REPLACED)
+        for module, names in (("megatron.training.training", REBOUND), ("megatron.training.checkpointing", saving)):
             for name in names:
                 if not hasattr(loaded(module), name):
                     yield f"{module}.{name} is gone in this Megatron-LM: use a version in {TESTED}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -188,13 +188,14 @@ class ModelStream:
 
         Raises:
             ConfigError: on every rank, if micro-batches are parked.
+            LinkError: a neighbouring stage did not answer in time.
         """
         self._require_empty("config.pipeline_schedule = '1f1b' after 'paci'")
         self.settle()
         self._respec(num_microbatches)
         self._sums.flush(True)
         self._last()  # asked before every call, for an end that others decide
-        with self._ties.exchanging(now=True):
+        with self._assembly.accounted(), self._timed("trained under 1f1b"), self._ties.exchanging(now=True):
             reduced = stock()
         self._runner.count_flushed(schedule("1f1b"))
         self._loss = None
@@ -207,7 +208,7 @@ class ModelStream:
         Raises:
             LinkError: a neighbouring stage did not answer in time.
         """
-        with self._assembly.accounted(), timed_messages(self._runner.stage, self._device, self._timeout):
+        with self._assembly.accounted(), self._timed("evaluated"):
             return stock()
 
     def settle(self) -> bool:
@@ -244,6 +245,9 @@ class ModelStream:
             rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
         before = self._resumed_at + self._calls - self._runner.meter.version
         return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
+
+    def _timed(self, doing: str) -> AbstractContextManager[None]:
+        return timed_messages(doing, self._runner.stage, self._device, self._timeout)
 
     def _respec(self, num_microbatches: int) -> None:
         runner = self._runner
