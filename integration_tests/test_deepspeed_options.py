@@ -234,6 +234,7 @@ def assert_near(name: str, whole: list[dict[str, Any]], parts: list[dict[str, An
                 torch.testing.assert_close(moment["weights"][key], expected, rtol=near, atol=near)
 
 
+@pytest.mark.slow
 def test_slices_and_replicas_together_train_as_whole_layers():
     """Two stages of two replicas of two slices; a rank's collectives are with the other slice and the other replica."""
     names = ("global", "global, ZeRO-1")

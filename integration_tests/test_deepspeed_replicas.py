@@ -6,6 +6,7 @@ Also explained here: what ZeRO stage 1 with bf16 accumulation does to gradients 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,17 @@ GLOBAL = {  # clipped by the norm over all stages
     "tied": Job(stages=2, accumulation=1, script=MIXED, model="tied", clip=2.0),
     "tied, bf16": Job(stages=2, accumulation=2, script=STEADY, model="tied", clip=2.0, precision="bf16"),
 }
+ALL = JOBS | {f"global, {name}": job for name, job in GLOBAL.items()}
+FAST = {
+    "fp32",
+    "fp32, ZeRO-1",
+    "bf16",
+    "bf16 sums",
+    "bf16 sums, ZeRO-1",
+    "global, fp32, ZeRO-1",
+    "global, shapes that differ",
+    "global, tied",
+}
 
 
 def follow_all(scripts: dict[str, Job], folder: str) -> dict[str, Any]:
@@ -89,12 +101,29 @@ def follow(job: Job, folder: str, heard: list[tuple[str, list[int]]]) -> dict[st
     }
 
 
+class Followed(dict[str, list[dict[str, Any]]]):
+    """What the ranks of each job returned; jobs of fast tests are carried out together, and so are the others."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, name: str) -> list[dict[str, Any]]:
+        scripts = {other: job for other, job in ALL.items() if (other in FAST) == (name in FAST)}
+        folder = self._folder / str(name in FAST)
+        results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(folder)), timeout=300)
+        self.update({other: [result[other] for result in results] for other in scripts})
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """What the ranks of each job returned."""
-    scripts = JOBS | {f"global, {name}": job for name, job in GLOBAL.items()}
-    results = ranks.run_ranks(follow_all, 2 * REPLICAS, (scripts, str(tmp_path_factory.mktemp("jobs"))), timeout=300)
-    return {name: [result[name] for result in results] for name in scripts}
+    return Followed(tmp_path_factory.mktemp("jobs"))
+
+
+def named(prefix, names):
+    """The names as parameters of a test, which is slow for some of them."""
+    return deepspeed_job.cases(names, {name for name in names if prefix + name not in FAST})
 
 
 def by_replica(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -102,21 +131,21 @@ def by_replica(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [results[replica::REPLICAS] for replica in range(REPLICAS)]
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", named("", JOBS))
 def test_replicas_train_as_the_reference(followed, name):
     expected = reference_of(JOBS[name], REPLICAS)
     for results in by_replica(followed[name]):
         deepspeed_job.assert_equal(results, expected)
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("name", named("global, ", GLOBAL))
 def test_replicas_clipped_globally_train_as_the_reference(followed, name):
     expected = reference_of(GLOBAL[name], REPLICAS)
     for results in by_replica(followed[f"global, {name}"]):
         deepspeed_job.assert_equal(results, expected)
 
 
-@pytest.mark.parametrize("name", ["tied", "tied, bf16"])
+@pytest.mark.parametrize("name", named("global, ", ["tied", "tied, bf16"]))
 def test_copies_of_all_replicas_are_equal_at_equal_versions(followed, name):
     copies: dict[tuple[str, int], list[torch.Tensor]] = {}
     for result in followed[f"global, {name}"]:
@@ -157,7 +186,7 @@ def test_replicas_with_tied_weights_resume_exactly(precision, tmp_path):
             assert all(torch.equal(moment["weights"][key], value) for key, value in truth["weights"].items())
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("name", named("global, ", GLOBAL))
 def test_replicas_stay_alike_when_clipped_globally(followed, name):
     first, second = by_replica(followed[f"global, {name}"])
     for one, other in zip(first, second, strict=True):
@@ -167,13 +196,14 @@ def test_replicas_stay_alike_when_clipped_globally(followed, name):
             assert mine["loss"] == theirs["loss"] or mine["loss"] != mine["loss"]
 
 
-def test_collectives_stay_among_the_replicas_of_a_stage(followed):
+@pytest.mark.parametrize("names", [FAST, pytest.param(ALL.keys() - FAST, marks=pytest.mark.slow)])
+def test_collectives_stay_among_the_replicas_of_a_stage(followed, names):
     """Every collective of two steady batches, in all jobs; without ZeRO that is gradients and loss, once each.
 
     Tied weights have an asynchronous one of their own, in the replica's pipeline.
     """
-    for name, results in followed.items():
-        for rank, result in enumerate(results):
+    for name in names:
+        for rank, result in enumerate(followed[name]):
             stage = rank // REPLICAS
             assert result["group"] == [stage * REPLICAS, stage * REPLICAS + 1]
             spans = {tuple(members) for _, members in result["collectives"] if len(members) > 1}

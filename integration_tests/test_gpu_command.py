@@ -69,7 +69,9 @@ def test_a_python_without_what_is_needed_is_told_in_one_line():
     assert "docs/gpu.md" in done.stderr
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=[pytest.mark.slow] * (step in ("convergence", "host_memory"))) for step in STEPS]
+)
 def test_every_step_runs_on_the_cpu_as_far_as_it_can(step):
     run = import_module(f"benchmarks.gpu.{step}").run
     place = Place(torch.device("cpu"), 250)

@@ -58,7 +58,7 @@ def test_sequences_whose_lengths_vary_train_as_the_reference():
 
 
 @EXACT
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_tied_embeddings_and_global_clipping_train_as_the_reference(stages):
     """The two copies are one weight, to the bit, though no stage waits for the other's gradient."""
     plain = GptJob(stages=stages, calls=6, tied=True, clip_grad=0.2)
