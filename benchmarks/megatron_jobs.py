@@ -29,6 +29,7 @@ _EXPERTS = (
     "--num-experts 4 --moe-router-dtype fp64 --disable-bias-linear --moe-router-load-balancing-type aux_loss "
     "--global-batch-size 4"
 )
+_OF_ANOTHER = "ChildFailedError|LinkError|Connection (closed|reset)"  # what a rank says of one that has failed
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def reason(said: str) -> str:
     if refused:
         return "refused: " + refused[1].splitlines()[0]
     errors = re.findall(r"(?:^|\]:)\s*((?:\w+\.)*\w*(?:Error|Exception): .*)$", said, re.MULTILINE)
-    own = [error for error in errors if "ChildFailedError" not in error]
+    own = [error for error in errors if not re.search(_OF_ANOTHER, error)]
     return own[-1] if own else said.strip().splitlines()[-1] if said.strip() else "said nothing"
 
 
@@ -130,7 +131,10 @@ def row(name: str, stock: Outcome, paci: Outcome) -> str:
     said = paci.reason or ("runs" if stock.reason else "runs, the same losses")
     if not (paci.reason or stock.reason) and paci.losses != stock.losses:
         said = f"OTHER LOSSES: {paci.losses} for {stock.losses}"
-    return f"| {name} | `{CASES[name].flags}` | {stock.reason or 'runs'} | {said} |"
+    if paci.reason and paci.reason == stock.reason:
+        said = "the same"
+    flags = CASES[name].flags.replace("|", "\\|")
+    return f"| {name} | {f'`{flags}`' if flags else ''} | {stock.reason or 'runs'} | {said} |"
 
 
 def table(results: dict[str, tuple[Outcome, Outcome]]) -> Iterator[str]:
@@ -138,7 +142,7 @@ def table(results: dict[str, tuple[Outcome, Outcome]]) -> Iterator[str]:
     yield "| job | flags | stock | PACI |"
     yield "|---|---|---|---|"
     for name, (stock, paci) in results.items():
-        yield row(name, stock, paci).replace("``", "").replace("||", "\\|\\|")
+        yield row(name, stock, paci)
 
 
 def main() -> None:

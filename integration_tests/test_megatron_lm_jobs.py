@@ -34,6 +34,7 @@ CALCULATOR = "megatron/core/num_microbatches_calculator.py"
 FURTHER_TOKENS = "megatron/core/transformer/multi_token_prediction.py"
 KINDS = {
     "experts": (2, EXPERTS),
+    "experts, all to all": (2, EXPERTS.replace("allgather", "alltoall")),
     "sequences over two ranks": (2, f"{SPREAD} --paci-prediction window"),
     "latent attention": (1, LATENT),
     "tokens of a batch": (1, "--calculate-per-token-loss"),

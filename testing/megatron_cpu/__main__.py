@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from testing.collectives import recorded
-from testing.megatron_cpu import attention, shim
+from testing.megatron_cpu import attention, dispatcher, shim
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 
@@ -28,6 +28,7 @@ def build_nothing() -> None:
     try:
         importlib.import_module("megatron.core.datasets.utils").compile_helpers = lambda: None
         attention.install()
+        dispatcher.install()
         importlib.import_module("megatron.legacy.fused_kernels").load = lambda args: None
     except ImportError:  # later versions have no such kernels
         pass
