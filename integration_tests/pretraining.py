@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from testing.megatron_lm import ROOT, logged, pretrained
 
-__all__ = ["CHECKOUTS", "ROOT", "logged", "pretrain", "validated", "weights"]
+__all__ = ["CHECKOUTS", "ROOT", "distributed", "logged", "pretrain", "validated", "weights"]
 
 CHECKOUTS = [path for path in os.environ.get("MEGATRON_LM_CHECKOUT", "").split(os.pathsep) if path]
 

@@ -47,6 +47,12 @@ MEGATRON_TIED = _of(_MEGATRON, "test_tied_embeddings_and_global_clipping_train_a
 MEGATRON_ENDS = _of(_MEGATRON, "test_a_stream_that_ends_before_the_pipe_is_full_trains_as_the_reference", "2")
 MEGATRON_FLUSH = _of(_MEGATRON, "test_tied_gradients_that_wait_are_applied_by_the_first_stock_call")
 
+SPIKES = ("tests/test_spikes.py",)
+_SPIKES = "integration_tests/test_spikes"
+FALLEN_BACK = _of(_SPIKES, "test_every_stage_falls_back_to_1f1b_at_the_same_update", "deepspeed-P=3 a=1")
+PLANNED_FALL = _of(_SPIKES, "test_megatron_falls_back_after_an_end_that_it_plans")
+RESUMED_FALL = _of(_SPIKES, "test_a_resumed_run_falls_back_as_if_it_had_not_stopped", "torch")
+
 # ---- the mutants -----------------------------------------------------------------------------------------------------
 
 MUTANTS = (
@@ -361,5 +367,37 @@ MUTANTS = (
         "        self._weights.restore()\n        self._stale = 0\n",
         "        self._weights.restore()\n",
         ONCE_A_WINDOW,
+    ),
+    Mutant(
+        "loss spike",
+        "an update is judged a batch too soon, when the first stage may not have done it",
+        f"{RUNTIME}/spikes.py",
+        "return 1 - (-spec.look_ahead(0) // spec.accumulation)",
+        "return -(-spec.look_ahead(0) // spec.accumulation) - 1",
+        (*SPIKES, *FALLEN_BACK),
+    ),
+    Mutant(
+        "loss spike",
+        "an update under a flush is judged, too",
+        f"{RUNTIME}/stage.py",
+        "if self._spikes is not None and not self.flushing:",
+        "if self._spikes is not None:",
+        FALLEN_BACK,
+    ),
+    Mutant(
+        "loss spike",
+        "Megatron's pipe is not emptied",
+        f"{ADAPTERS}/megatron/stream.py",
+        "if self._spiked:  # as soon as what is read ahead makes whole updates",
+        "if False:",
+        PLANNED_FALL,
+    ),
+    Mutant(
+        "loss spike",
+        "what was judged before is not saved",
+        f"{DEFERRED}/state.py",
+        '"spikes": None if self.spikes is None else self.spikes.state(),',
+        '"spikes": None,',
+        RESUMED_FALL,
     ),
 )
