@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from paci_schedule.cli.rehearse import MODELS
+from paci_schedule.draw.dark import follow_the_reader
 from paci_schedule.rehearse import REHEARSABLE
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, run
@@ -68,7 +70,10 @@ def main() -> None:
     for line in table(runs):
         print(line)
     if arguments.plot is not None:
-        draw([each for each in runs if all(each[name] == getattr(arguments, name) for name in _SHOWN)], arguments.plot)
+        shown = {name: getattr(arguments, name) for name in _SHOWN} | {"text": arguments.plot_text or runs[0]["text"]}
+        drawn = [each for each in runs if all(each[name] == value for name, value in shown.items())]
+        variants = {_parsed(variant) for variant in arguments.variants}
+        draw([each for each in drawn if _variant(each) in variants], arguments.plot)
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,7 +93,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=_numbers, default=[4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--warm-up", type=int, default=400, help="micro-batches until the rate is reached")
     parser.add_argument("--seeds", type=_numbers, default=[0])
-    parser.add_argument("--plot", type=Path, help="draw the runs of this P, a, optimizer and dtype at their best rates")
+    parser.add_argument(
+        "--plot", type=Path, help="draw these variants with this P, a, optimizer and dtype at their best rates"
+    )
+    parser.add_argument("--plot-text", metavar="NAME", help="of the runs to draw [that of the first run]")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -115,10 +123,13 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common |= {"text": arguments.text.stem} | {name: MODELS["tiny"][name] for name in ("context", "micro_batch")}
     grid = itertools.product(arguments.seeds, arguments.lengths, arguments.rates, arguments.variants)
     for seed, length, rate, variant in grid:
-        schedule, _, prediction = variant.partition(":")
-        chosen = asdict(Variant.parse(schedule, prediction or "off"))
         settings = {"length": length, "lr": rate, "warm_up": arguments.warm_up, "seed": int(seed)}
-        yield {**common, **chosen, **settings}
+        yield {**common, **asdict(_parsed(variant)), **settings}
+
+
+def _parsed(variant: str) -> Variant:
+    schedule, _, prediction = variant.partition(":")
+    return Variant.parse(schedule, prediction or "off")
 
 
 def _train(wanted: Run, path: Path) -> dict[str, Any]:
@@ -230,6 +241,14 @@ def _ideal_time(run: Run) -> float:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Write a picture of the training losses against tokens and against ideal time, each variant at its best rate."""
+    with rc_context({"svg.hashsalt": "paci", "svg.fonttype": "none"}):
+        figure = _figure(runs)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if path.suffix == ".svg":
+        path.write_text(follow_the_reader(path.read_text()))
+
+
+def _figure(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     tokens, time = figure.subplots(1, 2, sharey=True)
     for variant, several in _by_variant(runs).items():
@@ -249,7 +268,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     for axis in (tokens, time):
         axis.grid(alpha=0.3)
     time.legend()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return figure
 
 
 if __name__ == "__main__":

@@ -154,6 +154,8 @@ def tear(job, folder):
     says["mixed"] = raised(CheckpointError, lambda: engine.load_checkpoint(folder, tag="common"))
     alone(lambda: (root / "latest").write_text(""))
     says["empty"] = raised(CheckpointError, lambda: engine.load_checkpoint(folder))
+    alone(lambda: (root / "latest").write_text("x" * 5000))
+    says["long"] = raised(CheckpointError, lambda: engine.load_checkpoint(folder))
     return says, layer.name
 
 
@@ -179,10 +181,11 @@ def test_torn_checkpoints_and_full_disks_are_errors_on_every_rank_and_cost_nothi
     assert "did not come to its end" in says["unfinished"]
     assert "of the updates 3, 4" in says["mixed"]
     assert "latest' is empty" in says["empty"]
+    assert "latest': it has more than 4096 bytes, the most that is read, so it names no checkpoint" in says["long"]
     assert (tmp_path / "recordings" / "stage0-replica0.jsonl").is_file()
 
 
-def test_a_folder_that_a_framework_has_written_again_is_its_own(tmp_path):
+def test_a_folder_that_a_framework_has_written_again_is_its_own(tmp_path, monkeypatch):
     """All its files are newer than the manifest; where one of several is, and is short, it is torn."""
     new, final = tmp_path / "step.unfinished", tmp_path / "step"
     (new / publication.OURS).mkdir(parents=True)
@@ -191,6 +194,11 @@ def test_a_folder_that_a_framework_has_written_again_is_its_own(tmp_path):
         file.write_text("whole")
     publication.publish(final, publication.sizes(new), update=3)
     publication.check(final)
+    with monkeypatch.context() as patched:
+        patched.setattr(publication, "_LARGEST_MANIFEST", 20)
+        assert "cannot be read (ValueError: it has more than 20 bytes" in raised(
+            CheckpointError, lambda: publication.check(final)
+        )
     listed = (final / publication.MANIFEST).stat().st_mtime_ns
     (final / "b.pt").write_text("cut")
     os.utime(final / "b.pt", ns=(listed + 1, listed + 1))

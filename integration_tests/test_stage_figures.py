@@ -14,7 +14,7 @@ from testing.jobs import Job
 from testing.megatron_model import GptJob, set_up
 from testing.reference.deepspeed import Reference
 
-SAMPLES = 3  # in a micro-batch
+SAMPLES, LENGTH = 3, 5  # of a micro-batch
 
 
 def tell_of_every_update():
@@ -61,6 +61,7 @@ def test_every_stage_tells_its_updates_to_all_to_the_monitor_and_to_the_recordin
         assert [each.version for each in told[stage]] == [2, 3, 4, 5, 6]
         assert [each.loss for each in told[stage]] == pytest.approx(expected[stage][1:], abs=2e-6)
         assert [each.micro_batches for each in told[stage]] == [2] * 5
+        assert [each.tokens for each in told[stage]] == [SAMPLES * LENGTH if stage == 0 else 0] * 5
         drifts = [max(drift_of(spec, stage, m) for m in (2 * u, 2 * u + 1)) for u in range(1, 6)]
         assert [each.drift for each in told[stage]] == drifts
         assert all(each.seconds > 0 < each.compute for each in told[stage])
@@ -75,6 +76,7 @@ def test_every_stage_tells_its_updates_to_all_to_the_monitor_and_to_the_recordin
                 "drift": newest.drift,
                 "waiting_share": pytest.approx(newest.waiting_share, abs=1e-3),
                 "samples_per_second": pytest.approx(2 * SAMPLES / newest.seconds, rel=1e-2),
+                "tokens_per_second": pytest.approx(2 * SAMPLES * LENGTH / newest.seconds, rel=1e-2),
                 "loss": newest.loss,
             }
 
@@ -85,7 +87,9 @@ def test_every_stage_tells_its_updates_to_all_to_the_monitor_and_to_the_recordin
         versions = [value for _, value in monitored(tmp_path, stage, "version")]
         assert versions == sorted(set(versions))
         assert 0 < len(versions) <= 5
-        assert all(value > 0 for _, value in monitored(tmp_path, stage, "samples_per_second"))
+        samples, tokens = (monitored(tmp_path, stage, f"{rate}_per_second") for rate in ("samples", "tokens"))
+        assert all(value > 0 for _, value in samples)
+        assert tokens == [(step, pytest.approx(LENGTH * value)) for step, value in samples][-len(tokens) :]
 
     for stage, (_, profiled) in enumerate(results):
         ahead = 2 - stage

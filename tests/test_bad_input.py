@@ -1,14 +1,22 @@
-"""Every option of every command gets bad input: one line that names the value and the rule, exit code 2, no traceback.
+"""Every option of every command, config and launcher gets bad input: one line that names the value and the rule.
 
-The options are read off the commands, so that an option without a bad value here fails the test.
+Commands end with exit code 2 and no traceback.  The options are read off the commands and the configs, so that an
+option without a bad value here fails the test.
 """
 
+import dataclasses
+import math
 import time
 
 import click
 import pytest
 
-from paci_schedule import cli
+from paci_schedule import ConfigError, cli, launch
+from paci_schedule.adapters.deepspeed.options import PaciOptions as DeepSpeedOptions
+from paci_schedule.adapters.deepspeed.options import read_schedule
+from paci_schedule.adapters.megatron.options import PaciOptions as MegatronOptions
+from paci_schedule.adapters.options import Options, flag_options
+from paci_schedule.adapters.torch.options import PaciOptions as TorchOptions
 from tests.test_cli import paci  # noqa: F401  a fixture
 from tests.test_trace import recorded
 
@@ -176,3 +184,82 @@ def test_no_extreme_value_ends_in_a_traceback_or_takes_long(command, option, pac
         assert (code == 2) == bool(err), (value, err)
         assert err.count("\n") <= 1, (value, err)
         assert time.monotonic() - started < 60, value
+
+
+# ---- the options of the schedule, in the configs of the frameworks and as flags --------------------------------------
+
+READ = {
+    "deepspeed": (DeepSpeedOptions, lambda block: read_schedule({"pipeline_schedule": "paci", "paci": block})),
+    "megatron": (MegatronOptions, MegatronOptions.read),
+    "torch": (TorchOptions, TorchOptions.read),
+}
+BAD_VALUES = {  # option -> a value that breaks its rule, and a word of the rule
+    "timeout": (0, "seconds"),
+    "clip": ("globl", "did you mean 'global'"),
+    "flush_warmup_steps": (-1, "at least 0"),
+    "early_receives": ("yes", "true or false"),
+    "prediction": ("evry", "'every' (at every stale forward)"),
+    "prediction_reach": (0, "above 0"),
+    "on_nonfinite": ("skip", "must be one of 'ignore', 'raise'"),
+    "loss_spike": (-0.5, "greater than 0"),
+    "loss_spike_flush_steps": (0, "at least 1"),
+    "record": (3, "the name of a folder"),
+    "extra_in_flight": ([1, -1], "at least 0"),
+    "train_iters": (0, "greater than 0"),
+    "drain_interval": (1.5, "whole number"),
+}
+STRANGE = (None, True, -1, 0, 1, 10**30, 0.5, math.nan, math.inf, "", "x" * 10_000, [], [1], {}, {"a": 1}, (), b"1")
+
+
+def test_every_option_of_a_config_has_a_bad_value_here():
+    assert {field.name for options, _ in READ.values() for field in dataclasses.fields(options)} == set(BAD_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("framework", "option"),
+    [(name, field.name) for name, (options, _) in READ.items() for field in dataclasses.fields(options)],
+)
+def test_a_bad_value_in_a_config_is_one_line_with_value_and_rule(framework, option):
+    _, read = READ[framework]
+    value, rule = BAD_VALUES[option]
+    with pytest.raises(ConfigError) as refused:
+        read({option: value})
+    message = str(refused.value)
+    assert "\n" not in message
+    assert all(words in message for words in (option, repr(value), rule)), message
+
+
+@pytest.mark.parametrize(
+    ("framework", "option"),
+    [(name, field.name) for name, (options, _) in READ.items() for field in dataclasses.fields(options)],
+)
+def test_whatever_a_config_holds_is_taken_or_refused(framework, option):
+    """Nothing but a ConfigError of one line, and never for the default."""
+    options, read = READ[framework]
+    read({option: getattr(options(), option)} if getattr(options(), option) is not None else {})
+    errors = []
+    for value in STRANGE:
+        try:
+            read({option: value})
+        except ConfigError as error:
+            errors.append(str(error))
+    assert errors
+    assert all("\n" not in error and len(error) < 25_000 for error in errors)
+
+
+@pytest.mark.parametrize("option", [name for name, made in flag_options(MegatronOptions).items() if made is not bool])
+def test_a_bad_flag_of_the_launcher_is_one_line_with_value_and_rule(option, capsys):
+    value, rule = BAD_VALUES[option]
+    flag = f"--paci-{option.replace('_', '-')}"
+    given = "" if option == "record" else str(value)
+    with pytest.raises(SystemExit) as ended:
+        launch.our_flags(MegatronOptions).parse_known_args([flag, given])
+    assert ended.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert all(words in line for words in (flag, repr(given), rule)), line
+
+
+def test_the_launcher_s_help_names_every_flag():
+    assert launch.__doc__
+    for option in {**flag_options(Options), **flag_options(MegatronOptions)}:
+        assert f"    --paci-{option.replace('_', '-')} " in launch.__doc__

@@ -1,6 +1,7 @@
 """The study's table: each variant at its own best rate, and how much sooner it comes to flush's loss."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -117,4 +118,18 @@ def test_a_study_goes_on_where_it_was_interrupted(study, tmp_path):
     assert len({(run["schedule"], run["lr"], run["length"]) for run in more}) == 8
     picture = tmp_path / "curves.svg"
     assert read("--plot", str(picture)) == more
-    assert "1F1B with flush" in picture.read_text()
+    drawn = picture.read_text()
+    assert ">1F1B with flush</text>" in drawn
+    assert "prefers-color-scheme: dark" in drawn
+
+
+def test_the_picture_of_the_document_is_that_of_its_results(tmp_path, monkeypatch, capsys):
+    docs, picture = Path(__file__).resolve().parent.parent / "docs", tmp_path / "curves.svg"
+    of = ["--results", str(docs / "convergence.jsonl"), "--optimizer", "muon", "--plot-text", "tinyshakespeare"]
+    of += ["--variants", "flush,paci,paci:every,paci:every:1.5"]
+    monkeypatch.setattr(sys, "argv", ["convergence", *of, "--plot", str(picture)])
+    convergence.main()
+    paths = [
+        re.findall(r'<path d="[^"]*"', each.read_text()) for each in (picture, docs / "pictures" / "convergence.svg")
+    ]
+    assert paths[0] == paths[1]

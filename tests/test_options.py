@@ -30,6 +30,10 @@ def test_a_timeout_that_no_clock_can_count_is_refused_with_its_rule(value):
         ({"flush_warmup_steps": 1.5}, "must be a whole number of updates"),
         ({"flush_warmup_steps": -1}, "must be a whole number of updates"),
         ({"early_receives": 1}, "must be true or false"),
+        ({"loss_spike": 0}, "paci.loss_spike = 0: must be a finite number greater than 0"),
+        ({"loss_spike": math.inf}, "must be a finite number greater than 0"),
+        ({"loss_spike": "0.5"}, "must be a finite number greater than 0"),
+        ({"loss_spike_flush_steps": 0}, "must be a whole number of updates of at least 1"),
         ({"record": ""}, "must be the name of a folder"),
         ({"prediction": "evry"}, "must be 'off', 'window'"),
         ({"prediction": "every", "prediction_reach": 9}, "must be a number above 0"),
@@ -52,6 +56,8 @@ def test_a_value_that_breaks_a_rule_is_refused_as_it_was_written(block, says):
         ("prediction", "every", "every"),
         ("prediction", "2", 2),
         ("prediction_reach", "1.5", 1.5),
+        ("loss_spike", "0.5", 0.5),
+        ("loss_spike_flush_steps", "20", 20),
         ("record", "runs", "runs"),
     ],
 )
@@ -77,5 +83,7 @@ def test_every_option_that_all_frameworks_have_has_a_flag():
         "prediction",
         "prediction_reach",
         "on_nonfinite",
+        "loss_spike",
+        "loss_spike_flush_steps",
         "record",
     ]

@@ -174,8 +174,8 @@ MUTANTS = (
         "drain",
         "Megatron: a planned end comes an update late",
         f"{ADAPTERS}/megatron/stream.py",
-        "runner.finished + (end - done) * runner.spec.accumulation",
-        "runner.finished + (end - done + 1) * runner.spec.accumulation",
+        "runner.finished + (end - done) * accumulation",
+        "runner.finished + (end - done + 1) * accumulation",
         MEGATRON_ENDS,
     ),
     Mutant(

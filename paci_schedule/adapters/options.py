@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from paci_schedule.core.staleness import check_reach, interval_of
 from paci_schedule.errors import ConfigError, nearest
@@ -61,7 +61,11 @@ def is_calls(value: object) -> bool:
 
 
 def _is_timeout(value: object) -> bool:
-    return (type(value) is int or type(value) is float) and 0 < value <= LONGEST
+    return _is_rise(value) and value <= LONGEST
+
+
+def _is_rise(value: object) -> TypeGuard[float]:
+    return (type(value) is int or type(value) is float) and 0 < value < float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +97,20 @@ class Options:
     """What is done where a loss, an activation, a gradient or a weight is infinite or no number: what the framework
     does by itself, or a NonfiniteError that names stage and micro-batch (`runtime.finite`)."""
 
+    loss_spike: float | None = option(None, "a finite number greater than 0", _is_rise, float)
+    """How much the loss of an update may be above the median of the updates before it.  Where it is more, the pipe is
+    emptied, and updates under 1F1B follow (`runtime.spikes`); None for no such guard."""
+
+    loss_spike_flush_steps: int = option(100, "a whole number of updates of at least 1", is_calls, int)
+    """The number of these updates under 1F1B."""
+
     record: str | None = option(None, "the name of a folder", lambda value: isinstance(value, str) and value != "", str)
     """Folder to record runs in: where the pipe is empty, each rank's newest ops with their times, for `paci trace`."""
+
+    @property
+    def spike(self) -> tuple[float, int] | None:
+        """What a `SpikeGuard` needs to know; None where nobody guards."""
+        return None if self.loss_spike is None else (self.loss_spike, self.loss_spike_flush_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

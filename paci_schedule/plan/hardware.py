@@ -2,7 +2,8 @@
 
 The figures of the presets are those of NVIDIA's public data sheets: dense bf16 operations per second, bandwidth of the
 device's memory, its size, NVLink in one direction, and one network adapter for each device.  Three more figures are not
-on any data sheet.  They were fitted to published throughput of Megatron-LM on A100s (docs/planning.md has the tables):
+on any data sheet.  They were fitted to twelve published speeds of Megatron-LM on A100s; `reach` of the other
+devices is an assumption, and docs/planning.md says how far off it is:
 
 * the utilisation: a matrix product of a micro-batch of n tokens reaches n / (n + 64) of `reach` of the peak;
 * `_NVLINK_SHARE` of the bandwidth of NVLink is what collectives of tensor parallelism reach;
@@ -102,16 +103,17 @@ class Device:
 
 
 def _of_data_sheet(
-    tera: float, reach: float, memory: float, memory_terabytes: float, nvlink: float, network: float
+    tera: float, reach: float, memory: float, memory_terabytes: float, nvlink: float, network: float, node: int = 8
 ) -> Device:
-    """A device by its data sheet: tera operations a second, GiB, and gigabytes a second in one direction."""
+    """A device by its data sheet: tera operations a second, GiB, gigabytes a second in one direction, and the devices
+    that NVLink connects."""
     return Device(
         memory=memory * GIB,
         flops=tera * 1e12 * reach,
         saturation=_TOKENS,
         memory_bandwidth=memory_terabytes * 1e12,
         reserve=_RESERVE,
-        node=8,
+        node=node,
         inside=Link(bandwidth=nvlink * 1e9 * _NVLINK_SHARE, latency=5e-6),
         between=Link(bandwidth=network * 1e9, latency=10e-6),
     )
@@ -124,9 +126,13 @@ _PRESETS = MappingProxyType(
         "h100": _of_data_sheet(989.4, 0.65, 80, 3.35, 450, 50),
         "h200": _of_data_sheet(989.4, 0.65, 141, 4.8, 450, 50),
         "b200": _of_data_sheet(2250, 0.65, 180, 8.0, 900, 50),
+        "gb200": _of_data_sheet(2450, 0.65, 186, 8.0, 900, 50, node=72),
+        "b300": _of_data_sheet(2250, 0.65, 270, 8.0, 900, 100),
+        "gb300": _of_data_sheet(2500, 0.65, 278, 8.0, 900, 100, node=72),
     }
 )
-# The SXM devices of these names in nodes of 8: A100 with HDR InfiniBand, the others with NDR.
+# The SXM devices of these names in nodes of 8, or in racks of 72 that NVLink connects: A100 with HDR InfiniBand, B300
+# and GB300 with ConnectX-8, the others with NDR.  2450 for GB200 is what NVIDIA's own benchmarks divide by.
 
 
 def presets() -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from paci_schedule.runtime.deferred.tied import TiedGradient
 from paci_schedule.runtime.finite import FiniteGuard
 from paci_schedule.runtime.links import Links
 from paci_schedule.runtime.ranges import Ranges
+from paci_schedule.runtime.spikes import SpikeGuard
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
 from paci_schedule.runtime.watched import WatchedCompute
@@ -55,6 +56,7 @@ class Assembly:
         norms: gradient norms that travel with the messages; None for none.
         deferred, links, stopwatch, runner: of the stage, once it is connected.
         bulletin: the figures of all stages, once it is connected.
+        spikes: what judges the losses, once it is connected; None for nothing.
     """
 
     deferred: DeferredState
@@ -62,6 +64,7 @@ class Assembly:
     stopwatch: Stopwatch
     runner: StageRunner
     bulletin: Bulletin
+    spikes: SpikeGuard | None
 
     def __init__(
         self,
@@ -98,6 +101,8 @@ class Assembly:
         reports: CarriedReports | None = None,
         loss: Callable[[Sequence[float]], float] = lambda losses: losses[0],
         watched: torch.nn.Module | None = None,
+        spike: tuple[float, int] | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         """Connect the stage with its neighbours.
 
@@ -113,9 +118,14 @@ class Assembly:
             reports: sums for the log that travel with the activations; None for none.
             loss: as of `Bulletin`.
             watched: the stage's module, where an error is wanted if what it computes is not finite; else None.
+            spike: the rise of a loss spike, and the updates under a flush after one; None where nobody guards.
+            replicas: the process group of this stage's replicas, for the guard.
         """
         early_receives, records = self._early_receives, self._record is not None
-        self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports)
+        self.spikes = None
+        if spike is not None and replicas is not None:
+            self.spikes = SpikeGuard(*spike, self._spec, self._stage, replicas, self._timeout, loss)
+        self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports, self.spikes)
         self.links = Links(
             pipelines,
             self._device,
@@ -162,11 +172,23 @@ class Assembly:
         if self._finite is not None and self._watched is not None:
             self._finite.look("a weight after the newest update", self._watched.parameters())
 
-    def choose_schedule(self, chosen: Schedule) -> None:
-        """Run another schedule from here on; asked while the pipe is empty, when every stage has the same version.
+    def begin_batch(self, usual: Schedule, flushed: Schedule, warms_up: bool, empty: Callable[[], object]) -> None:
+        """Choose the schedule of the batch to come, which can change where the pipe is empty.
 
         What the stages learn late under a schedule without a flush, they begin it with.
+
+        Args:
+            usual: what the job runs.
+            flushed: what it runs while it warms up, and for a while after a loss spike.
+            warms_up: whether the update that comes is one of the warm-up.
+            empty: empties the pipe, on every stage.
         """
+        spiked = self.spikes is not None and self.spikes.wants_flush()
+        if spiked and not self.runner.flushing:
+            empty()
+        if self.runner.admitted:
+            return
+        chosen = flushed if spiked or warms_up else usual  # alike on every stage: all stand at the same update
         if self.runner.flushing and not chosen.flushes:
             self.deferred.exchange()
         if chosen.name != self.runner.schedule.name:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,9 +58,20 @@ class Bulletin:
         self._folder, self._loss, self._record = folder, loss, record
         self._told: tuple[float, int, tuple[float, float]] | None = None  # when, micro-batches, seconds
         self._pending: tuple[Figures, HostCopy] | None = None
-        self._drift = 0
+        self._drift, self._tokens = 0, 0.0
         self._known: list[Figures | None] = [None] * stages
         self._asked = self._recorded = 0.0
+
+    def count_tokens(self, inputs: Sequence[Any]) -> None:
+        """Count the tokens of a batch that has been read: a micro-batch's input, or the first of several, has them if
+        it is a tensor of integers with the shape [samples, length]."""
+        ids = [each[0] if isinstance(each, tuple | list) and each else each for each in inputs]
+        counts = [
+            each.numel() * (each.dim() == 2 and each.dtype in (torch.int32, torch.int64))
+            for each in ids
+            if isinstance(each, torch.Tensor)
+        ]
+        self._tokens = sum(counts) / max(1, len(counts))
 
     def note(
         self, version: int, micro_batches: int, drift: int, seconds: tuple[float, float], losses: torch.Tensor
@@ -91,6 +103,7 @@ class Bulletin:
                 compute=seconds[0] - compute,
                 wait=seconds[1] - wait,
                 drift=self._drift,
+                tokens=self._tokens,
             )
             self._pending = figures, HostCopy(losses)
             self._told, self._drift = (now, micro_batches, seconds), 0

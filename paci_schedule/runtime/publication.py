@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from paci_schedule.core.files import read_json
 from paci_schedule.errors import CheckpointError
 
 __all__ = ["MANIFEST", "OURS", "check", "publish", "restore", "sizes", "sync", "unfinished", "write_whole"]
@@ -28,6 +29,7 @@ OURS = "paci_schedule"
 """The folder in a checkpoint's folder with files that no framework knows."""
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+_LARGEST_MANIFEST = 64 << 20  # bytes: about half a million files
 
 
 def unfinished(name: str) -> str:
@@ -96,7 +98,7 @@ def check(final: Path) -> None:
     if not (final / MANIFEST).is_file():
         return
     try:
-        listed: Any = json.loads((final / MANIFEST).read_text())
+        listed: Any = read_json(final / MANIFEST, _LARGEST_MANIFEST)
         if _written_again(final, listed["files"]):
             return
         wrong = list(_wrong(final, listed["files"]))

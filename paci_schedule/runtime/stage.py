@@ -90,7 +90,8 @@ class StageRunner:
         compute: the framework's part; a `SplitCompute` under a schedule that splits the backward.
         links: the stage's links.
         stopwatch: where the time is booked; the caller of `train_batch` starts it.
-        deferred: the stage's deferred state, whose norms and reports travel with the messages; None for none.
+        deferred: the stage's deferred state, whose norms and reports travel with the messages, and whose guard
+            hears the losses; None for none.
         ties: for each tied weight of this stage, the stages that hold a copy (`core.lower`).
         early_receives: post the receives of gradients before F (`core.lower`).
         prediction: of this stage's weights, for stale forwards; None for none.
@@ -139,6 +140,7 @@ class StageRunner:
         self._compute, self._links, self._stopwatch = compute, links, stopwatch
         self._deferred, self._norms = deferred, None if deferred is None else deferred.norms
         self._reports = None if deferred is None else deferred.reports
+        self._spikes = None if deferred is None else deferred.spikes
         self._ties, self._early_receives, self._prediction = ties, early_receives, prediction
         self._finite = finite
         self._ranges, self._bulletin = ranges, bulletin
@@ -195,6 +197,7 @@ class StageRunner:
 
     def admit_batch(self) -> None:
         """Admit a micro-batches.  The losses of what is finished are those that are taken next."""
+        self._note_batch(self.flushing)
         self._call(self.schedule.call(self.spec, self.admitted))
 
     def lead_batch(self, last: int | None = None) -> torch.Tensor:
@@ -211,6 +214,7 @@ class StageRunner:
                 f"the pipe cannot be empty after {last} micro-batches: {self.admitted} were taken in already; plan the "
                 f"end {self.spec.look_ahead(0)} micro-batches ahead"
             )
+        self._note_batch(self.flushing)
         self._call(self.schedule.call(self.spec, self.admitted, self.finished, last))
         losses = self.take_losses()
         assert losses is not None, "a leading call finishes a whole batch"
@@ -220,6 +224,7 @@ class StageRunner:
 
     def count_flushed(self, schedule: Schedule) -> None:
         """Count a batch that the framework itself has run under `schedule`, from an empty pipe to an empty one."""
+        self._note_batch(flushed=True)
         for op in schedule.call(self.spec).ops(self.stage):
             self.meter.record(op)
             self.forwards += op.kind is OpKind.FORWARD
@@ -302,6 +307,10 @@ class StageRunner:
         is_empty = call.finished == call.taken
         self.admitted, self.finished = (0, 0) if is_empty else (call.taken, call.finished)
 
+    def _note_batch(self, flushed: bool) -> None:
+        if self._spikes is not None:
+            self._spikes.took_batch(flushed)
+
     def _finish(self) -> None:
         """The pipe is empty."""
         self._links.finish()
@@ -366,6 +375,8 @@ class StageRunner:
             self._prediction.before_step()
         self._compute.step(op.index, losses)
         self.meter.record(op)
+        if self._spikes is not None and not self.flushing:
+            self._spikes.note(losses)
         if self._bulletin is not None:
             self._bulletin.note(self.meter.version, self.backwards, self.window_drift, self.seconds(), losses)
         self.window_drift = 0

@@ -30,6 +30,7 @@ class Figures:
         micro_batches: backwards done.
         compute, wait: seconds of ops, and of waiting for neighbours.
         drift: the largest of the micro-batches in these updates, in updates.
+        tokens: of a micro-batch, the mean of the newest batch; 0 where the stage reads nothing that has tokens.
         loss: the mean loss of the newest update.
     """
 
@@ -41,6 +42,7 @@ class Figures:
     compute: float
     wait: float
     drift: int
+    tokens: float = 0.0
     loss: float | None = None
 
     @property
@@ -74,7 +76,7 @@ class Figures:
     @classmethod
     def parse(cls, line: str) -> Figures:
         """What `line` says.  Raises ValueError, KeyError or TypeError where that is no line of figures."""
-        told = json.loads(line)
+        told = {"tokens": 0.0, **json.loads(line)}  # which files of older versions do not have
         return cls(**{each.name: told[each.name] for each in fields(cls)})
 
 

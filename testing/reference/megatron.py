@@ -260,9 +260,10 @@ def _batches(job: GptJob, micros: range) -> list[list[torch.Tensor]]:
 def _between_drains(job: GptJob) -> Iterator[tuple[int, int, bool]]:
     """The first call of each part of the stream that ends with an empty pipe, the next after it, if it flushes."""
     every = job.paci.get("drain_interval", job.calls)
+    flushes = [schedule == "1f1b" for schedule in job.schedules or ("paci",) * job.calls]
+    flushes[: job.paci.get("flush_warmup_steps", 0)] = [True] * min(job.paci.get("flush_warmup_steps", 0), job.calls)
     start = 0
-    for call, schedule in itertools.zip_longest(range(1, job.calls + 1), job.schedules):
-        flushed = schedule == "1f1b" or call <= job.paci.get("flush_warmup_steps", 0)
-        if call % every == 0 or call == job.calls or flushed:
+    for call, (flushed, flushes_next) in enumerate(itertools.zip_longest(flushes, flushes[1:]), 1):
+        if call % every == 0 or call == job.calls or flushed or flushes_next:
             yield start, call, flushed
             start = call

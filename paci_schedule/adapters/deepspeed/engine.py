@@ -132,6 +132,8 @@ class PaciPipelineEngine(DrainingEngine):
                 [self._ties.gradients[name].stages for name in self._ties.across],
                 self._prediction,
                 watched=module if options.on_nonfinite == "raise" else None,
+                spike=options.spike,
+                replicas=grid.get_data_parallel_group(),
             )
             self._deferred = self._assembly.deferred
             self._runner = self._assembly.runner
@@ -246,13 +248,16 @@ class PaciPipelineEngine(DrainingEngine):
         """What every stage has told of its newest updates, about once a second; nobody waits for it.
 
         Returns:
-            for each stage version, drift, waiting_share (0 to 1), samples_per_second (of all replicas) and loss, as of
-            an update not long ago; None for a stage that has told nothing yet.
+            for each stage version, drift, waiting_share (0 to 1), samples_per_second, tokens_per_second and loss, as of
+            an update not long ago; None for a stage that has told nothing yet.  The rates are those of all replicas,
+            as if these were like the first; tokens are counted where the inputs are integers [samples, length].
         """
         before = self.global_steps - self._runner.meter.version
-        samples = self.train_micro_batch_size_per_gpu() * self.dp_world_size
-        newest = self._assembly.bulletin.read()
-        return [each and each.told(before, samples_per_second=samples) for each in newest]
+        first, *_ = newest = self._assembly.bulletin.read()
+        each_has = {"samples_per_second": self.train_micro_batch_size_per_gpu() * self.dp_world_size}
+        if first is not None and first.tokens:
+            each_has["tokens_per_second"] = first.tokens * self.dp_world_size
+        return [each and each.told(before, **each_has) for each in newest]
 
     def take_update(self, losses: torch.Tensor) -> None:
         """See `StageLocalEngine.take_update`: sum and reduce the gradients, step, and keep what there is to report."""
@@ -321,6 +326,8 @@ class PaciPipelineEngine(DrainingEngine):
                 f"the data iterator of the last stage ended after {len(pulled)} of {self.micro_batches} micro-batches, "
                 "the first stage's did not: give both the same data"
             )
+        if self.is_first_stage():
+            self._assembly.bulletin.count_tokens([each[0] for each in pulled if isinstance(each, tuple | list)])
 
     def _empty(self) -> None:
         if self._runner.admitted:
@@ -342,13 +349,10 @@ class PaciPipelineEngine(DrainingEngine):
             refuse_together(why_not_split(self), refused(name))
 
     def _choose_schedule(self) -> None:
-        """Flush or not: decided while the pipe is empty, when every stage stands at the same update."""
-        if self._runner.admitted:
-            return
-        chosen = schedule("1f1b" if self.global_steps < self._options.flush_warmup_steps else self._schedule)
-        self._assembly.choose_schedule(chosen)
+        warms_up = self.global_steps < self._options.flush_warmup_steps
+        self._assembly.begin_batch(schedule(self._schedule), schedule("1f1b"), warms_up, self._empty)
         if self._norm_group is not None:
-            self._norm_group.flushing = chosen.flushes
+            self._norm_group.flushing = self._runner.flushing
 
     def _first_losses(self, losses: torch.Tensor | None) -> torch.Tensor | None:
         """The losses of the engine's first batch: the last stage's, where this stage has finished no micro-batch."""

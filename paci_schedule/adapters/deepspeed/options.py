@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["PaciOptions", "read_schedule", "settings"]
 
-_OF_DRIFT = frozenset({"clip", "flush_warmup_steps", "prediction", "prediction_reach", "extra_in_flight"})
+_OF_DRIFT = frozenset(
+    {
+        "clip",
+        "flush_warmup_steps",
+        "prediction",
+        "prediction_reach",
+        "loss_spike",
+        "loss_spike_flush_steps",
+        "extra_in_flight",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from paci_schedule.core.files import read_text
 from paci_schedule.errors import CheckpointError
 from paci_schedule.runtime import publication
 from paci_schedule.runtime.meeting import Meetings
@@ -21,6 +22,8 @@ from paci_schedule.runtime.meeting import Meetings
 __all__ = ["PublishingEngine", "agree", "find", "node_of"]
 
 _LATEST = "latest"
+_LONGEST_TAG = 4096  # bytes, as of a path
+_GIVE_THE_TAG = "give load_checkpoint the tag of a folder beside it"
 _BEGAN = "began to save a checkpoint"
 
 
@@ -142,12 +145,7 @@ def find(load_dir: str, tag: str | None, meetings: Meetings, looks: bool) -> str
     if looks:
         try:
             if tag is None and (latest := Path(load_dir, _LATEST)).is_file():
-                tag = latest.read_text().strip()
-                if not tag:
-                    raise CheckpointError(
-                        f"{str(latest)!r} is empty: a save was cut off before it named its checkpoint; give "
-                        "load_checkpoint the tag of a folder beside it"
-                    )
+                tag = _named_in(latest)
             if tag is not None:
                 publication.restore(Path(load_dir, tag))
                 publication.check(Path(load_dir, tag))
@@ -158,6 +156,16 @@ def find(load_dir: str, tag: str | None, meetings: Meetings, looks: bool) -> str
     if errors:
         raise CheckpointError(errors[0])
     return words[0][0]
+
+
+def _named_in(latest: Path) -> str:
+    try:
+        tag = read_text(latest, _LONGEST_TAG).strip()
+    except ValueError as error:
+        raise CheckpointError(f"{str(latest)!r}: {error}, so it names no checkpoint; {_GIVE_THE_TAG}") from None
+    if not tag:
+        raise CheckpointError(f"{str(latest)!r} is empty: a save was cut off before it named one; {_GIVE_THE_TAG}")
+    return tag
 
 
 def agree(meetings: Meetings, path: str | None, update: int, failed: Exception | None) -> None:

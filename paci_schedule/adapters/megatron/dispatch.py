@@ -99,7 +99,7 @@ class Dispatcher:
             if first in self.states:
                 stream.load_state(self.states.pop(first))
             setattr(first, _STREAM, stream)
-        if stream.is_warming_up():
+        if stream.begin_batch():
             return stream.flush_batch(untouched, call["num_microbatches"])
         return stream.train_batch(**call)
 

@@ -108,10 +108,12 @@ class ModelStream:
             self._reports,
             _loss,
             watched=self._model if options.on_nonfinite == "raise" else None,
+            spike=options.spike,
+            replicas=groups.replicas(),
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps
-        self._is_updating = False
+        self._is_updating = self._spiked = False
         self._loss: torch.Tensor | None = None
         self._data: Any = None
         self._calls = self._resumed_at = 0
@@ -174,10 +176,12 @@ class ModelStream:
         self._between_calls.enter_context(torch.autograd._unsafe_preserve_version_counter(parameters))
         return reduced
 
-    def is_warming_up(self) -> bool:
-        """Whether the update that comes is one of those at the start of training that run under a flush."""
-        done = job.iteration()
-        return (self._resumed_at + self._calls if done is None else done) < self._warmup
+    def begin_batch(self) -> bool:
+        """Whether the update that comes runs under a flush: at the start of training, and after a loss spike."""
+        done, spikes = job.iteration(), self._assembly.spikes
+        self._spiked = spikes is not None and spikes.wants_flush()
+        warms_up = (self._resumed_at + self._calls if done is None else done) < self._warmup
+        return warms_up or (self._spiked and not self._runner.admitted)
 
     def flush_batch(self, stock: Callable[[], list[Any]], num_microbatches: int) -> list[Any]:
         """One call of Megatron-core's own schedule, `stock`, in between, or before the first of ours.
@@ -282,12 +286,16 @@ class ModelStream:
 
     def _last(self) -> int | None:
         """Micro-batches, counted since the pipe was last empty, after which it shall be empty again."""
-        runner = self._runner
+        runner, accumulation = self._runner, self._runner.spec.accumulation
         done = job.iteration()
         if done is None:
             done = self._calls
         end = self._ends.next_end(done, runner.spec)
-        return None if end is None else runner.finished + (end - done) * runner.spec.accumulation
+        last = None if end is None else runner.finished + (end - done) * accumulation
+        if self._spiked:  # as soon as what is read ahead makes whole updates
+            soonest = runner.finished - (runner.finished - runner.admitted) // accumulation * accumulation
+            last = soonest if last is None else min(last, soonest)
+        return last
 
 
 def _loss(losses: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -60,8 +61,9 @@ class SchedulePaci(PipelineScheduleSingle):
         max_norm: the norm over all stages that gradients are clipped to, where other stages' parts are as old as
             `runtime.deferred.norms` says; 0 for no clipping.
         tied: this stage's copies of weights that stages share, by a name that all copies have.
-        options: "extra_in_flight", "prediction", "prediction_reach", "clip", "flush_warmup_steps", "early_receives",
-            "timeout" and "record", as in every framework (docs/torch.md).
+        options: "extra_in_flight", "prediction", "prediction_reach", "clip", "flush_warmup_steps", "loss_spike",
+            "loss_spike_flush_steps", "early_receives", "on_nonfinite", "timeout" and "record", as in every framework
+            (docs/torch.md).
 
     Attributes:
         defaults: options where the constructor is given none.
@@ -166,6 +168,11 @@ class SchedulePaci(PipelineScheduleSingle):
             self._timeout,
         )
         assert self._loss_fn is not None, "the constructor asks for it"
+        replicas = None
+        if options.spike is not None:
+            stages = [list(ranks) for ranks in zip(*self._pipelines, strict=True)]
+            replicas, _ = dist.new_subgroups_by_enumeration(stages, timeout=self._timeout)
+            assert isinstance(replicas, dist.ProcessGroup), "this rank has a stage"
         self._compute = ModuleCompute(
             stage, self._loss_fn, self._spec.accumulation, self.scale_grads, self._apply, ties.post_sum
         )
@@ -177,6 +184,8 @@ class SchedulePaci(PipelineScheduleSingle):
             ties.stages,
             prediction,
             watched=stage.submod if options.on_nonfinite == "raise" else None,
+            spike=options.spike,
+            replicas=replicas,
         )
         self._assembly, self._runner, self.device = assembly, assembly.runner, torch.device(stage.device)
         self._ending = Ending(self, dist.get_rank() == 0, self._timeout, "schedule.drain()")
@@ -227,9 +236,8 @@ class SchedulePaci(PipelineScheduleSingle):
             raise ConfigError("step() without target= on the last stage: PACI trains in every step; use eval() else")
         split_args, split_kwargs = self._split_inputs(args, kwargs)
         assembly.stopwatch.start()
-        if not runner.admitted:  # flush or not: every stage stands at the same update
-            name = "1f1b" if self._updates() < self._options.flush_warmup_steps else self._schedule
-            assembly.choose_schedule(schedule(name))
+        warms_up = self._updates() < self._options.flush_warmup_steps
+        assembly.begin_batch(schedule(self._schedule), schedule("1f1b"), warms_up, partial(self._empty, assembly))
         self._compute.batch = Batch(
             first=runner.admitted,
             args=split_args,
@@ -315,7 +323,7 @@ class SchedulePaci(PipelineScheduleSingle):
                 "SchedulePaci.state_dict() with micro-batches in flight: each stage stands at another version; call "
                 "schedule.drain() on every rank before anything is saved"
             )
-        state = as_tensors(assembly.deferred.state(), self._ties, self._spec.stages)
+        state = as_tensors(assembly.deferred.state(), self._ties, self._spec)
         return {f"stage_{self._stage.stage_index}": {"updates": torch.tensor(self._updates()), **state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from paci_schedule.predict import Prediction
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.tied import TiedGradient
+from paci_schedule.runtime.spikes import NOTHING_JUDGED, SpikeGuard
 
 __all__ = ["DeferredState"]
 
@@ -19,7 +20,8 @@ __all__ = ["DeferredState"]
 class DeferredState:
     """What a stage learns later than under a flush: other stages' gradient norms, and sums of tied weights' gradients.
 
-    The clip factor of the stage's newest update, with which the next predictions are made, is kept with them.
+    The clip factor of the stage's newest update, with which the next predictions are made, is kept with them, and so
+    are the losses that the next ones are compared with.
 
     Args:
         device: where the stage computes.
@@ -27,6 +29,7 @@ class DeferredState:
         tied: the gradients of this stage's copies of tied weights, by the names that they are saved under.
         prediction: of the stage's weights; None for none.
         reports: sums for the log that travel with the activations; None for none.
+        spikes: what judges the losses; None for nothing.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class DeferredState:
         tied: Mapping[str, TiedGradient],
         prediction: Prediction | None,
         reports: CarriedReports | None = None,
+        spikes: SpikeGuard | None = None,
     ) -> None:
-        self.norms, self.tied, self.reports = norms, tied, reports
+        self.norms, self.tied, self.reports, self.spikes = norms, tied, reports, spikes
         self._device, self._prediction = device, prediction
 
     def respec(self, spec: PipelineSpec) -> None:
@@ -46,6 +50,8 @@ class DeferredState:
             self.norms.respec(spec)
         for gradient in self.tied.values():
             gradient.respec(spec)
+        if self.spikes is not None:
+            self.spikes.respec(spec)
 
     def close_update(self) -> None:
         """The stage's update is done."""
@@ -63,13 +69,15 @@ class DeferredState:
         Returns:
             norms: the squared gradient norms of all stages of the newest updates, oldest first, a row of P each;
             tied: for each tied weight the sums that wait to be applied, oldest first;
-            factor: what the newest update was clipped by; None where nothing is predicted or clipped.
+            factor: what the newest update was clipped by; None where nothing is predicted or clipped;
+            spikes: as of `SpikeGuard.state`; None where nobody judges the losses.
         """
         factor = None if self._prediction is None else self._prediction.factor
         return {
             "norms": [] if self.norms is None else self.norms.state(),
             "tied": {name: gradient.pending() for name, gradient in self.tied.items()},
             "factor": None if factor is None else factor.item(),
+            "spikes": None if self.spikes is None else self.spikes.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
@@ -88,6 +96,8 @@ class DeferredState:
         if self._prediction is not None:
             factor = state.get("factor")
             self._prediction.factor = None if factor is None else torch.full((), factor, device=self._device)
+        if self.spikes is not None:
+            self.spikes.load_state(state.get("spikes") or NOTHING_JUDGED)
         for name, gradient in self.tied.items():
             gradient.load_pending([total.to(self._device) for total in tied.get(name, [])])
         return [name for name, sums in tied.items() if sums and name not in self.tied]
