@@ -157,16 +157,20 @@ def plan_gpt(job):
         late=2,
         empties=1,
     )
-    return spikes, train(schedules)
+    return spikes, schedules, train(schedules)
 
 
 @EXACT
 def test_megatron_falls_back_after_an_end_that_it_plans():
-    [(spikes, expected)] = ranks.run_ranks(plan_gpt, 1, (GPT,))
+    """So does a run that is resumed while it flushes."""
+    [(spikes, schedules, expected)] = ranks.run_ranks(plan_gpt, 1, (GPT,))
     assert spikes > 1, "the loss of this job does not jump"
-    by_rank = ranks.run_ranks(megatron_job.train_all, 2, ([GPT],))
-    for (mine,), truth in zip(by_rank, expected, strict=True):
+    resumed = dataclasses.replace(GPT, resume_after=schedules.index("1f1b") + 2)
+    by_rank = ranks.run_ranks(megatron_job.train_all, 2, ([GPT, resumed],))
+    for (mine, other), truth in zip(by_rank, expected, strict=True):
         assert_equal(mine.weights, truth.weights, "weight")
-        assert mine.norms == truth.norms
+        assert_equal(other.weights, truth.weights, "weight of the resumed run")
+        assert mine.norms == other.norms == truth.norms
         assert mine.stats["drift_histogram"] == {drift: truth.drift.count(drift) for drift in set(truth.drift)}
-    assert by_rank[-1][0].losses == expected[-1].losses
+    for run in by_rank[-1]:
+        assert run.losses == expected[-1].losses

@@ -48,7 +48,7 @@ def _places(holder: Any) -> Iterator[str]:
             yield from (f"the closure of {_full_name(each)}" for each in _referrers(closure, FunctionType))
     elif isinstance(holder, tuple | list | dict | set):
         for owner in _referrers(holder):
-            if isinstance(owner, FunctionType) and holder in (owner.__defaults__, owner.__kwdefaults__):
+            if isinstance(owner, FunctionType) and (holder is owner.__defaults__ or holder is owner.__kwdefaults__):
                 yield f"a default value of {_full_name(owner)}"
             elif isinstance(owner, dict):
                 modules = [each for each in _referrers(owner, ModuleType) if vars(each) is owner]
