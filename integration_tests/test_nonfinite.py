@@ -1,6 +1,7 @@
 """What is infinite or no number is an error that names stage and micro-batch, where the job asks for one."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from paci_schedule.runtime import finite
 from testing import deepspeed_job, jobs, megatron_job, ranks, torch_job
 from testing.jobs import Job
 from testing.megatron_model import GptJob, set_up
+from testing.reference.deepspeed import Reference
 
 JOB = Job(stages=3, accumulation=2, script=(), config={"paci": {"on_nonfinite": "raise", "timeout": 4}})
 
@@ -122,3 +124,89 @@ def test_what_the_device_has_not_said_is_waited_for_only_where_the_pipe_is_empty
     with pytest.raises(NonfiniteError, match="inf"):
         guard.settle()
     guard.settle()
+
+
+# ---- updates that are left out ---------------------------------------------------------------------------------------
+
+SKIP = {"paci": {"on_nonfinite": "skip"}}
+SKIPPING = {
+    "rates": Job(stages=3, accumulation=2, script=("train x6", "drain"), poison=(1, 5, 0), config=SKIP, warmup=True),
+    "clipped": Job(stages=3, accumulation=1, script=("train x6", "drain"), poison=(0, 3, 1), config=SKIP, clip=0.6),
+    "tied": Job(stages=3, accumulation=2, script=("train x5", "drain"), poison=(0, 3, 0), config=SKIP, model="tied"),
+}
+
+
+@pytest.fixture(scope="module")
+def skipped():
+    calls = [dataclasses.replace(job, config={}) for job in SKIPPING.values()]
+    results = deepspeed_job.run_all(*((job, "paci", {}) for job in (*SKIPPING.values(), *calls)))
+    names = [*SKIPPING, *(f"{name}, ignored" for name in SKIPPING)]
+    on_torch = torch_job.run_all(*((job, {}) for job in SKIPPING.values()))
+    names += [f"{name}, torch" for name in SKIPPING]
+    return dict(zip(names, [*results, *on_torch], strict=True))
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_stage_leaves_out_the_update_whose_gradient_is_not_finite(skipped, name):
+    """As the reference leaves it out, to the bit; a stage with a tied weight leaves out elements."""
+    deepspeed_job.assert_as_reference(SKIPPING[name], skipped[name])
+    expected = Reference(SKIPPING[name]).run()
+    on_torch = skipped[f"{name}, torch"]
+    for stage, result in enumerate(on_torch):
+        for moment, truth in zip(result["moments"], expected, strict=True):
+            moment["loss"] = truth.loss[stage]  # the first calls tell of none at the first stage
+    deepspeed_job.assert_equal(on_torch, expected)
+
+
+@pytest.mark.parametrize("name", ["rates", "clipped"])
+def test_without_the_option_such_an_update_spoils_the_weights(skipped, name):
+    last = [result["moments"][-1]["weights"] for result in skipped[f"{name}, ignored"]]
+    assert not all(weight.isfinite().all() for weights in last for weight in weights.values())
+
+
+def train_megatron_skipping(job):
+    """The weights of this stage before every call and at the end, and the norms that the optimizer told."""
+    from megatron.core import parallel_state
+
+    megatron_job.prepare()
+    set_up(job)
+    built, backwards, weights = [], [], []
+
+    def spoil(gradient):
+        backwards.append(1)
+        return gradient * math.inf if len(backwards) == 4 else gradient
+
+    def build_stage(job):
+        model, optimizer = megatron_job.wired(job)
+        built.append(model)
+        if parallel_state.get_pipeline_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0:
+            next(weight for weight in model.parameters() if weight.dim() > 1).register_hook(spoil)
+        return model, optimizer
+
+    def keep(call=None):
+        weights.append([weight.detach().clone() for weight in built[0].parameters()])
+
+    trained = megatron_job.train(job, keep, build_stage)
+    keep()
+    return weights, trained.norms
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        GptJob(
+            stages=2, accumulation=2, calls=4, clip_grad=0.4, data_parallel=2, bf16=True, distributed_optimizer=True
+        ),
+        GptJob(stages=2, accumulation=2, calls=4, tied=True),
+    ],
+    ids=["clipped", "tied"],
+)
+def test_megatron_leaves_out_the_update_on_all_ranks_of_the_stage(job):
+    job = dataclasses.replace(job, paci={"on_nonfinite": "skip"})
+    for rank, (weights, norms) in enumerate(ranks.run_ranks(train_megatron_skipping, 2 * job.data_parallel, (job,))):
+        first = rank < job.data_parallel
+        changes = [not all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
+        skips = first and not job.tied  # the second update of four
+        assert changes == [True, not skips, True, True]
+        assert [norm is None for norm in norms] == [False, skips, False, False]
+        assert all(weight.isfinite().all() for each in weights for weight in each)

@@ -19,7 +19,7 @@ is installed.
     --paci-prediction-reach REACH      how far along the expected update these lie, with "every" [1]
     --paci-flush-warmup-steps UPDATES  that run 1F1B at the start of training [0]
     --paci-early-receives              post the receives of gradients one op earlier, for stages that differ
-    --paci-on-nonfinite {ignore,raise} what is done where something that a stage makes is not finite [ignore]
+    --paci-on-nonfinite {ignore,raise,skip}  what is done where something that a stage makes is not finite [ignore]
     --paci-loss-spike RISE             of an update's loss, after which updates run 1F1B
     --paci-loss-spike-flush-steps UPDATES  that do so [100]
     --paci-record FOLDER               write the ops of every rank, with their times, to this folder, for `paci trace`

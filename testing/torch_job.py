@@ -82,6 +82,7 @@ def train(job: Job, replicas: int = 1, wrap: Any = None) -> dict[str, Any]:
     """What a rank does: build the schedule, and carry out the script; as `deepspeed_job.follow`."""
     schedule, weights = build(job, replicas=replicas, wrap=wrap)
     stage = dist.get_rank() % job.stages
+    jobs.poison(job, stage, list(weights.values()))
     mine = job.of_replica(dist.get_rank() // job.stages)
     feed = jobs.data(job.model, mine.first_micro_batch)
     moments: list[dict[str, Any]] = []

@@ -200,7 +200,7 @@ BAD_VALUES = {  # option -> a value that breaks its rule, and a word of the rule
     "early_receives": ("yes", "true or false"),
     "prediction": ("evry", "'every' (at every stale forward)"),
     "prediction_reach": (0, "above 0"),
-    "on_nonfinite": ("skip", "must be one of 'ignore', 'raise'"),
+    "on_nonfinite": ("stop", "must be one of 'ignore', 'raise', 'skip'"),
     "loss_spike": (-0.5, "greater than 0"),
     "loss_spike_flush_steps": (0, "at least 1"),
     "record": (3, "the name of a folder"),

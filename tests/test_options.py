@@ -30,6 +30,10 @@ def test_a_timeout_that_no_clock_can_count_is_refused_with_its_rule(value):
         ({"flush_warmup_steps": 1.5}, "must be a whole number of updates"),
         ({"flush_warmup_steps": -1}, "must be a whole number of updates"),
         ({"early_receives": 1}, "must be true or false"),
+        (
+            {"on_nonfinite": "skip", "prediction": "every"},
+            "paci.on_nonfinite = 'skip' with prediction='every': weights",
+        ),
         ({"loss_spike": 0}, "paci.loss_spike = 0: must be a finite number greater than 0"),
         ({"loss_spike": math.inf}, "must be a finite number greater than 0"),
         ({"loss_spike": "0.5"}, "must be a finite number greater than 0"),

@@ -93,9 +93,10 @@ class Options:
     prediction_reach: float = option(1.0, lambda value, written: check_reach(value, "every", written), flag=float)
     """How far along the expected update these weights lie, with "every"; 1 is the next weights."""
 
-    on_nonfinite: Literal["ignore", "raise"] = option("ignore", _one_of("ignore", "raise"), flag=str)
+    on_nonfinite: Literal["ignore", "raise", "skip"] = option("ignore", _one_of("ignore", "raise", "skip"), flag=str)
     """What is done where a loss, an activation, a gradient or a weight is infinite or no number: what the framework
-    does by itself, or a NonfiniteError that names stage and micro-batch (`runtime.finite`)."""
+    does by itself; a NonfiniteError that names stage and micro-batch; or the stage leaves out the update whose gradient
+    is not finite (`runtime.finite`)."""
 
     loss_spike: float | None = option(None, "a finite number greater than 0", _is_rise, float)
     """How much the loss of an update may be above the median of the updates before it.  Where it is more, the pipe is
@@ -149,6 +150,11 @@ def read(model: type[_OptionsT], block: object, written: str, write: Callable[[s
     options = model(**values)
     reach = options.prediction_reach
     check_reach(reach, options.prediction, write("prediction_reach", repr(reach)))
+    if options.on_nonfinite == "skip" and options.prediction != "off":
+        raise ConfigError(
+            f"{write('on_nonfinite', repr('skip'))} with prediction={options.prediction!r}: weights would be predicted "
+            'from gradients that are not finite, and spoil the updates that follow; take "raise", or no prediction'
+        )
     return options
 
 

@@ -3,10 +3,13 @@
 What a stage hands on is looked at, the losses, and the weights after each update: a gradient that is not finite makes
 weights that are not.  The host hears of it where it has the answer anyhow; where the pipe is empty it waits for all of
 them, so nothing that is not finite gets into a checkpoint without a word.
+
+A stage that is to leave out such an update has to know before it steps: `may_step` waits for the stage's own device.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 
@@ -16,7 +19,32 @@ import torch.distributed as dist
 from paci_schedule.errors import NonfiniteError
 from paci_schedule.runtime.host_copy import HostCopy
 
-__all__ = ["FiniteGuard"]
+__all__ = ["FiniteGuard", "may_step"]
+
+logger = logging.getLogger(__name__)
+
+
+def may_step(
+    stage: int, gradients: Iterable[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None = None
+) -> bool:
+    """Whether the gradients of an update have a finite norm, on all ranks of a group; waits for their devices.
+
+    Args:
+        stage: this rank's.
+        gradients: what this rank's optimizer takes.
+        device: where they are.
+        group: the ranks of the stage that have other parts of its gradients; None for none.
+    """
+    dense = (each._values() if each.is_sparse else _local(each) for each in gradients)
+    norms = [torch.linalg.vector_norm(each.detach(), dtype=torch.float32) for each in dense]
+    total = torch.stack([*norms, torch.zeros((), device=device)]).square().sum()
+    finite = total.isfinite().int().reshape(1)
+    if group is not None and group.size() > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
+    if finite.item():
+        return True
+    logger.warning("stage %d (rank %d) leaves out an update: its gradient is not finite", stage, dist.get_rank())
+    return False
 
 
 class FiniteGuard:

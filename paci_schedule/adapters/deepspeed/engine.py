@@ -113,7 +113,10 @@ class PaciPipelineEngine(DrainingEngine):
                 slices, stages = grid.get_slice_parallel_group(), grid.get_model_parallel_group()
                 self._norm_group = NormGroup(self._assembly.norms, slices, stages, LEAST_SQUARE)
             stage_mpu = StageMpu(grid, self._norm_group)
-            super().__init__(has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, **kwargs)
+            skips = options.on_nonfinite == "skip"
+            super().__init__(
+                has_bool_tensors, *args, config_class=config_class, stage_mpu=stage_mpu, skips=skips, **kwargs
+            )
             self._check_schedule(self._schedule, spec)
             self._reporter = (
                 Reporter(self.monitor, self.stage_figures, self.steps_per_print(), writes=self.global_rank == 0)

@@ -7,6 +7,7 @@ pipeline stages: that is a flush in disguise.  They are shown the process grid o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from paci_schedule.adapters.versions import DEEPSPEED_BF16
 from paci_schedule.errors import UnsupportedError
 from paci_schedule.predict import clip_factor
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from paci_schedule.runtime.finite import may_step
 from paci_schedule.runtime.shapes import ShapeNumbers
 from paci_schedule.runtime.upload import upload
 
@@ -76,6 +78,7 @@ class StageLocalEngine(PipelineEngine):
 
     Args:
         stage_mpu: the grid as the stage's optimizer sees it.
+        skips: leave out an update whose gradient is not finite, where the optimizer does not do so by itself.
     """
 
     # DeepSpeed declares no types of its attributes; these are what a training engine's constructor leaves in them.
@@ -89,8 +92,8 @@ class StageLocalEngine(PipelineEngine):
     optimizer: Any
     """`basic_optimizer`, or one of DeepSpeed's classes that wrap it, which have no interface in common."""
 
-    def __init__(self, *args: Any, stage_mpu: StageMpu, **kwargs: Any) -> None:
-        self._stage_mpu = stage_mpu
+    def __init__(self, *args: Any, stage_mpu: StageMpu, skips: bool, **kwargs: Any) -> None:
+        self._stage_mpu, self._skips = stage_mpu, skips
         self._shape_numbers = ShapeNumbers()
         self._read_ahead: list[Any] | None = None  # the next micro-batch, on its way to the device
         super().__init__(*args, **kwargs)
@@ -168,6 +171,15 @@ class StageLocalEngine(PipelineEngine):
         finally:
             self._running_engine_backward = False
 
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        plain = self.optimizer is self.basic_optimizer  # DeepSpeed's own classes look at the norm themselves
+        slices = self._stage_mpu.get_slice_parallel_group()
+        if self._skips and plain and not may_step(self.stage_id, self._gradients(), self.device, slices):
+            with _idle(self.optimizer):
+                super()._take_model_step(lr_kwargs)
+        else:
+            super()._take_model_step(lr_kwargs)
+
     def clip_fp32_gradients(self) -> None:
         first_slice = self._stage_mpu.get_model_parallel_rank() == 0
         gradients = [(each, each.grad) for each in self.module.parameters() if each.grad is not None]
@@ -197,6 +209,19 @@ class StageLocalEngine(PipelineEngine):
     def _gradients(self) -> Iterator[torch.Tensor]:
         every = (self.gradient_of(weight) for weight in self.module.parameters() if weight.requires_grad)
         return (gradient for gradient in every if gradient is not None)
+
+
+@contextmanager
+def _idle(optimizer: Any) -> Iterator[None]:
+    """Within it a step changes nothing, and DeepSpeed counts it as skipped."""
+    step = vars(optimizer).get("step")  # of the object, where a schedule of rates counts the steps
+    optimizer.step, optimizer.overflow = lambda: None, True
+    try:
+        yield
+    finally:
+        del optimizer.step, optimizer.overflow
+        if step is not None:
+            optimizer.step = step
 
 
 def _or_a_least(gradients: Callable[[bool], Any], device: torch.device, for_clipping: bool = False) -> Any:

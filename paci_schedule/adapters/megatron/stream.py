@@ -22,6 +22,7 @@ from paci_schedule.adapters.megatron.evaluating import timed_messages
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
+from paci_schedule.adapters.megatron.skipping import leave_out_nonfinite
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded, optimizers, owner_of
 from paci_schedule.adapters.megatron.ties import Ties
 from paci_schedule.adapters.megatron.working import copied_bytes
@@ -97,6 +98,8 @@ class ModelStream:
         self._compute = ModelCompute(
             self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum, prediction is not None
         )
+        if options.on_nonfinite == "skip":
+            leave_out_nonfinite(self._model, self._config, stage, device, bool(ties.gradients))
         self._reports = None if args is None else job.reports(args, device)
         self._assembly.connect(
             self._compute,

@@ -166,6 +166,7 @@ class SchedulePaci(PipelineScheduleSingle):
             ties,
             prediction,
             self._timeout,
+            skips=options.on_nonfinite == "skip",
         )
         assert self._loss_fn is not None, "the constructor asks for it"
         replicas = None

@@ -15,6 +15,7 @@ from paci_schedule.adapters.torch.ties import Ties
 from paci_schedule.predict import Prediction, clip_factor
 from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.tied import drop_overflow
+from paci_schedule.runtime.finite import may_step
 from paci_schedule.runtime.waiting import begun, waiting
 
 __all__ = ["StageUpdate"]
@@ -32,6 +33,7 @@ class StageUpdate:
         ties: the tied weights of the stage.
         prediction: of the stage's weights; None for none.
         timeout: how long the other stages may take under a flush.
+        skips: leave out an update whose gradient is not finite; of a tied stage's gradient, what is not finite.
 
     Attributes:
         norm: that the latest update was clipped by, float32[]; None before the first, or without clipping.
@@ -48,11 +50,12 @@ class StageUpdate:
         ties: Ties,
         prediction: Prediction | None,
         timeout: timedelta,
+        skips: bool,
     ) -> None:
         self.norm: torch.Tensor | None = None
         self._stage, self._pipeline, self._ties, self._prediction = stage, pipeline, ties, prediction
         self._optimizers, self._lr_schedulers = optimizers, lr_schedulers
-        self._max_norm, self._norms, self._timeout = max_norm, norms, timeout
+        self._max_norm, self._norms, self._timeout, self._skips = max_norm, norms, timeout, skips
 
     def apply(self, at: object, flushing: bool) -> None:
         """Update the weights, and drop the gradients.
@@ -64,21 +67,30 @@ class StageUpdate:
         self._stage.perform_reduce_grad(1)  # FSDP's; the loss has been scaled already
         parameters = [each for each in self._stage.submod.parameters() if each.requires_grad]  # its shards from here on
         self._ties.exchange(at, now=flushing)
+        if self._ties.weights and (self._max_norm or self._skips):
+            drop_overflow([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self._max_norm:
             self._clip(parameters, at, flushing)
+        if not self._skips or self._may_step(parameters):
+            self._step(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _step(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         # The micro-batches in flight go on backward through these parameters: that is PACI, not a mistake.
         with torch.autograd._unsafe_preserve_version_counter(tuple(parameters)):
             for optimizer in self._optimizers:
                 optimizer.step()
         for scheduler in self._lr_schedulers:
             scheduler.step()
-        for parameter in parameters:
-            parameter.grad = None
+
+    def _may_step(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        shards = {each.device_mesh.get_group() for each in gradients if isinstance(each, DTensor)}
+        return may_step(self._stage.stage_index, gradients, torch.device(self._stage.device), next(iter(shards), None))
 
     def _clip(self, parameters: Sequence[torch.nn.Parameter], at: object, flushing: bool) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self._ties.weights:
-            drop_overflow(gradients)
         elsewhere = self._ties.counted_elsewhere()
         counted = [
             parameter.grad
