@@ -180,6 +180,6 @@ def test_what_cannot_run_is_refused_by_name():
     [said] = run_ranks(refusals_of_optimizers, 1)
     assert said.pop("") == ""
     assert "would skip an update that others apply; leave it at inf" in said["grad_norm_skip_threshold"]
-    assert "(optimizer_cpu_offload=9): not tried: Megatron has it" in said["optimizer_cpu_offload"]
+    assert "(optimizer_cpu_offload=9): not tried: its copies between device and host" in said["optimizer_cpu_offload"]
     assert "Wrapper: not tried yet; use one that --optimizer names" in said["Wrapper"]
     assert "the optimizer AdamW in no wrapper of Megatron's" in said["bare"]

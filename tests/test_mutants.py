@@ -16,6 +16,7 @@ RULES = {
     "tied rule",
     "message pairing",
     "prediction",
+    "loss spike",
 }
 
 
