@@ -126,6 +126,16 @@ def test_what_the_device_has_not_said_is_waited_for_only_where_the_pipe_is_empty
     guard.settle()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_floating_type_can_be_looked_at(dtype, monkeypatch, caplog):
+    monkeypatch.setattr(finite.dist, "get_rank", lambda: 7)
+    gradients = [torch.full((3,), 2.0, dtype=dtype), torch.eye(2, dtype=torch.float32).to_sparse()]
+    finite.FiniteGuard(5).look("the loss", gradients[:1])
+    assert finite.may_step(5, gradients, torch.device("cpu"))
+    assert not finite.may_step(5, [*gradients, torch.full((1,), math.inf, dtype=dtype)], torch.device("cpu"))
+    assert "stage 5 (rank 7) leaves out an update: its gradient is not finite" in caplog.text
+
+
 # ---- updates that are left out ---------------------------------------------------------------------------------------
 
 SKIP = {"paci": {"on_nonfinite": "skip"}}
@@ -136,13 +146,24 @@ SKIPPING = {
 }
 
 
+FLUSHED = Job(
+    stages=3,
+    accumulation=2,
+    script=("train x5",),
+    poison=(1, 5, 0),
+    clip=0.6,
+    config={"paci": {"on_nonfinite": "skip", "flush_warmup_steps": 99}},
+)
+
+
 @pytest.fixture(scope="module")
 def skipped():
+    skipping = {**SKIPPING, "flushed": FLUSHED}
     calls = [dataclasses.replace(job, config={}) for job in SKIPPING.values()]
-    results = deepspeed_job.run_all(*((job, "paci", {}) for job in (*SKIPPING.values(), *calls)))
-    names = [*SKIPPING, *(f"{name}, ignored" for name in SKIPPING)]
-    on_torch = torch_job.run_all(*((job, {}) for job in SKIPPING.values()))
-    names += [f"{name}, torch" for name in SKIPPING]
+    results = deepspeed_job.run_all(*((job, "paci", {}) for job in (*skipping.values(), *calls)))
+    names = [*skipping, *(f"{name}, ignored" for name in SKIPPING)]
+    on_torch = torch_job.run_all(*((job, {}) for job in skipping.values()))
+    names += [f"{name}, torch" for name in skipping]
     return dict(zip(names, [*results, *on_torch], strict=True))
 
 
@@ -156,6 +177,15 @@ def test_a_stage_leaves_out_the_update_whose_gradient_is_not_finite(skipped, nam
         for moment, truth in zip(result["moments"], expected, strict=True):
             moment["loss"] = truth.loss[stage]  # the first calls tell of none at the first stage
     deepspeed_job.assert_equal(on_torch, expected)
+
+
+@pytest.mark.parametrize("name", ["flushed", "flushed, torch"])
+def test_where_a_norm_is_summed_over_all_stages_all_of_them_leave_the_update_out(skipped, name):
+    for result in skipped[name]:
+        weights = [list(moment["weights"].values()) for moment in result["moments"]]
+        changes = [not all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
+        assert changes == [True, False, True, True]  # the third update of five
+        assert all(weight.isfinite().all() for weight in weights[-1])
 
 
 @pytest.mark.parametrize("name", ["rates", "clipped"])
@@ -191,6 +221,7 @@ def train_megatron_skipping(job):
     return weights, trained.norms
 
 
+@pytest.mark.parametrize("flushed", [False, True])
 @pytest.mark.parametrize(
     "job",
     [
@@ -201,12 +232,13 @@ def train_megatron_skipping(job):
     ],
     ids=["clipped", "tied"],
 )
-def test_megatron_leaves_out_the_update_on_all_ranks_of_the_stage(job):
-    job = dataclasses.replace(job, paci={"on_nonfinite": "skip"})
+def test_megatron_leaves_out_the_update_on_all_ranks_of_the_stage(job, flushed):
+    """Of all stages, under a flush."""
+    job = dataclasses.replace(job, paci={"on_nonfinite": "skip", "flush_warmup_steps": 9 * flushed})
     for rank, (weights, norms) in enumerate(ranks.run_ranks(train_megatron_skipping, 2 * job.data_parallel, (job,))):
         first = rank < job.data_parallel
         changes = [not all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
-        skips = first and not job.tied  # the second update of four
+        skips = flushed or (first and not job.tied)  # the second update of four
         assert changes == [True, not skips, True, True]
         assert [norm is None for norm in norms] == [False, skips, False, False]
         assert all(weight.isfinite().all() for each in weights for weight in each)

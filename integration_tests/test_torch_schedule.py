@@ -133,7 +133,14 @@ def test_the_rehearsal_trains_the_same_weights(stages):
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-SAVED = Job(stages=3, accumulation=2, script=("train x4", "drain"), model="tied", clip=0.4)
+SAVED = Job(
+    stages=3,
+    accumulation=2,
+    script=("train x4", "drain"),
+    model="tied",
+    clip=0.4,
+    config={"paci": {"loss_spike": 9.0}},
+)
 
 
 def interrupted(folder):

@@ -49,7 +49,7 @@ def test_a_loss_near_the_median_or_below_it_is_none(loss):
     assert not any(wanted)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 1e30])
 def test_a_loss_that_is_not_finite_is_a_spike(loss):
     each = guard()
     assert any(batch(each, value) for value in [*[3.0] * WINDOW, loss, *[3.0] * 4])

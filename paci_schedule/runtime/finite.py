@@ -27,19 +27,18 @@ logger = logging.getLogger(__name__)
 def may_step(
     stage: int, gradients: Iterable[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> bool:
-    """Whether the gradients of an update have a finite norm, on all ranks of a group; waits for their devices.
+    """Whether the gradients of an update have a finite norm, on all ranks of a group, which waits for their devices.
 
     Args:
         stage: this rank's.
         gradients: what this rank's optimizer takes.
         device: where they are.
-        group: the ranks of the stage that have other parts of its gradients; None for none.
+        group: the ranks that decide together; None for this one alone.
     """
-    dense = (each._values() if each.is_sparse else _local(each) for each in gradients)
-    norms = [torch.linalg.vector_norm(each.detach(), dtype=torch.float32) for each in dense]
+    norms = [_norm(each._values() if each.is_sparse else _local(each), 2) for each in gradients]
     total = torch.stack([*norms, torch.zeros((), device=device)]).square().sum()
     finite = total.isfinite().int().reshape(1)
-    if group is not None and group.size() > 1:
+    if group is not None:
         dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
     if finite.item():
         return True
@@ -66,7 +65,7 @@ class FiniteGuard:
             tensors: of any shapes; those that are not floating-point are left out.
         """
         largest = [
-            torch.linalg.vector_norm(tensor.detach(), float("inf"), dtype=torch.float32)
+            _norm(tensor, float("inf"))
             for tensor in map(_local, tensors)
             if tensor.is_floating_point() and tensor.numel()
         ]
@@ -90,6 +89,12 @@ class FiniteGuard:
                     "the highest.  Start again from the last checkpoint, which is finite, and leave out the data of "
                     'this micro-batch or lower the learning rate; with "on_nonfinite": "ignore" the job trains on'
                 )
+
+
+def _norm(tensor: torch.Tensor, order: float) -> torch.Tensor:
+    """float32[], in which a sum of low precision does not overflow."""
+    dtype = None if tensor.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(tensor.detach(), order, dtype=dtype).float()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

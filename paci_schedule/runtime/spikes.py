@@ -80,7 +80,7 @@ class SpikeGuard:
 
     def note(self, losses: torch.Tensor) -> None:
         """Take in the mean losses of an update that ran under PACI, float32[n]; its replicas do the same."""
-        numbers = torch.nan_to_num(losses.detach().double(), _LARGEST).clamp(-_LARGEST, _LARGEST)
+        numbers = torch.nan_to_num(losses.detach().double(), *[_LARGEST] * 3).clamp(-_LARGEST, _LARGEST)
         whole = (numbers / _UNIT).round().long()
         count = self._replicas.size()
         if count > 1:

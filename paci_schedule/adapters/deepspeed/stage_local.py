@@ -173,8 +173,9 @@ class StageLocalEngine(PipelineEngine):
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         plain = self.optimizer is self.basic_optimizer  # DeepSpeed's own classes look at the norm themselves
-        slices = self._stage_mpu.get_slice_parallel_group()
-        if self._skips and plain and not may_step(self.stage_id, self._gradients(), self.device, slices):
+        # Where a norm is summed over all stages, all of them decide together: this group is theirs then.
+        group = self._stage_mpu.get_model_parallel_group()
+        if self._skips and plain and not may_step(self.stage_id, self._gradients(), self.device, group):
             with _idle(self.optimizer):
                 super()._take_model_step(lr_kwargs)
         else:

@@ -74,6 +74,9 @@ class StageSums:
         config: the model's config.
         norms: of the other stages; None to leave each stage its own norm.
         warn: whether this rank says what that means for clipping.
+
+    Attributes:
+        flushing: whether the next update is one of Megatron-core's own schedule.
     """
 
     def __init__(self, config: Any, norms: CarriedNorms | None, warn: bool) -> None:
@@ -113,7 +116,7 @@ class StageSums:
 
     def flush(self, flushing: bool) -> None:
         """Whether the next update is one of Megatron-core's own schedule, whose sums are over all stages."""
-        self._flushing = flushing
+        self.flushing = flushing
         for each in self._sums:
             if each.carried is not None:
                 each.carried.flushing = flushing
@@ -127,11 +130,11 @@ class StageSums:
         @functools.wraps(count)
         def counted(*args: Any, **kwargs: Any) -> Any:
             for each in self._sums:
-                each.be_over(each.whole if self._flushing else each.stage)
+                each.be_over(each.whole if self.flushing else each.stage)
             try:
                 return count(*args, **kwargs)
             finally:
-                self.flush(self._flushing)
+                self.flush(self.flushing)
 
         return counted
 

@@ -99,7 +99,8 @@ class ModelStream:
             self._model, self._config, stage == 0, stage == stages - 1, ties.post_sum, prediction is not None
         )
         if options.on_nonfinite == "skip":
-            leave_out_nonfinite(self._model, self._config, stage, device, bool(ties.gradients))
+            tied, norms = bool(ties.gradients), self._assembly.norms
+            leave_out_nonfinite(self._model, self._config, stage, device, tied, self._sums, norms)
         self._reports = None if args is None else job.reports(args, device)
         self._assembly.connect(
             self._compute,
@@ -112,7 +113,7 @@ class ModelStream:
             _loss,
             watched=self._model if options.on_nonfinite == "raise" else None,
             spike=options.spike,
-            replicas=groups.replicas(),
+            replicas=groups.stage(),  # with the slices, whose losses are alike, so that they decide alike, too
         )
         self._deferred = self._assembly.deferred
         self._runner, self._warmup = self._assembly.runner, options.flush_warmup_steps

@@ -156,6 +156,11 @@ class SchedulePaci(PipelineScheduleSingle):
         if interval is not None:
             weights = SteppedWeights(listed, list(ties.weights.values()), drop_overflow if ties.weights else None)
             prediction = Prediction(weights, interval, options.prediction_reach)
+        skips, replicas = options.on_nonfinite == "skip", None
+        if skips or options.spike is not None:
+            stages = [list(ranks) for ranks in zip(*self._pipelines, strict=True)]
+            replicas, _ = dist.new_subgroups_by_enumeration(stages, timeout=self._timeout)
+            assert isinstance(replicas, dist.ProcessGroup), "this rank has a stage"
         self._update = StageUpdate(
             stage,
             self._group,
@@ -166,14 +171,9 @@ class SchedulePaci(PipelineScheduleSingle):
             ties,
             prediction,
             self._timeout,
-            skips=options.on_nonfinite == "skip",
+            skips=replicas if skips else None,
         )
         assert self._loss_fn is not None, "the constructor asks for it"
-        replicas = None
-        if options.spike is not None:
-            stages = [list(ranks) for ranks in zip(*self._pipelines, strict=True)]
-            replicas, _ = dist.new_subgroups_by_enumeration(stages, timeout=self._timeout)
-            assert isinstance(replicas, dist.ProcessGroup), "this rank has a stage"
         self._compute = ModuleCompute(
             stage, self._loss_fn, self._spec.accumulation, self.scale_grads, self._apply, ties.post_sum
         )

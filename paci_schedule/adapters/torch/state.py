@@ -9,7 +9,7 @@ import torch
 
 from paci_schedule.adapters.torch.ties import Ties
 from paci_schedule.core.spec import PipelineSpec
-from paci_schedule.runtime.spikes import WINDOW, judging_delay
+from paci_schedule.runtime.spikes import NOTHING_JUDGED, WINDOW, judging_delay
 
 __all__ = ["as_tensors", "from_tensors"]
 
@@ -22,20 +22,13 @@ def as_tensors(state: Mapping[str, Any], ties: Ties, spec: PipelineSpec) -> dict
         sums, nothing = state["tied"][name], torch.zeros_like(ties.weights[name])
         padded = [*sums, *[nothing] * (gradient.delay - len(sums))]
         tied[name] = {"pending": torch.tensor(len(sums)), "sums": torch.stack(padded).detach()}
-    spikes = state["spikes"]
-    judged = (
-        {}
-        if spikes is None
-        else {
-            "spikes": {
-                "left": torch.tensor(spikes["left"]),
-                "before": _padded(spikes["before"], WINDOW),
-                "open": _padded([loss for (loss,) in spikes["open"]], judging_delay(spec)),
-            }
-        }
-    )
+    spikes = state["spikes"] or NOTHING_JUDGED
     return {
-        **judged,
+        "spikes": {
+            "left": torch.tensor(spikes["left"]),
+            "before": _padded(spikes["before"], WINDOW),
+            "open": _padded([loss for (loss,) in spikes["open"]], 1 + judging_delay(spec)),
+        },
         "norms": torch.tensor(state["norms"]).reshape(-1, spec.stages),
         "factor": torch.tensor(float("nan") if state["factor"] is None else state["factor"]),
         "tied": tied,
@@ -44,10 +37,9 @@ def as_tensors(state: Mapping[str, Any], ties: Ties, spec: PipelineSpec) -> dict
 
 def from_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What `DeferredState.load_state` takes."""
-    factor, spikes = tensors["factor"].item(), tensors.get("spikes")
+    factor, spikes = tensors["factor"].item(), tensors["spikes"]
     return {
-        "spikes": spikes
-        and {
+        "spikes": {
             "left": int(spikes["left"]),
             "before": _told(spikes["before"]),
             "open": [[loss] for loss in _told(spikes["open"])],

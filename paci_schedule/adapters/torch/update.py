@@ -33,7 +33,8 @@ class StageUpdate:
         ties: the tied weights of the stage.
         prediction: of the stage's weights; None for none.
         timeout: how long the other stages may take under a flush.
-        skips: leave out an update whose gradient is not finite; of a tied stage's gradient, what is not finite.
+        skips: the replicas of the stage, where an update is to be left out whose gradient is not finite, or of a tied
+            stage's gradient what is not finite; None to leave out nothing.
 
     Attributes:
         norm: that the latest update was clipped by, float32[]; None before the first, or without clipping.
@@ -50,7 +51,7 @@ class StageUpdate:
         ties: Ties,
         prediction: Prediction | None,
         timeout: timedelta,
-        skips: bool,
+        skips: dist.ProcessGroup | None,
     ) -> None:
         self.norm: torch.Tensor | None = None
         self._stage, self._pipeline, self._ties, self._prediction = stage, pipeline, ties, prediction
@@ -67,11 +68,11 @@ class StageUpdate:
         self._stage.perform_reduce_grad(1)  # FSDP's; the loss has been scaled already
         parameters = [each for each in self._stage.submod.parameters() if each.requires_grad]  # its shards from here on
         self._ties.exchange(at, now=flushing)
-        if self._ties.weights and (self._max_norm or self._skips):
+        if self._ties.weights and (self._max_norm or self._skips is not None):
             drop_overflow([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self._max_norm:
             self._clip(parameters, at, flushing)
-        if not self._skips or self._may_step(parameters):
+        if self._skips is None or self._may_step(parameters, flushing):
             self._step(parameters)
         for parameter in parameters:
             parameter.grad = None
@@ -84,10 +85,11 @@ class StageUpdate:
         for scheduler in self._lr_schedulers:
             scheduler.step()
 
-    def _may_step(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        shards = {each.device_mesh.get_group() for each in gradients if isinstance(each, DTensor)}
-        return may_step(self._stage.stage_index, gradients, torch.device(self._stage.device), next(iter(shards), None))
+    def _may_step(self, parameters: Sequence[torch.nn.Parameter], flushing: bool) -> bool:
+        looked = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if flushing and self._norms is not None and self.norm is not None:  # that of all stages: all decide alike
+            looked = [self.norm]
+        return may_step(self._stage.stage_index, looked, torch.device(self._stage.device), self._skips)
 
     def _clip(self, parameters: Sequence[torch.nn.Parameter], at: object, flushing: bool) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
