@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from paci_schedule import trace
+from paci_schedule.core.schedules import registry
 from paci_schedule.core.schedules.base import Schedule
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.errors import CheckpointError, DataEndedError, LinkError
@@ -172,14 +173,13 @@ class Assembly:
         if self._finite is not None and self._watched is not None:
             self._finite.look("a weight after the newest update", self._watched.parameters())
 
-    def begin_batch(self, usual: Schedule, flushed: Schedule, warms_up: bool, empty: Callable[[], object]) -> None:
+    def begin_batch(self, usual: Schedule, warms_up: bool, empty: Callable[[], object]) -> None:
         """Choose the schedule of the batch to come, which can change where the pipe is empty.
 
         What the stages learn late under a schedule without a flush, they begin it with.
 
         Args:
-            usual: what the job runs.
-            flushed: what it runs while it warms up, and for a while after a loss spike.
+            usual: what the job runs, except for 1F1B while it warms up and for a while after a loss spike.
             warms_up: whether the update that comes is one of the warm-up.
             empty: empties the pipe, on every stage.
         """
@@ -188,7 +188,9 @@ class Assembly:
             empty()
         if self.runner.admitted:
             return
-        chosen = flushed if spiked or warms_up else usual  # alike on every stage: all stand at the same update
+        chosen = (
+            registry.schedule("1f1b") if spiked or warms_up else usual
+        )  # alike on every stage: all stand at the same update
         if self.runner.flushing and not chosen.flushes:
             self.deferred.exchange()
         if chosen.name != self.runner.schedule.name:

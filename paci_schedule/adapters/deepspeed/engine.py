@@ -353,7 +353,7 @@ class PaciPipelineEngine(DrainingEngine):
 
     def _choose_schedule(self) -> None:
         warms_up = self.global_steps < self._options.flush_warmup_steps
-        self._assembly.begin_batch(schedule(self._schedule), schedule("1f1b"), warms_up, self._empty)
+        self._assembly.begin_batch(schedule(self._schedule), warms_up, self._empty)
         if self._norm_group is not None:
             self._norm_group.flushing = self._runner.flushing
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.hooks import loaded, replace, stock_of
 from paci_schedule.errors import CheckpointError
 from paci_schedule.runtime.waiting import together
 
@@ -27,7 +27,6 @@ REPLACED = "schedule_async_save"
 
 Steps = Sequence[Callable[[], object]]
 
-_STOCK = "stock"  # of our function: Megatron-LM's own
 _PAUSE = 0.1  # seconds between two looks, at the end of a job
 
 
@@ -69,7 +68,7 @@ def watch_writers(args: Namespace, stage: int, timeout: timedelta) -> None:
         stage, timeout: as of `waiting`.
     """
     training, queue = loaded("megatron.training.training"), loaded("megatron.training.async_utils")
-    stock = getattr(training.maybe_finalize_async_save, _STOCK, training.maybe_finalize_async_save)
+    stock = stock_of(training, "maybe_finalize_async_save")
 
     def maybe_finalize_async_save(blocking: bool = False, terminate: bool = False) -> None:
         while args.async_save and not queue.is_empty_async_queue():
@@ -81,8 +80,7 @@ def watch_writers(args: Namespace, stage: int, timeout: timedelta) -> None:
             time.sleep(_PAUSE)
         stock(blocking, terminate)
 
-    setattr(maybe_finalize_async_save, _STOCK, stock)
-    training.maybe_finalize_async_save = maybe_finalize_async_save
+    replace(training, "maybe_finalize_async_save", maybe_finalize_async_save)
 
 
 def _look_at_writer(queue: Any) -> None:

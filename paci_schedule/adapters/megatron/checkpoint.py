@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.background import watch_writers
-from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.hooks import loaded, replace, stock_of
 from paci_schedule.adapters.megatron.publishing import Publishing, beside, folder_of, named
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.meeting import Meetings
@@ -26,8 +26,6 @@ from paci_schedule.runtime.publication import OURS
 __all__ = ["keep_deferred"]
 
 logger = logging.getLogger(__name__)
-
-_STOCK = "stock"  # of our save: Megatron-LM's own
 
 
 def keep_deferred(
@@ -55,7 +53,7 @@ def keep_deferred(
         timeout: how long other ranks may take.
     """
     training = loaded("megatron.training.training")
-    stock_save = getattr(training.save_checkpoint, _STOCK, training.save_checkpoint)
+    stock_save = stock_of(training, "save_checkpoint")
 
     name = _rank_name(sharded)
     writes = sharded or groups.replicas().rank() == 0
@@ -71,8 +69,7 @@ def keep_deferred(
         stock = partial(stock_save, iteration, *rest, **options)
         return publishing.save(iteration, transient, stock, lambda folder: _write(state, folder / name))
 
-    setattr(save_checkpoint, _STOCK, stock_save)
-    training.save_checkpoint = save_checkpoint
+    replace(training, "save_checkpoint", save_checkpoint)
     watch_writers(args, stage, timeout)
     if args.load and args.iteration:
         chosen = named(args)

@@ -11,10 +11,11 @@ from packaging.specifiers import SpecifierSet
 from paci_schedule.adapters.probing import TORCH_HOOKS, found_in, look_up, require
 from paci_schedule.adapters.versions import MEGATRON_CORE
 
-__all__ = ["TESTED", "check_installed", "loaded", "probe"]
+__all__ = ["TESTED", "check_installed", "loaded", "probe", "replace", "stock_of"]
 
 TESTED = SpecifierSet(MEGATRON_CORE)
 
+_STOCK = "stock"  # of a function of ours: Megatron-LM's own
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _HOOKS = {
     f"{_SCHEDULES}:forward_backward_pipelining_without_interleaving": ("model", "num_microbatches", "forward_only"),
@@ -67,3 +68,15 @@ def check_installed() -> None:
 def loaded(module: str) -> Any:
     """A module of Megatron's that is imported already, to read its names or to give them another meaning."""
     return sys.modules[module]
+
+
+def stock_of(module: Any, name: str) -> Any:
+    """Megatron-LM's own function of that name, also where `replace` has put another one in its place."""
+    there = getattr(module, name)
+    return getattr(there, _STOCK, there)
+
+
+def replace(module: Any, name: str, ours: Any) -> None:
+    """Put a function of ours in the place of Megatron-LM's own."""
+    setattr(ours, _STOCK, stock_of(module, name))
+    setattr(module, name, ours)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron import groups
-from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.hooks import loaded, replace, stock_of
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.runtime.deferred.reports import CarriedReports, ReportGroup
 
@@ -34,7 +34,6 @@ REBOUND = (
 )
 """The names in megatron.training.training that get another meaning here."""
 
-_STOCK = "stock"  # of a function of ours: Megatron-LM's own
 _METRICS = 8  # that a mixture of experts reports of every layer, at most
 
 
@@ -130,10 +129,7 @@ def _carry(training: Any, carried: CarriedReports) -> None:
     }
     metrics = {"_PIPELINE_MODEL_PARALLEL_GROUP": ReportGroup(carried, groups.pipeline(), None)}
     for name, standing_in in (("calc_params_l2_norm", norm), ("training_log", metrics)):
-        stock = getattr(getattr(training, name), _STOCK, getattr(training, name))
-        carrying = partial(_with_groups, standing_in, stock)
-        setattr(carrying, _STOCK, stock)
-        setattr(training, name, carrying)
+        replace(training, name, partial(_with_groups, standing_in, stock_of(training, name)))
 
 
 def _with_groups(

@@ -9,11 +9,10 @@ from typing import Any
 from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron.dispatch import registered_options
+from paci_schedule.adapters.megatron.hooks import replace, stock_of
 from paci_schedule.runtime.waiting import together
 
 __all__ = ["watch_loading"]
-
-_STOCK = "stock"  # of our function: Megatron-LM's own
 
 
 def watch_loading() -> None:
@@ -22,14 +21,13 @@ def watch_loading() -> None:
     Nothing happens where Megatron-LM's training loop has not been imported.
     """
     training: Any = sys.modules.get("megatron.training.training")
-    stock = getattr(training, "load_checkpoint", None)
-    if stock is None or hasattr(stock, _STOCK):
+    if not hasattr(training, "load_checkpoint"):
         return
+    stock = stock_of(training, "load_checkpoint")
     timeout = timedelta(seconds=registered_options().timeout)
 
     def load_checkpoint(*values: Any, **options: Any) -> Any:
         with together(parallel_state.get_pipeline_model_parallel_rank(), "loaded a checkpoint", timeout):
             return stock(*values, **options)
 
-    setattr(load_checkpoint, _STOCK, stock)
-    training.load_checkpoint = load_checkpoint
+    replace(training, "load_checkpoint", load_checkpoint)

@@ -238,7 +238,7 @@ class SchedulePaci(PipelineScheduleSingle):
         split_args, split_kwargs = self._split_inputs(args, kwargs)
         assembly.stopwatch.start()
         warms_up = self._updates() < self._options.flush_warmup_steps
-        assembly.begin_batch(schedule(self._schedule), schedule("1f1b"), warms_up, partial(self._empty, assembly))
+        assembly.begin_batch(schedule(self._schedule), warms_up, partial(self._empty, assembly))
         self._compute.batch = Batch(
             first=runner.admitted,
             args=split_args,
