@@ -16,6 +16,7 @@ import itertools
 import math
 import random
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -227,7 +228,9 @@ def main() -> None:
             except BaseException:
                 lost.set()
                 traceback.print_exc()
-                raise SystemExit(f"{kind}, seed {seed}, {carry_out.__name__.strip('_')}: lost") from None
+                said = f"{kind}, seed {seed}, {carry_out.__name__.strip('_')}: lost"
+                print(said, file=sys.stderr, flush=True)  # at once; another job may take minutes
+                raise SystemExit(said) from None
             with taking:
                 total.update(counted)
 

@@ -1,5 +1,6 @@
 """What a Megatron job says where its ranks do not fit together, or where one stands still under Megatron's schedule."""
 
+import os
 import time
 
 import pytest
@@ -67,3 +68,43 @@ def test_a_rank_that_hangs_in_megatrons_own_schedule_ends_the_others_within_the_
     assert second.raised[:1] == ("LinkError",), second.error
     assert f"stage 1 (rank 1) {doing}, and exchanged a message with the neighbouring stage (rank 0)" in second.error
     assert float(second.output.rsplit("waited ", 1)[1].split()[0]) < 30
+
+
+def lose_replica(job, how, at):
+    """Rank 3 is lost at its third forward, or before its third update."""
+    megatron_job.prepare()
+    set_up(job)
+    seen = []
+
+    def lose(*_):
+        seen.append(1)
+        if len(seen) == 3:
+            os._exit(9) if how == "dies" else time.sleep(600)
+
+    def build_stage(job):
+        model, optimizer = megatron_job.wired(job)
+        if dist.get_rank() == 3 and at == "forward":
+            model.module.register_forward_pre_hook(lose)
+        elif dist.get_rank() == 3:
+            stock = optimizer.prepare_grads
+            optimizer.prepare_grads = lambda: (lose(), stock())[1]
+        return model, optimizer
+
+    begun = []
+    try:
+        megatron_job.train(job, lambda _: begun.append(time.monotonic()), build_stage)
+    finally:
+        print(f"waited {time.monotonic() - begun[-1]:.1f}")
+
+
+@pytest.mark.parametrize(("how", "at"), [("dies", "forward"), ("hangs", "forward"), ("hangs", "update")])
+def test_a_lost_replica_ends_the_others_within_the_timeout(how, at):
+    job = GptJob(calls=5, data_parallel=2, distributed_optimizer=True, paci={"train_iters": 5, "timeout": 4})
+    outcomes = gather_outcomes(lose_replica, 4, (job, how, at), timeout=120, grace=8)
+    assert outcomes.pop(3).ended == {"dies": "died", "hangs": "killed"}[how]
+    for outcome in outcomes:
+        assert outcome.raised[:1] == ("LinkError",), outcome.error
+        assert float(outcome.output.rsplit("waited ", 1)[1].split()[0]) < 30
+    beside = outcomes[2].error.rpartition("LinkError: ")[2]
+    assert beside.startswith("stage 1 (rank 2) worked (at "), beside
+    assert "together with the other ranks of this stage (rank 3) and got no answer" in beside

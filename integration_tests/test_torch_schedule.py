@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -321,6 +322,56 @@ def test_a_stage_that_stays_away_is_named_within_the_timeout():
     said = outcome.error[outcome.error.index("LinkError: ") :]
     assert said.startswith("LinkError: stage 0 (rank 0)"), said
     assert "stage 1 (rank 1)" in said
+
+
+def evaluated_alone():
+    schedule = built(model(2, torch.float32)[dist.get_rank()], 2, 2, timeout=3.0)
+    inputs, _ = batch(0, 2, torch.float32)
+    if dist.get_rank() == 1:
+        time.sleep(600)
+    schedule.eval(inputs)
+
+
+def test_an_evaluation_that_one_stage_misses_ends_within_the_timeout():
+    waits, misses = ranks.gather_outcomes(evaluated_alone, 2, timeout=60.0, grace=2.0)
+    assert misses.ended == "killed", misses
+    assert waits.raised[:1] == (LinkError.__name__,), waits.error
+    assert "LinkError: stage 0 (rank 0) evaluated together with the other ranks (rank 1)" in waits.error
+
+
+def lost_replica(how):
+    """Two stages, two replicas in DDP, of which rank 3 is lost in its second update."""
+    from paci_schedule.adapters.torch import SchedulePaci
+
+    rank, (stages, replicas) = dist.get_rank(), ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    pipeline = dist.new_subgroups_by_enumeration(stages)[0]
+    group = dist.new_subgroups_by_enumeration(replicas)[0]
+    module = ddp(model(2, torch.float32)[rank % 2], group)
+    stage = PipelineStage(module, rank % 2, 2, torch.device("cpu"), group=pipeline)
+    optimizer = adamw(module)
+    schedule = SchedulePaci(stage, 2, loss_fn, optimizers=optimizer, timeout=3.0)
+    calls = []
+
+    def lose(*_):
+        calls.append(1)
+        if rank == 3 and len(calls) == 3:
+            os._exit(9) if how == "dies" else time.sleep(600)
+
+    module.module.register_forward_pre_hook(lose)
+    for number in range(4):
+        inputs, target = batch(number, 2, torch.float32)
+        schedule.step(*([inputs] if rank % 2 == 0 else []), target=target if rank % 2 else None)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_replica_ends_the_others_within_the_timeout(how):
+    outcomes = ranks.gather_outcomes(lost_replica, 4, (how,), timeout=60.0, grace=6.0)
+    assert outcomes.pop(3).ended == {"dies": "died", "hangs": "killed"}[how]
+    for outcome in outcomes:
+        assert outcome.raised[:1] == (LinkError.__name__,), outcome.error
+    said = outcomes[1].error.rpartition("LinkError: ")[2]
+    assert said.startswith("stage 1 (rank 1) worked (at B"), said
+    assert "together with the other ranks of this stage (rank 3) and got no answer" in said
 
 
 def compared():

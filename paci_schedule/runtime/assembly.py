@@ -28,6 +28,7 @@ from paci_schedule.runtime.ranges import Ranges
 from paci_schedule.runtime.spikes import SpikeGuard
 from paci_schedule.runtime.stage import StageCompute, StageRunner
 from paci_schedule.runtime.stopwatch import Stopwatch
+from paci_schedule.runtime.waiting import impatient, named
 from paci_schedule.runtime.watched import WatchedCompute
 
 __all__ = ["Assembly"]
@@ -123,6 +124,7 @@ class Assembly:
             replicas: the process group of this stage's replicas, for the guard.
         """
         early_receives, records = self._early_receives, self._record is not None
+        self._ranks = sorted(pipeline[self._stage] for pipeline in pipelines)
         self.spikes = None
         if spike is not None and replicas is not None:
             self.spikes = SpikeGuard(*spike, self._spec, self._stage, replicas, self._timeout, loss)
@@ -198,17 +200,28 @@ class Assembly:
 
     @contextmanager
     def accounted(self) -> Iterator[None]:
-        """If an error ends what runs inside, and runs are recorded, all ranks write where they stand."""
+        """What runs inside waits for no rank longer than the timeout.
+
+        If an error ends it, and runs are recorded, all ranks write where they stand.
+
+        Raises:
+            LinkError: another rank of this stage is gone or did not answer, in place of the transport's error.
+        """
         try:
-            yield
+            with impatient(self._timeout):
+                yield
         except (DataEndedError, CheckpointError):  # which end nothing, and which every rank raises
             raise
-        except Exception as error:
+        except Exception as raised:
+            doing = f"worked (at {self.runner.at} or after it) together with"
+            error = named(raised, self._stage, doing, "the other ranks of this stage", self._ranks, self._timeout)
             if self._account is not None and error is not self._accounted:
                 self._accounted = error
                 self.write_recording()
                 self._account.ended(error)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
 
     def _lost(self, error: LinkError) -> None:
         if self._account is not None:

@@ -9,11 +9,21 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_group
+from torch.distributed.distributed_c10d import _world
 
-from paci_schedule.errors import LinkError
+from paci_schedule.errors import LinkError, PaciError
 
-__all__ = ["WATCHDOG_MARGIN", "begun", "no_answer", "patience_of", "shorten_timeout", "together", "waiting"]
+__all__ = [
+    "WATCHDOG_MARGIN",
+    "begun",
+    "impatient",
+    "named",
+    "no_answer",
+    "patience_of",
+    "shorten_timeout",
+    "together",
+    "waiting",
+]
 
 WATCHDOG_MARGIN = timedelta(seconds=60)
 """How much later than the timeout NCCL's watchdog ends a process.
@@ -23,7 +33,9 @@ margin lets the lookout speak first, unless the host has run ahead of its device
 """
 
 # What gloo and NCCL write.  Whatever else fails while a collective may be under way is an error of its own.
-_TRANSPORT = re.compile(r"gloo|nccl|timed? ?out|clos(ed|ure)|connection|abort", re.IGNORECASE)
+_TRANSPORT = re.compile(
+    r"gloo|nccl|operation timed out|pair closure|connection (closed|reset|refused)|communicator.* abort", re.IGNORECASE
+)
 
 
 def begun(work: dist.Work | None) -> dist.Work:
@@ -49,11 +61,22 @@ def waiting(stage: int, doing: str, peers: str, ranks: Iterable[int], timeout: t
     try:
         yield
     except RuntimeError as error:
-        others = [rank for rank in ranks if rank != dist.get_rank()]
-        if not others or not _is_of_transport(error):
+        if (told := named(error, stage, doing, peers, ranks, timeout)) is error:
             raise
-        said = f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {error}"
-        raise LinkError(said, others) from error
+        raise told from error
+
+
+def named(error: Exception, stage: int, doing: str, peers: str, ranks: Iterable[int], timeout: timedelta) -> Exception:
+    """A LinkError that says who waited for what, if an error is a transport's; else the error itself.
+
+    Args:
+        error: that was raised.
+        stage, doing, peers, ranks, timeout: as of `waiting`.
+    """
+    others, transports = [rank for rank in ranks if rank != dist.get_rank()], _transports(error)
+    if not others or transports is None:
+        return error
+    return LinkError(f"{no_answer(stage, doing, peers, others, timeout)}  The transport says: {transports}", others)
 
 
 def no_answer(stage: int, doing: str, peers: str, others: list[int], timeout: timedelta) -> str:
@@ -67,10 +90,13 @@ def no_answer(stage: int, doing: str, peers: str, others: list[int], timeout: ti
     )
 
 
-def _is_of_transport(error: RuntimeError) -> bool:
-    if isinstance(error, LinkError):  # it names who waited already
-        return False
-    return isinstance(error, dist.DistError) or _TRANSPORT.search(str(error)) is not None
+def _transports(error: BaseException | None) -> BaseException | None:
+    """The error of a transport that an error is, or that caused it; None for an error of another kind."""
+    while error is not None and not isinstance(error, PaciError):  # which says already what is wrong
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _TRANSPORT.search(str(error))):
+            return error
+        error = error.__cause__
+    return None
 
 
 def patience_of(backend: str, timeout: timedelta) -> timedelta:
@@ -95,19 +121,27 @@ def shorten_timeout(group: dist.ProcessGroup, timeout: timedelta) -> list[tuple[
 
 
 @contextmanager
+def impatient(timeout: timedelta) -> Iterator[None]:
+    """While it lasts, no collective of this process waits longer than the timeout, in whichever group it is.
+
+    The groups have their own timeouts again afterwards: what else a training script does in them may take longer.
+    """
+    told = [each for group in list(_world.pg_map) for each in shorten_timeout(group, timeout)]
+    try:
+        yield
+    finally:
+        for backend, before in told:
+            backend._set_default_timeout(before)
+
+
+@contextmanager
 def together(stage: int, doing: str, timeout: timedelta) -> Iterator[None]:
     """While a framework does something over all ranks of the job: as `waiting`, and no longer than the timeout.
-
-    The default group has its own timeout again afterwards: what else a training script does in it may take longer.
 
     Args:
         stage, timeout: as of `waiting`.
         doing: "evaluated", "saved a checkpoint".
     """
-    told = shorten_timeout(_get_default_group(), timeout)
-    try:
-        with waiting(stage, f"{doing} together with", "the other ranks", range(dist.get_world_size()), timeout):
-            yield
-    finally:
-        for backend, before in told:
-            backend._set_default_timeout(before)
+    everybody = range(dist.get_world_size())
+    with impatient(timeout), waiting(stage, f"{doing} together with", "the other ranks", everybody, timeout):
+        yield

@@ -122,7 +122,9 @@ class ModelStream:
         self._data: Any = None
         self._calls = self._resumed_at = 0
         self._between_calls = ExitStack()
-        owner = owner_of(self._config)
+        owner: Any = owner_of(self._config)
+        if owner is not None:
+            owner.step = self._assembly.accounted()(owner.step)
         clip = None if owner is None else owner.config.clip_grad
         copied = 0 if prediction is None else copied_bytes(optimizers(self._config))
         line = start_line(schedule(name), spec, options, framework=FRAMEWORK, clip=clip, copied_bytes=copied)
@@ -165,12 +167,12 @@ class ModelStream:
         self._compute.begin(forward_step_func, data, num_microbatches)
         with self._assembly.accounted():
             self._loss = runner.lead_batch(self._last())
-        reduced = self._compute.end()
-        if config.finalize_model_grads_func is not None:
-            with self._ties.exchanging(scale=self._by_tokens if config.calculate_per_token_loss else None):
-                config.finalize_model_grads_func(
-                    [self._model], None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
-                )
+            reduced = self._compute.end()
+            if config.finalize_model_grads_func is not None:
+                with self._ties.exchanging(scale=self._by_tokens if config.calculate_per_token_loss else None):
+                    config.finalize_model_grads_func(
+                        [self._model], None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+                    )
         self._end_call()
         if not runner.admitted and parallel_state.get_tensor_model_parallel_rank() == 0:
             self._assembly.write_recording()

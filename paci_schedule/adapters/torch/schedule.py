@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from paci_schedule.adapters.choice import RUNNABLE, check_choice
@@ -25,6 +25,7 @@ from paci_schedule.adapters.ending import Ending
 from paci_schedule.adapters.refusal import refuse_together
 from paci_schedule.adapters.start_line import say, start_line
 from paci_schedule.adapters.torch.compute import Batch, ModuleCompute
+from paci_schedule.adapters.torch.evaluating import Evaluation
 from paci_schedule.adapters.torch.hooks import check_installed
 from paci_schedule.adapters.torch.options import PaciOptions
 from paci_schedule.adapters.torch.refusals import HEADING, job_reasons, optimizer_reasons
@@ -106,12 +107,12 @@ class SchedulePaci(PipelineScheduleSingle):
         chunking = (args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
         super().__init__(stage, n_microbatches, loss_fn, *chunking)
         self.loss: torch.Tensor | None = None
-        self._evaluation = ScheduleGPipe(stage, n_microbatches, loss_fn, *chunking)
         tied = tied or {}
         refuse_together(job_reasons(stage, list(tied.values()), self._options), HEADING)
         self._spec, self._schedule = spec, "paci"
         self._timeout = timedelta(seconds=self._options.timeout)
         self._group: dist.ProcessGroup = stage.group or distributed_c10d._get_default_group()
+        self._evaluation = Evaluation(stage, self._group, self._timeout, n_microbatches, loss_fn, *chunking)
         pipelines: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(pipelines, dist.get_process_group_ranks(self._group))
         self._pipelines = [list(ranks) for ranks in dict.fromkeys(map(tuple, pipelines))]
