@@ -5,12 +5,12 @@ deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.js
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
 A script that is given --deepspeed... is a DeepSpeed job, and only DeepSpeed is registered with.  DeepSpeed reads the
-schedule from its config.  Any other script beside which, or on PYTHONPATH, the folder megatron/training of Megatron-LM
-is found is a Megatron-LM job, and only Megatron-core is registered with.  Megatron-LM has no flag for a schedule, so
-the launcher takes the following flags out of the script's arguments.  With another schedule than 1f1b it adds
---rerun-mode disabled, unless the user chose a mode.  A script that names megatron.core itself, and not DeepSpeed, is a
-training loop of one's own: it may have the last two flags too.  For every other script the launcher registers with what
-is installed.
+schedule from its config.  A script that names megatron.bridge is a Megatron-Bridge job.  Any other script beside which,
+or on PYTHONPATH, the folder megatron/training of Megatron-LM is found is a Megatron-LM job.  With both only
+Megatron-core is registered with.  They have no flag for a schedule, so the launcher takes the following flags out of
+the script's arguments.  To Megatron-LM's it adds --rerun-mode disabled with another schedule than 1f1b, unless the user
+chose a mode.  A script that names megatron.core itself, and not DeepSpeed, is a training loop of one's own: it may have
+the last two flags too.  For every other script the launcher registers with what is installed.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -65,14 +65,17 @@ def main(argv: list[str] | None = None) -> None:
             "for example: torchrun -m paci_schedule.launch train.py --its --arguments"
         )
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout beside the script goes before what is installed
-    is_megatron_lm = os.path.isdir(found_in("megatron.training") or "")
-    framework = _framework_of(script, rest, is_megatron_lm)
-    ours = argparse.Namespace()
+    kind = _kind_of(script, rest)
+    framework = {"DeepSpeed": "deepspeed", "": ""}.get(kind, "megatron")
+    ours, given = argparse.Namespace(), rest
     if framework == "megatron":
-        ours, rest = our_flags(Options if is_megatron_lm else PaciOptions).parse_known_args(rest)
-    if is_megatron_lm and getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+        ours, rest = our_flags(PaciOptions if kind == "own loop" else Options).parse_known_args(rest)
+    is_switched = getattr(ours, "pipeline_schedule", "1f1b") != "1f1b"
+    if kind == "Megatron-LM" and is_switched:
         rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
+    if kind == "Megatron-Bridge":
+        os.execvpe = partial(_started_again, os.execvpe, script, given)
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.build_lock import watch_build_locks
     from paci_schedule.runtime.shared_gpu import share_gpus
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
         options = {name.removeprefix("paci_"): value for name, value in vars(ours).items() if name.startswith("paci_")}
         megatron.register(getattr(ours, "pipeline_schedule", None), options)
-        if getattr(ours, "pipeline_schedule", "1f1b") != "1f1b":
+        if kind == "Megatron-LM" and is_switched:
             megatron.look_at_arguments()
     try:
         runpy.run_path(script, run_name="__main__")
@@ -95,19 +98,31 @@ def main(argv: list[str] | None = None) -> None:
         raise
 
 
-def _framework_of(script: str, arguments: list[str], is_megatron_lm: bool) -> str:
-    """Which framework the script trains with; "" where its arguments, its text and what lies beside it do not tell.
+def _kind_of(script: str, arguments: list[str]) -> str:
+    """What the script is; "" where its arguments, its text and what lies beside it do not tell.
 
-    Megatron-LM has a folder megatron/training.  Projects that DeepSpeed drives have a megatron/training.py.
+    Megatron-LM has a folder megatron/training, which Megatron-Bridge uses too.  Projects that DeepSpeed drives have a
+    megatron/training.py.
     """
     if any(word.startswith("--deepspeed") for word in arguments):
-        return "deepspeed"
-    if is_megatron_lm:
-        return "megatron"
+        return "DeepSpeed"
     with open(script, encoding="utf-8", errors="replace") as file:
         text = file.read()
+    if "megatron.bridge" in text:
+        return "Megatron-Bridge"
+    if os.path.isdir(found_in("megatron.training") or ""):
+        return "Megatron-LM"
     is_own_loop = "megatron.core" in text and "deepspeed" not in text and exists("megatron.core")
-    return "megatron" if is_own_loop else ""
+    return "own loop" if is_own_loop else ""
+
+
+def _started_again(stock: Any, script: str, given: list[str], file: str, command: list[str], environment: Any) -> None:
+    """Stands in for `os.execvpe`, by which Megatron-Bridge's run_recipe.py starts itself again in the environment of
+    a recipe: the launcher starts it then, too."""
+    python, again, *_ = command
+    if os.path.abspath(again) == os.path.abspath(script):
+        command = [python, "-m", "paci_schedule.launch", again, *given]
+    stock(file, command, environment)
 
 
 def without_reruns(arguments: list[str]) -> list[str]:

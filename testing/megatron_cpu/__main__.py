@@ -1,6 +1,7 @@
 """``python -m testing.megatron_cpu MODULE ARGUMENTS...``: as ``python -m MODULE``, the CPU playing CUDA.
 
-MEGATRON_CPU_TRACE=PATH records the collectives of every rank.
+MEGATRON_CPU_TRACE=PATH records the collectives of every rank.  A job that is not Megatron-LM's writes the number of
+iterations done into MEGATRON_CPU_ITERATION.
 """
 
 import contextlib
@@ -47,7 +48,8 @@ def trace(path: str | None) -> Iterator[None]:
 
     def keep(name: str, ranks: list[int]) -> None:
         job = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
-        seen.append((getattr(job, "curr_iteration", None), name, ranks))
+        told = os.environ.get("MEGATRON_CPU_ITERATION")
+        seen.append((getattr(job, "curr_iteration", told and int(told)), name, ranks))
 
     if path is None:
         yield

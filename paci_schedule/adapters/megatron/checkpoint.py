@@ -1,13 +1,11 @@
-"""The deferred state of a stage in every checkpoint of a Megatron-LM job."""
+"""The deferred state of a stage in every checkpoint of a job."""
 
 from __future__ import annotations
 
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from paci_schedule.adapters.megatron import groups
-from paci_schedule.adapters.megatron.background import watch_writers
-from paci_schedule.adapters.megatron.hooks import loaded, replace, stock_of
-from paci_schedule.adapters.megatron.publishing import Publishing, beside, folder_of, named
+from paci_schedule.adapters.megatron.job import Job
 from paci_schedule.runtime.deferred.state import DeferredState
 from paci_schedule.runtime.meeting import Meetings
-from paci_schedule.runtime.publication import OURS
 
 __all__ = ["keep_deferred"]
 
@@ -29,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_deferred(
-    args: Namespace,
+    job: Job,
     model: torch.nn.Module,
     deferred: DeferredState,
     settle: Callable[[], bool],
@@ -44,7 +39,7 @@ def keep_deferred(
     copies of a tied weight must apply the same sums.
 
     Args:
-        args: Megatron-LM's arguments.
+        job: that saves.
         model: this stage's, loaded.
         deferred: of this stage.
         settle: called before a save; whether the pipe is empty.
@@ -52,30 +47,19 @@ def keep_deferred(
         meetings: of the job.
         timeout: how long other ranks may take.
     """
-    training = loaded("megatron.training.training")
-    stock_save = stock_of(training, "save_checkpoint")
-
     name = _rank_name(sharded)
     writes = sharded or groups.replicas().rank() == 0
-    stage = parallel_state.get_pipeline_model_parallel_rank()
 
-    publishing = Publishing(args, stage, meetings, timeout)
-
-    def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> Any:
+    def take() -> Callable[[Path], None]:
         empty = settle()
         state = deferred.state() if empty else {**deferred.state(), "norms": []}
         state = {**state, "weights": _fingerprint(model)} if writes else None
-        transient = bool(options.get("non_persistent_ckpt"))
-        stock = partial(stock_save, iteration, *rest, **options)
-        return publishing.save(iteration, transient, stock, lambda folder: _write(state, folder / name))
+        return lambda folder: _write(state, folder / name)
 
-    replace(training, "save_checkpoint", save_checkpoint)
-    watch_writers(args, stage, timeout)
-    if args.load and args.iteration:
-        chosen = named(args)
-        loads = chosen is not None and chosen.name == folder_of("", args.iteration).name
-        within = chosen / OURS if chosen is not None and loads else beside(args.load, args.iteration)
-        _load(within / name, model, deferred)
+    job.keep_deferred(take, parallel_state.get_pipeline_model_parallel_rank(), meetings, timeout)
+    folder = job.loaded()
+    if folder is not None:
+        _load(folder / name, model, deferred)
 
 
 def _write(state: dict[str, Any] | None, file: Path) -> None:

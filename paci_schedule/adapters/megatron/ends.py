@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import num_microbatches_calculator
 
 from paci_schedule.adapters.megatron.exits import UnplannedEnd
+from paci_schedule.adapters.megatron.job import Job
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.core.spec import PipelineSpec
 
@@ -34,8 +34,8 @@ class PlannedEnds:
         return cls(_known(options.train_iters), _known(options.drain_interval))
 
     @classmethod
-    def of_job(cls, args: Namespace) -> PlannedEnds:
-        """The ends of a Megatron-LM job."""
+    def of_job(cls, args: Any) -> PlannedEnds:
+        """The ends of a job with these arguments of Megatron-LM."""
         saves = (args.save_interval, getattr(args, "non_persistent_save_interval", None)) if args.save else ()
         phases = getattr(args, "phase_transition_iterations", None) or ()
         # What is skipped must not have been read ahead.  Megatron-LM's versions do not count the iterations alike.
@@ -50,16 +50,16 @@ class PlannedEnds:
 
 
 class JobEnds:
-    """The ends of a Megatron-LM job, those among them that are decided while it runs.
+    """The ends of a job, those among them that are decided while it runs.
 
     Args:
-        args: Megatron-LM's arguments.
+        job: which trains.
     """
 
-    def __init__(self, args: Namespace) -> None:
-        self._args, self._planned = args, PlannedEnds.of_job(args)
+    def __init__(self, job: Job) -> None:
+        self._args, self._planned = (args := job.args), PlannedEnds.of_job(args)
         may_end = args.exit_signal_handler or args.exit_duration_in_mins
-        self._unplanned = UnplannedEnd(args) if may_end else None
+        self._unplanned = UnplannedEnd(job) if may_end else None
 
     def next_end(self, iteration: int, spec: PipelineSpec) -> int | None:
         """As that of `PlannedEnds`; asked before every iteration."""

@@ -1,4 +1,4 @@
-"""Ends of a Megatron-LM job that nobody planned: a signal (--exit-signal-handler), a time (--exit-duration-in-mins).
+"""Ends of a job that nobody planned: a signal (--exit-signal-handler), a time (--exit-duration-in-mins).
 
 Megatron-LM asks every rank in every iteration whether to end, and all wait for all.  Here a rank that has reason to end
 names an iteration that is far enough ahead for every rank to hear of it in time, in the job's key-value store; the
@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import logging
 import time
-from argparse import Namespace
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.job import Job
 from paci_schedule.core.spec import PipelineSpec
 
 __all__ = ["UnplannedEnd"]
@@ -35,23 +33,22 @@ _SIGNAL = "--exit-signal-handler"
 class UnplannedEnd:
     """The end of a job for a signal or a time, decided while it runs.
 
-    Megatron-LM's own way to ask is put off: its signal handler answers when the decided iteration is done, and the
-    limit of time is taken out of its arguments.
+    The job's own way to ask is put off: its signal handler answers when the decided iteration is done, and the limit of
+    time is taken out of its arguments.
 
     Args:
-        args: Megatron-LM's arguments.
+        job: which is to end.
     """
 
-    def __init__(self, args: Namespace) -> None:
-        self._args = args
+    def __init__(self, job: Job) -> None:
+        self._job, self._args = job, (args := job.args)
         self._minutes: float | None = args.exit_duration_in_mins
         self._store = dist.PrefixStore(f"paci_schedule/{args.iteration}", _get_default_store())
         self._end: int | None = None
         self._is_signalled = False
         args.exit_duration_in_mins = None
-        self._handler: Any = None
-        if args.exit_signal_handler:
-            self._handler = loaded("megatron.training.global_vars").get_signal_handler()
+        self._handler = job.signal_handler
+        if self._handler is not None:
             self._handler.signals_received = self._signals_received
 
     def after(self, done: int, spec: PipelineSpec) -> int | None:
@@ -77,14 +74,13 @@ class UnplannedEnd:
         return end
 
     def _signals_received(self) -> list[bool]:
-        """Stands in for Megatron-LM's question to all ranks, at the end of an iteration."""
-        return [self._end is not None and self._is_signalled and self._args.curr_iteration + 1 >= self._end]
+        """Stands in for the job's question to all ranks, at the end of an iteration."""
+        return [self._end is not None and self._is_signalled and self._job.finished >= self._end]
 
     def _reason(self) -> str:
         """Why this rank has reason to end the job, or nothing."""
         if self._handler is not None and self._handler._signal_received:
             return _SIGNAL
-        started = loaded("megatron.training.training")._TRAIN_START_TIME
-        if self._minutes and (time.time() - started) / 60 > self._minutes:
+        if self._minutes and (time.time() - self._job.started) / 60 > self._minutes:
             return f"--exit-duration-in-mins {self._minutes}"
         return ""

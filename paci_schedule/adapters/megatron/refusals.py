@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -19,15 +17,14 @@ from megatron.core.optimizer.optimizer import (
     FP32Optimizer,
     MegatronOptimizer,
 )
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from paci_schedule.adapters.megatron import groups
-from paci_schedule.adapters.megatron.background import REPLACED
-from paci_schedule.adapters.megatron.hooks import TESTED, loaded
-from paci_schedule.adapters.megatron.job import REBOUND
+from paci_schedule.adapters.megatron.bridge import loops as bridge_loops
+from paci_schedule.adapters.megatron.job import Job
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
-from paci_schedule.adapters.megatron.publishing import RENAMED
-from paci_schedule.adapters.megatron.settings import DDP, JOB, MODEL, OPTIMIZER
+from paci_schedule.adapters.megatron.settings import DDP, MODEL, OPTIMIZER
 from paci_schedule.adapters.megatron.stage_local import chains, optimizers
 from paci_schedule.adapters.megatron.ties import tied_embedding, unwrapped
 from paci_schedule.adapters.refusal import launch_blocking, reasons, refuse_together
@@ -44,14 +41,12 @@ _WRAPPERS = (
 )
 """What may be around the optimizers of a stage.  These step the stage's own weights, and each does so by itself."""
 
-_BRIDGES = {"megatron.bridge.training.train", "megatron.bridge.training.train_megatron_mimo"}
-
 
 def check_supported(
     chunks: list[torch.nn.Module],
     config: Any,
     options: PaciOptions,
-    args: Namespace | None,
+    job: Job | None,
     call: dict[str, Any],
     ranks: list[int],
 ) -> list[list[int]]:
@@ -61,7 +56,7 @@ def check_supported(
         chunks: the model.
         config: its ModelParallelConfig.
         options: of the schedule.
-        args: Megatron-LM's arguments, if this is such a job.
+        job: which trains; None for a training loop of the user's own.
         call: the other arguments of the first call.
         ranks: this rank's pipeline, in stage order.
 
@@ -71,7 +66,7 @@ def check_supported(
     Raises:
         UnsupportedError: on every rank, with every reason of any of them, so that none is left waiting.
     """
-    found = chain(_reasons(chunks, config, options, args, call), prediction_reasons(chunks[0], config, options))
+    found = chain(_reasons(chunks, config, options, job, call), prediction_reasons(chunks[0], config, options))
     refuse_together(found, "'paci' cannot run this job; change what follows, or use '1f1b'")
     pipelines = [ranks] * dist.get_world_size()
     dist.all_gather_object(pipelines, ranks)
@@ -79,24 +74,19 @@ def check_supported(
 
 
 def _reasons(
-    chunks: list[torch.nn.Module], config: Any, options: PaciOptions, args: Namespace | None, call: dict[str, Any]
+    chunks: list[torch.nn.Module], config: Any, options: PaciOptions, job: Job | None, call: dict[str, Any]
 ) -> Iterator[str]:
     yield from reasons(MODEL, config)
     ddp = getattr(chunks[0], "ddp_config", None)
     if ddp is not None:
         yield from reasons(DDP, ddp)
-    if args is not None:
-        yield from reasons(JOB, args)
-        saving = (*RENAMED, REPLACED)
-        for module, names in (("megatron.training.training", REBOUND), ("megatron.training.checkpointing", saving)):
-            for name in names:
-                if not hasattr(loaded(module), name):
-                    yield f"{module}.{name} is gone in this Megatron-LM: use a version in {TESTED}"
-    elif bridges := sorted(_BRIDGES & set(sys.modules)):
+    if job is not None:
+        yield from job.reasons()
+    elif calling := bridge_loops():
         yield (
-            f"a training loop of Megatron-Bridge's own ({', '.join(bridges)}): not tried yet; it sums over all stages "
-            "in every iteration and saves without an empty pipe.  Train with Megatron-LM's pretrain_gpt.py, or with a "
-            "loop of your own, whose ends config.paci = {'train_iters': n, 'drain_interval': n} plans"
+            f"{calling[0]}: not tried yet; it sums over all stages in every iteration.  Train with Megatron-Bridge's "
+            "pretrain or finetune, or with a loop of your own, whose ends config.paci = {'train_iters': n, "
+            "'drain_interval': n} plans"
         )
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
@@ -132,7 +122,7 @@ def _reasons(
             "--mtp-num-layers in a stage of its own, which has a third copy of the embedding: not tried yet; put these "
             "layers into the last stage (--pipeline-model-parallel-layout)"
         )
-    if options.early_receives and getattr(args, "timing_log_level", 0):
+    if options.early_receives and getattr(job and job.args, "timing_log_level", 0):
         yield (
             "--timing-log-level with config.paci = {'early_receives': True}: its timers wait for the whole device, and "
             "so for receives posted before them; use 0, or leave the option out"
@@ -146,10 +136,15 @@ def _reasons(
     of_call = call.get("pg_collection")
     if of_call is not None and getattr(of_call, "pp", None) is not _pipeline():
         yield "a pg_collection with groups of its own: not tried yet; use parallel_state's"
-    if call.get("p2p_communicator") is not None:
+    if not _is_stock(call.get("p2p_communicator")):
         yield "a p2p_communicator of your own, as between modules on other ranks: PACI has its own links; leave it out"
     if call.get("collect_non_loss_data"):
         yield "collect_non_loss_data in training: collect in evaluation"
+
+
+def _is_stock(communicator: Any) -> bool:
+    """Whether Megatron-core's schedule would make the same one for itself."""
+    return communicator is None or (type(communicator) is P2PCommunicator and communicator.pp_group is _pipeline())
 
 
 def _is_at_an_end() -> bool:

@@ -14,11 +14,13 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from paci_schedule import __version__
-from paci_schedule.adapters.megatron import groups, job
+from paci_schedule.adapters.megatron import groups
+from paci_schedule.adapters.megatron.bridge import Bridge
 from paci_schedule.adapters.megatron.checkpoint import keep_deferred
 from paci_schedule.adapters.megatron.compute import ModelCompute
 from paci_schedule.adapters.megatron.ends import JobEnds, PlannedEnds
 from paci_schedule.adapters.megatron.evaluating import timed_messages
+from paci_schedule.adapters.megatron.megatron_lm import MegatronLM
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
@@ -63,15 +65,15 @@ class ModelStream:
         call: dict[str, Any],
     ) -> None:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
-        args = job.current_args()
+        self._job = job = MegatronLM.running() or Bridge.running()
         timeout = timedelta(seconds=options.timeout)
         self._meetings = Meetings(group.rank(), timeout)
         settings = _settings(options, name, group.size(), call["num_microbatches"])
         require_alike(self._meetings.gather("began to train under the schedule", settings))
-        pipelines = check_supported(chunks, self._config, options, args, call, dist.get_process_group_ranks(group))
+        pipelines = check_supported(chunks, self._config, options, job, call, dist.get_process_group_ranks(group))
         stage, stages = group.rank(), group.size()
         spec = PipelineSpec(stages=stages, accumulation=call["num_microbatches"])
-        self._ends = PlannedEnds.of_options(options) if args is None else JobEnds(args)
+        self._ends = PlannedEnds.of_options(options) if job is None else JobEnds(job)
         if options.record is not None and self._ends.next_end(0, spec) is None:
             raise ConfigError(
                 f"config.paci = {{'record': {options.record!r}}}: a recording is written where the pipe is empty, and "
@@ -101,7 +103,7 @@ class ModelStream:
         if options.on_nonfinite == "skip":
             tied, norms = bool(ties.gradients), self._assembly.norms
             leave_out_nonfinite(self._model, self._config, stage, device, tied, self._sums, norms)
-        self._reports = None if args is None else job.reports(args, device)
+        self._reports = None if job is None else job.reports(device)
         self._assembly.connect(
             self._compute,
             schedule(name, leading=True),
@@ -129,10 +131,10 @@ class ModelStream:
         copied = 0 if prediction is None else copied_bytes(optimizers(self._config))
         line = start_line(schedule(name), spec, options, framework=FRAMEWORK, clip=clip, copied_bytes=copied)
         say(line)
-        if args is not None:
-            job.make_local(args, self._config, self._reports)
+        if job is not None:
+            job.make_local(self._config, self._reports)
             sharded = is_sharded(self._config)
-            keep_deferred(args, self._model, self._deferred, self.settle, sharded, self._meetings, timeout)
+            keep_deferred(job, self._model, self._deferred, self.settle, sharded, self._meetings, timeout)
 
     def train_batch(
         self,
@@ -156,7 +158,8 @@ class ModelStream:
         """
         runner, config = self._runner, self._config
         self.settle()
-        job.write_figures(self.stage_figures)
+        if self._job is not None:
+            self._job.write_figures(self.stage_figures)
         data = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         if data is not self._data:
             self._require_empty("another data_iterator than in the call before")
@@ -184,9 +187,10 @@ class ModelStream:
 
     def begin_batch(self) -> bool:
         """Whether the update that comes runs under a flush: at the start of training, and after a loss spike."""
-        done, spikes = job.iteration(), self._assembly.spikes
+        spikes = self._assembly.spikes
         self._spiked = spikes is not None and spikes.wants_flush()
-        warms_up = (self._resumed_at + self._calls if done is None else done) < self._warmup
+        done = self._resumed_at + self._calls if self._job is None else self._job.iteration
+        warms_up = done < self._warmup
         return warms_up or (self._spiked and not self._runner.admitted)
 
     def flush_batch(self, stock: Callable[[], list[Any]], num_microbatches: int) -> list[Any]:
@@ -246,8 +250,9 @@ class ModelStream:
 
     def stage_figures(self) -> list[dict[str, float] | None]:
         """See `paci_schedule.adapters.megatron.stage_figures`."""
-        args, rates = job.current_args(), {"micro_batches_per_second": 1}
-        if args is not None:
+        rates = {"micro_batches_per_second": 1}
+        if self._job is not None:
+            args = self._job.args
             rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
         before = self._resumed_at + self._calls - self._runner.meter.version
         return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
@@ -293,9 +298,7 @@ class ModelStream:
     def _last(self) -> int | None:
         """Micro-batches, counted since the pipe was last empty, after which it shall be empty again."""
         runner, accumulation = self._runner, self._runner.spec.accumulation
-        done = job.iteration()
-        if done is None:
-            done = self._calls
+        done = self._calls if self._job is None else self._job.iteration
         end = self._ends.next_end(done, runner.spec)
         last = None if end is None else runner.finished + (end - done) * accumulation
         if self._spiked:  # as soon as what is read ahead makes whole updates

@@ -1,0 +1,216 @@
+"""A Megatron-Bridge job: its config, and what its training loop does across stages in every iteration.
+
+Nothing here imports Megatron-Bridge.  Its loop keeps the state of the job in no global: it is a local variable of
+`train`, which calls the schedule, and is found there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import reduce
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
+from paci_schedule.adapters.megatron.publishing import folder_of
+from paci_schedule.adapters.megatron.reported import carry
+from paci_schedule.adapters.megatron.settings import JOB
+from paci_schedule.adapters.refusal import Refusal, reasons
+from paci_schedule.runtime.deferred.reports import CarriedReports
+from paci_schedule.runtime.meeting import Meetings
+from paci_schedule.runtime.publication import OURS
+from paci_schedule.runtime.waiting import together
+
+__all__ = ["Bridge", "loops"]
+
+_TRAIN, _UTILITIES = "megatron.bridge.training.train", "megatron.bridge.training.utils.train_utils"
+_LOOPS = {_TRAIN, "megatron.bridge.training.train_megatron_mimo"}
+_REDUCTIONS = (
+    "reduce_max_stat_across_model_parallel_group",
+    "logical_and_across_model_parallel_group",
+    "reduce_max_memory_across_pp_group",
+)
+_REBOUND = {
+    _TRAIN: (*_REDUCTIONS[:2], "calc_params_l2_norm", "training_log"),
+    _UTILITIES: (*_REDUCTIONS, "get_pg_collection"),
+}
+"""The names in its modules that get another meaning here."""
+
+
+def _key(name: str, why: str, *allowed: Any) -> Refusal:
+    """A key of its config that may only be off, or have one of the values `allowed`."""
+    refusal = Refusal(lambda config: reduce(_part, name.split("."), config), f"{name}={{value!r}}", why)
+    return Refusal(refusal.read, refusal.setting, why, lambda value: not value or value in allowed)
+
+
+def _part(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+_CONFIG = (
+    _key("dataset.dataloader_type", "it makes an iterator for each batch, and PACI reads ahead", "single", "cyclic"),
+    _key("peft", "not tried yet: a stage may have nothing to train; train all weights"),
+    _key("inprocess_restart.enabled", "it makes new process groups in a process that keeps PACI's links; leave it off"),
+    _key("ft.enable_ft_package", "not tried yet; leave it off"),
+    _key("nvrx_straggler.enabled", "each rank may end the job in an iteration of its own; leave it off"),
+    _key("straggler.log_straggler", "not tried yet: it waits for all ranks; leave it off"),
+    _key("tensor_inspect.enabled", "not tried yet; leave it off"),
+    _key("dist.use_decentralized_pg", "not tried yet: its process groups are not parallel_state's; leave it off"),
+    _key("dist.use_torch_fsdp2", "it frees weights that micro-batches in flight need; use DDP"),
+    _key("model.dist_train.use_dist_train", "not tried yet: modules on other ranks have another communicator"),
+    _key("model.moe_expert_rank_capacity_factor", "an overflow runs an iteration again, with micro-batches in flight"),
+    _key("train.train_sync_interval", "the host would wait for the device, and so for messages; leave it out"),
+    _key("checkpoint.custom_manager_class", "only Bridge's own checkpoints hold what PACI defers; leave it out"),
+    _key("checkpoint.ckpt_format", "only torch_dist was tried", "torch_dist"),
+    _key("checkpoint.non_persistent_ckpt_type", "of these only the global ones were tried", "global"),
+)
+
+
+class Bridge(Job):
+    """A job that trains in Megatron-Bridge's `pretrain` or `finetune`.
+
+    Args:
+        state: its GlobalState.
+        manager: its CheckpointManager.
+    """
+
+    def __init__(self, state: Any, manager: Any) -> None:
+        super().__init__(_Settings(state))
+        self._state, self._manager = state, manager
+
+    @classmethod
+    def running(cls) -> Bridge | None:
+        """The job whose training loop calls; None outside of one."""
+        code = getattr(getattr(sys.modules.get(_TRAIN), "train", None), "__code__", None)
+        for frame in _callers():
+            if frame.f_code is code:
+                return cls(frame.f_locals["global_state"], frame.f_locals["checkpoint_manager"])
+        return None
+
+    @property
+    def iteration(self) -> int:
+        return self._state.train_state.step
+
+    @property
+    def finished(self) -> int:
+        return self.iteration
+
+    @property
+    def started(self) -> float:
+        return self._state.start_time
+
+    @property
+    def signal_handler(self) -> Any:
+        return self._state.signal_handler if self.args.exit_signal_handler else None
+
+    def reasons(self) -> Iterator[str]:
+        yield from reasons(JOB, self.args)
+        yield from reasons(_CONFIG, self._state.cfg)
+        for module, names in _REBOUND.items():
+            for name in names:
+                if not hasattr(loaded(module), name):
+                    yield f"{module}.{name} is gone in this Megatron-Bridge: use version 0.7"
+
+    def keep_inside(self, carried: CarriedReports | None) -> None:
+        train, utilities = loaded(_TRAIN), loaded(_UTILITIES)
+        for name in _REDUCTIONS:
+            for module in (train, utilities):
+                setattr(module, name, as_it_is)
+        if carried is not None:
+            carry(train, carried, utilities)
+
+    def keep_deferred(self, deferred: Deferred, stage: int, meetings: Meetings, timeout: timedelta) -> None:
+        stock = self._manager.save
+
+        def save(context: Any, *rest: Any, **named: Any) -> None:
+            write = deferred()
+            root = self._transient_folders()[0] if context.non_persistent_ckpt else Path(self.args.save)
+            with together(stage, "saved a checkpoint", timeout), _also(write, folder_of(root, self.iteration)):
+                stock(context, *rest, **named)
+
+        self._manager.save = save
+
+    def loaded(self) -> Path | None:
+        if not (self.args.load and self.iteration):
+            return None
+        folders = [folder_of(root, self.iteration) for root in (self.args.load, *self._transient_folders())]
+        found = [folder / OURS for folder in (Path(self.args.load), *folders) if (folder / OURS).is_dir()]
+        return found[0] if found else folders[0] / OURS
+
+    def writers(self) -> tuple[Any, Any]:
+        return self._state.tensorboard_logger, self._state.wandb_logger
+
+    def _transient_folders(self) -> list[Path]:
+        """Where non-persistent checkpoints are saved, and where else they may have been loaded from."""
+        args = self.args
+        if args.non_persistent_global_ckpt_dir:
+            return [Path(args.non_persistent_global_ckpt_dir)]
+        return [Path(root, "non_persistent") for root in (args.save, args.load) if root]
+
+
+_PARTS = ("train", "checkpoint", "logger", "rerun_state_machine", "model", "optimizer")
+_OTHERS = {"curr_iteration": "step", "iteration": "step", "num_experts": "num_moe_experts"}
+"""The names of Megatron-LM's arguments that are others in Megatron-Bridge."""
+
+
+class _Settings:
+    """The config and the state of a Megatron-Bridge job under the names that Megatron-LM's arguments have.
+
+    Most have the same name, in one of the parts of the config.  A value is set in all parts that have one.
+    """
+
+    def __init__(self, state: Any) -> None:
+        parts = [state.train_state, *(getattr(state.cfg, name) for name in _PARTS)]
+        transformer = getattr(state.cfg.model, "transformer", None)
+        vars(self)["parts"] = [*parts, transformer] if transformer else parts
+
+    def __getattr__(self, name: str) -> Any:
+        there = _OTHERS.get(name, name)
+        for part in vars(self)["parts"]:
+            if hasattr(part, there):
+                return getattr(part, there)
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        for part in vars(self)["parts"]:
+            if hasattr(part, name):
+                setattr(part, name, value)
+
+
+def loops() -> list[str]:
+    """The functions of Megatron-Bridge's training loops that call, by their full names."""
+    names = ((frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in _callers())
+    return [f"{module}.{name}" for module, name in names if module in _LOOPS]
+
+
+def _callers() -> Iterator[FrameType]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+@contextmanager
+def _also(write: Any, folder: Path) -> Iterator[None]:
+    """While it lasts, what is ours is written into a checkpoint's folder too, before anything names the checkpoint."""
+    stock = dist_checkpointing.save
+
+    def save(state: Any, target: Any, *rest: Any, **named: Any) -> Any:
+        done = stock(state, target, *rest, **named)
+        if Path(target) == folder:
+            write(folder / OURS)
+        return done
+
+    dist_checkpointing.save = save
+    try:
+        yield
+    finally:
+        dist_checkpointing.save = stock
