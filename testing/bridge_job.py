@@ -32,7 +32,7 @@ def small():
         num_attention_heads=4,
         ffn_hidden_size=64,
         seq_length=32,
-        vocab_size=128,
+        vocab_size=127,
         make_vocab_size_divisible_by=1,
         attention_dropout=0.0,
         hidden_dropout=0.0,

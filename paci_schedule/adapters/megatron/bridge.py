@@ -7,8 +7,10 @@ Nothing here imports Megatron-Bridge.  Its loop keeps the state of the job in no
 from __future__ import annotations
 
 import inspect
+import logging
+import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
@@ -45,10 +47,9 @@ _REBOUND = {
 """The names in its modules that get another meaning here."""
 
 
-def _key(name: str, why: str, *allowed: Any) -> Refusal:
-    """A key of its config that may only be off, or have one of the values `allowed`."""
-    refusal = Refusal(lambda config: reduce(_part, name.split("."), config), f"{name}={{value!r}}", why)
-    return Refusal(refusal.read, refusal.setting, why, lambda value: not value or value in allowed)
+def _key(name: str, why: str, allowed: Callable[[Any], bool] = operator.not_) -> Refusal:
+    """A key of its config that may only be off, or have a value that is `allowed`."""
+    return Refusal(lambda config: reduce(_part, name.split("."), config), f"{name}={{value!r}}", why, allowed)
 
 
 def _part(config: Any, name: str) -> Any:
@@ -56,7 +57,11 @@ def _part(config: Any, name: str) -> Any:
 
 
 _CONFIG = (
-    _key("dataset.dataloader_type", "it makes an iterator for each batch, and PACI reads ahead", "single", "cyclic"),
+    _key(
+        "dataset.dataloader_type",
+        "it makes an iterator for each batch, and PACI reads ahead; use 'single' or 'cyclic'",
+        lambda value: value != "batch",
+    ),
     _key("peft", "not tried yet: a stage may have nothing to train; train all weights"),
     _key("inprocess_restart.enabled", "it makes new process groups in a process that keeps PACI's links; leave it off"),
     _key("ft.enable_ft_package", "not tried yet; leave it off"),
@@ -69,8 +74,8 @@ _CONFIG = (
     _key("model.moe_expert_rank_capacity_factor", "an overflow runs an iteration again, with micro-batches in flight"),
     _key("train.train_sync_interval", "the host would wait for the device, and so for messages; leave it out"),
     _key("checkpoint.custom_manager_class", "only Bridge's own checkpoints hold what PACI defers; leave it out"),
-    _key("checkpoint.ckpt_format", "only torch_dist was tried", "torch_dist"),
-    _key("checkpoint.non_persistent_ckpt_type", "of these only the global ones were tried", "global"),
+    _key("checkpoint.ckpt_format", "not tried yet; use 'torch_dist'", lambda value: value in (None, "torch_dist")),
+    _key("checkpoint.non_persistent_ckpt_type", "not tried yet; use 'global'", lambda value: value in (None, "global")),
 )
 
 
@@ -92,6 +97,7 @@ class Bridge(Job):
         code = getattr(getattr(sys.modules.get(_TRAIN), "train", None), "__code__", None)
         for frame in _callers():
             if frame.f_code is code:
+                _be_heard()
                 return cls(frame.f_locals["global_state"], frame.f_locals["checkpoint_manager"])
         return None
 
@@ -141,9 +147,10 @@ class Bridge(Job):
     def loaded(self) -> Path | None:
         if not (self.args.load and self.iteration):
             return None
-        folders = [folder_of(root, self.iteration) for root in (self.args.load, *self._transient_folders())]
-        found = [folder / OURS for folder in (Path(self.args.load), *folders) if (folder / OURS).is_dir()]
-        return found[0] if found else folders[0] / OURS
+        roots = [Path(self.args.load), *self._transient_folders()]
+        # Bridge also takes the folder of one checkpoint.
+        folders = [folder / OURS for folder in (*(folder_of(root, self.iteration) for root in roots), roots[0])]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def writers(self) -> tuple[Any, Any]:
         return self._state.tensorboard_logger, self._state.wandb_logger
@@ -189,6 +196,14 @@ def loops() -> list[str]:
     """The functions of Megatron-Bridge's training loops that call, by their full names."""
     names = ((frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in _callers())
     return [f"{module}.{name}" for module, name in names if module in _LOOPS]
+
+
+def _be_heard() -> None:
+    """Let our warnings through: Bridge drops those of all loggers (logger.filter_warnings), and ours say what a run has
+    lost."""
+    for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
+        if logger.name.startswith("paci_schedule"):
+            logger.filters = [each for each in logger.filters if getattr(each, "__name__", "") != "warning_filter"]
 
 
 def _callers() -> Iterator[FrameType]:
