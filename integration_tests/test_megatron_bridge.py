@@ -78,10 +78,24 @@ def test_it_trains_what_megatron_lm_trains_and_a_resumed_run_goes_on(tmp_path):
     assert logged(anew)[6] != ours[6]
 
 
-def test_with_a_learning_rate_of_0_the_log_is_the_stock_schedules(tmp_path):
-    """With four stages; without our flag the script is stock, and sums over all stages are seen."""
-    still = "optimizer.lr=0 optimizer.min_lr=0 optimizer.clip_grad=0 model.pipeline_model_parallel_size=4 "
-    still += "train.train_iters=4 validation.eval_interval=2 validation.eval_iters=1 logger.log_params_norm=true"
+EXPERTS = """
+    model.num_moe_experts=4 model.expert_model_parallel_size=2 model.moe_router_load_balancing_type=aux_loss
+    model.moe_aux_loss_coeff=0.1 model.moe_token_dispatcher_type=allgather model.moe_router_dtype=fp64
+    model.add_bias_linear=false train.global_batch_size=4 ddp.use_distributed_optimizer=true
+    optimizer.use_distributed_optimizer=true ddp.overlap_grad_reduce=true ddp.overlap_param_gather=true
+"""
+KINDS = {
+    "four stages": (4, "model.pipeline_model_parallel_size=4 logger.log_params_norm=true"),
+    "experts, late gathers": (2, EXPERTS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_learning_rate_of_0_the_log_is_the_stock_schedules(kind, tmp_path):
+    """On four ranks; without our flag the script is stock, and sums over all stages are seen."""
+    stages, overrides = KINDS[kind]
+    still = "optimizer.lr=0 optimizer.min_lr=0 optimizer.clip_grad=0 train.train_iters=4 "
+    still += f"validation.eval_interval=2 validation.eval_iters=1 {overrides}"
     paci = trained("paci", *still.split(), ranks=4, trace=tmp_path / "paci")
     stock = trained(None, *still.split(), ranks=4, trace=tmp_path / "stock")
     assert len(logged(paci)) == 4
@@ -89,16 +103,40 @@ def test_with_a_learning_rate_of_0_the_log_is_the_stock_schedules(tmp_path):
         key: value[:3] for key, value in logged(stock).items()
     }
     assert validated(paci) == validated(stock)
-    norms = [re.findall(r"params norm: (\S+)", said) for said in (paci, stock)]
-    assert norms[0] == norms[1]
-    assert len(norms[0]) == 4
+    for name in re.findall("log_(params_norm)", overrides):
+        norms = [re.findall(rf"{name.replace('_', ' ')}: (\S+)", said) for said in (paci, stock)]
+        assert norms[0] == norms[1]
+        assert len(norms[0]) == 4
     assert "paci_schedule" not in stock
     spans = {}
     for name in ("paci", "stock"):
         seen = json.loads((tmp_path / f"{name}.0").read_text())
-        spans[name] = [ranks for iteration, _, ranks in seen if iteration == 2 and len(ranks) > 1]
-    assert spans["paci"] == [[0, 3]]
-    assert [0, 1, 2, 3] in spans["stock"]
+        steady = [ranks for iteration, _, ranks in seen if iteration == 2]
+        spans[name] = [ranks for ranks in steady if max(ranks) >= 4 // stages]
+    assert spans["paci"] == [[0, 4 - 4 // stages]]  # of the tied embedding, that nobody waits for
+    assert len(spans["stock"]) > 1
+
+
+RECIPE = """
+import runpy, sys
+import megatron.bridge.recipes
+from testing.bridge_job import small
+megatron.bridge.recipes.small_pretrain_config = small
+sys.argv[0] = {script!r}
+if __name__ == "__main__":
+    runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_its_own_script_trains_a_recipe_with_our_flag(tmp_path):
+    """run_recipe.py, of which our flag is taken before it reads its own; as a script that calls `pretrain` does."""
+    script = tmp_path / "recipe.py"
+    script.write_text(RECIPE.format(script=f"{CHECKOUT}/scripts/training/run_recipe.py"))
+    chosen = ["--recipe", "small_pretrain_config", "--mode", "pretrain", "--step-func", "gpt_step", "--max_steps", "3"]
+    said = trained("paci", *chosen, script=script)
+    assert 'runs the schedule "paci" on P = 2 stages' in said
+    assert logged(said) == logged(trained("paci", "train.train_iters=3"))
+    assert len(logged(said)) == 3
 
 
 ENDED = """
