@@ -72,7 +72,7 @@ CASES = {
         f"{_EXPERTS} --moe-token-dispatcher-type allgather --expert-model-parallel-size 2 --global-batch-size 4", 2
     ),
     "experts, all-to-all": Case(f"{_EXPERTS} --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2", 2),
-    "experts, grouped": Case(f"{_EXPERTS} --moe-token-dispatcher-type allgather --moe-grouped-gemm"),
+    "experts, grouped": Case(f"{_EXPERTS} --moe-token-dispatcher-type allgather --moe-grouped-gemm --bf16"),
     "latent attention": Case(
         "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 --kv-lora-rank 8 "
         "--q-lora-rank 8 --position-embedding-type rope --qk-layernorm"

@@ -259,11 +259,14 @@ def test_a_model_is_freed_when_its_training_is_over():
 
 @pytest.mark.parametrize("change", [{}, {"tied": True}, {"tied": True, "bf16": True}])
 def test_a_resumed_run_goes_on_bit_for_bit(change):
-    """With what is late by design: norms, and sums of tied gradients that wait to be applied."""
+    """With what is late by design: norms, and sums of tied gradients that wait to be applied; into a flush, too."""
     job = GptJob(stages=3, accumulation=1, calls=8, clip_grad=0.2, paci={"drain_interval": 4}, **change)
-    for straight, resumed in run_ranks(train_all, 3, ([job, dataclasses.replace(job, resume_after=4)],)):
-        assert_equal(resumed.weights, straight.weights, "weight")
-        assert resumed.norms == straight.norms
+    flushed = dataclasses.replace(job, schedules=(*["paci"] * 4, *["1f1b"] * 2, *["paci"] * 2))
+    jobs = [each for one in (job, flushed) for each in (one, dataclasses.replace(one, resume_after=4))]
+    for straight, resumed, straight_flushed, resumed_flushed in run_ranks(train_all, 3, (jobs,)):
+        for one, other in ((straight, resumed), (straight_flushed, resumed_flushed)):
+            assert_equal(other.weights, one.weights, "weight")
+            assert other.norms == one.norms
 
 
 def test_a_state_saved_with_micro_batches_in_flight_is_refused():

@@ -2,10 +2,13 @@
 
 import os
 import time
+from argparse import Namespace
 
 import pytest
 import torch.distributed as dist
 
+from paci_schedule.adapters.megatron.publishing import check_named
+from paci_schedule.errors import CheckpointError
 from testing import megatron_job
 from testing.megatron_model import GptJob, set_up
 from testing.ranks import gather_outcomes
@@ -108,3 +111,13 @@ def test_a_lost_replica_ends_the_others_within_the_timeout(how, at):
     beside = outcomes[2].error.rpartition("LinkError: ")[2]
     assert beside.startswith("stage 1 (rank 2) worked (at "), beside
     assert "together with the other ranks of this stage (rank 3) and got no answer" in beside
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("", "is empty"), ("1" * 200, "more than 100 bytes"), ("a folder", "no regular file")]
+)
+def test_a_file_that_names_no_checkpoint_is_an_error_with_the_way_out(content, says, tmp_path):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.mkdir() if content == "a folder" else tracker.write_text(content)
+    with pytest.raises(CheckpointError, match=f"{tracker}.*{says}.*--ckpt-step"):
+        check_named(Namespace(load=str(tmp_path)))

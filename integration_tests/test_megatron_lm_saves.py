@@ -127,7 +127,7 @@ def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(checkout, kind, se
     resumed = logged(said)
     assert "begins with nothing deferred" not in said
     assert list(resumed) in ([3, 4], []), doom
-    assert list(resumed) == list(range(int(max(named)) + 1, 5)) or kind == "local", doom
+    assert kind == "local" or list(resumed) == list(range(int(max(named)) + 1, 5)), doom
     assert {key: line[3] for key, line in resumed.items()} == {key: straight[key][3] for key in resumed}
     assert not resumed or not list(folder.rglob("*.unfinished*"))  # what trains nothing, saves as Megatron does
     if kind == "local":

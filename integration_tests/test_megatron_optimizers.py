@@ -159,7 +159,7 @@ def refusals_of_optimizers():
     job = GptJob(stages=1)
     set_up(job)
     said = {}
-    for name in ("grad_norm_skip_threshold", "optimizer_cpu_offload", "Wrapper", "bare", ""):
+    for name in ("grad_norm_skip_threshold", "Wrapper", "bare", ""):
         model, optimizer = build(job, 0, 1, 1)
         if name == "Wrapper":
             optimizer.chained_optimizers[0].__class__ = Wrapper
@@ -180,6 +180,5 @@ def test_what_cannot_run_is_refused_by_name():
     [said] = run_ranks(refusals_of_optimizers, 1)
     assert said.pop("") == ""
     assert "would skip an update that others apply; leave it at inf" in said["grad_norm_skip_threshold"]
-    assert "(optimizer_cpu_offload=9): not tried: its copies between device and host" in said["optimizer_cpu_offload"]
     assert "Wrapper: not tried yet; use one that --optimizer names" in said["Wrapper"]
     assert "the optimizer AdamW in no wrapper of Megatron's" in said["bare"]

@@ -206,9 +206,9 @@ def train(
 
 
 def _is_end(job: GptJob, calls: int) -> bool:
-    """Whether the pipe is empty after so many calls, and the next one runs under PACI, as the first one does."""
+    """Whether the pipe is empty after so many calls."""
     interval = job.paci.get("drain_interval")
-    return bool(interval) and calls % interval == 0 and "1f1b" not in job.schedules[calls : calls + 1]
+    return bool(interval) and calls % interval == 0
 
 
 def _go_on(model: Any, optimizer: Any, saved: tuple[Any, Any, Any]) -> None:

@@ -95,7 +95,7 @@ def gpt_job(seed: int, stages: int, calls: int) -> GptJob:
     if every:
         parts = ["paci", *(draw.choice(["paci", "1f1b"]) for _ in range(calls // every))]
         schedules = tuple(parts[call // every] for call in range(calls))
-        resume_after = every if schedules[every : every + 1] == ("paci",) and draw.random() < 0.5 else None
+        resume_after = every if draw.random() < 0.5 else None
     if "1f1b" in schedules or resume_after:
         paci["prediction"] = "off"
     bf16 = draw.random() < 0.5

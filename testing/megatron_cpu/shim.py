@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from testing.megatron_cpu import triton_stub
+from testing.megatron_cpu import grouped_gemm_stub, triton_stub
 
 __all__ = ["install"]
 
@@ -43,6 +43,7 @@ def install() -> None:
     # Without Transformer Engine, megatron-core 0.16.1 leaves this name undefined where it asks whether it is None.
     builtins.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]: it is the point
     triton_stub.install()
+    grouped_gemm_stub.install()
     _patch_cuda()
     _patch_distributed()
     torch.nn.Module.cuda = lambda self, device=None: self

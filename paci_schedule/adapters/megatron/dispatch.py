@@ -87,19 +87,21 @@ class Dispatcher:
         untouched = functools.partial(stock, model=model, forward_only=forward_only, **call)
         if forward_only:
             return untouched() if stream is None else stream.evaluate(untouched)
-        if name == "1f1b":
-            return untouched() if stream is None else stream.flush_batch(untouched, call["num_microbatches"])
+        if name == "1f1b" and stream is None and first not in self.states:
+            return untouched()
         group = getattr(call.get("pg_collection"), "pp", None) or groups.pipeline()
         if group.size() == 1:
-            self._say_unstaged(first, name, call["num_microbatches"])
+            if name != "1f1b":
+                self._say_unstaged(first, name, call["num_microbatches"])
             return untouched()
         if stream is None:
             options = self._options(first)
-            stream = ModelStream(_chunks(model), group, options, name, call)
+            # What was loaded is a state of PACI, and a flush applies what waits in it.
+            stream = ModelStream(_chunks(model), group, options, "paci" if name == "1f1b" else name, call)
             if first in self.states:
                 stream.load_state(self.states.pop(first))
             setattr(first, _STREAM, stream)
-        if stream.begin_batch():
+        if name == "1f1b" or stream.begin_batch():
             return stream.flush_batch(untouched, call["num_microbatches"])
         return stream.train_batch(**call)
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from paci_schedule.adapters.megatron.background import Steps, carry_out
 from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.core.files import read_text
 from paci_schedule.errors import CheckpointError
 from paci_schedule.runtime import publication
 from paci_schedule.runtime.meeting import Meetings
@@ -37,6 +38,8 @@ RENAMED = (
 """The functions of megatron.training.checkpointing that are others here while a checkpoint is saved."""
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+_LONGEST_NUMBER = 100  # bytes
+_GIVE_THE_NUMBER = "write the number of an iteration beside it into the file, or say --ckpt-step"
 
 
 def folder_of(save: str | Path, iteration: int) -> Path:
@@ -183,14 +186,18 @@ def _named_in(root: Path) -> int | None:
     said = _said(root / _TRACKER)
     if said == "":
         raise CheckpointError(
-            f"{str(root / _TRACKER)!r} is empty: a save was cut off before it named its checkpoint; write the number "
-            "of an iteration beside it into the file, or say --ckpt-step"
+            f"{str(root / _TRACKER)!r} is empty: a save was cut off before it named its checkpoint; {_GIVE_THE_NUMBER}"
         )
     return int(said) if said and said.isdecimal() else None
 
 
 def _said(tracker: Path) -> str | None:
-    return tracker.read_text().strip() if tracker.is_file() else None
+    if not tracker.exists():
+        return None
+    try:
+        return read_text(tracker, _LONGEST_NUMBER).strip()
+    except ValueError as error:
+        raise CheckpointError(f"{str(tracker)!r}: {error}, so it names no checkpoint; {_GIVE_THE_NUMBER}") from None
 
 
 def _keeps() -> bool:

@@ -104,12 +104,6 @@ OPTIMIZER = (
         "stages know each other's gradient norms late, so some would skip an update that others apply; leave it at inf",
         lambda value: value in (None, math.inf),
     ),
-    _flag(
-        "optimizer_cpu_offload",
-        "--optimizer-cpu-offload",
-        "not tried: its copies between device and host run on streams of their own, which only a GPU has; leave it "
-        "off, or keep the states small with --use-precision-aware-optimizer",
-    ),
 )
 
 JOB = (

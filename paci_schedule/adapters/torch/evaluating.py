@@ -21,21 +21,25 @@ class Evaluation:
     """Forwards only, of the micro-batches of one batch.
 
     On gloo a message may take as long as its group was told when the group was made.  The messages of an evaluation
-    therefore have a group of their own there, made at the first one.
+    therefore have a group of their own there.  All ranks of the job make these groups together.
 
     Args:
         stage: that is evaluated.
-        pipeline: the process group of all stages.
+        pipelines: the ranks of every pipeline of the job, the same list on every rank.
         timeout: how long the other stages may take.
         arguments: of `ScheduleGPipe`, after the stage.
     """
 
     def __init__(
-        self, stage: _PipelineStageBase, pipeline: dist.ProcessGroup, timeout: timedelta, *arguments: Any
+        self, stage: _PipelineStageBase, pipelines: list[list[int]], timeout: timedelta, *arguments: Any
     ) -> None:
-        self._stage, self._pipeline, self._timeout = stage, pipeline, timeout
+        self._stage, self._timeout = stage, timeout
         self._schedule = ScheduleGPipe(stage, *arguments)
         self._group: dist.ProcessGroup | None = None
+        if torch.device(stage.device).type == "cpu":  # NCCL's groups can be told at any time
+            made, _ = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout)
+            assert isinstance(made, dist.ProcessGroup), "this rank has a stage"
+            self._group = made
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """As ``ScheduleGPipe.eval``.
@@ -48,16 +52,10 @@ class Evaluation:
 
     @contextmanager
     def _timed_messages(self) -> Iterator[None]:
-        if torch.device(self._stage.device).type != "cpu":  # NCCL's groups take another timeout at any time
-            yield
-            return
-        if self._group is None:
-            ranks = dist.get_process_group_ranks(self._pipeline)
-            made = dist.new_group(ranks, self._timeout, use_local_synchronization=True)
-            assert isinstance(made, dist.ProcessGroup), "this rank is one of them"
-            self._group = made
-        before, self._stage.group = self._stage.group, self._group
+        stocks = self._stage.group
+        if self._group is not None:
+            self._stage.group = self._group
         try:
             yield
         finally:
-            self._stage.group = before
+            self._stage.group = stocks

@@ -112,10 +112,10 @@ class SchedulePaci(PipelineScheduleSingle):
         self._spec, self._schedule = spec, "paci"
         self._timeout = timedelta(seconds=self._options.timeout)
         self._group: dist.ProcessGroup = stage.group or distributed_c10d._get_default_group()
-        self._evaluation = Evaluation(stage, self._group, self._timeout, n_microbatches, loss_fn, *chunking)
         pipelines: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(pipelines, dist.get_process_group_ranks(self._group))
         self._pipelines = [list(ranks) for ranks in dict.fromkeys(map(tuple, pipelines))]
+        self._evaluation = Evaluation(stage, self._pipelines, self._timeout, n_microbatches, loss_fn, *chunking)
         self._ties = Ties(tied, self._pipelines, spec, self._timeout)
         self._assembly: Assembly | None = None
         self._ending: Ending | None = None
