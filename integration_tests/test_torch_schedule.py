@@ -427,3 +427,24 @@ def test_the_name_finds_the_schedule_where_torch_looks_names_up():
             schedules.get_schedule_class("pacy")
     finally:
         schedules.get_schedule_class = stock
+
+
+def saved_alone():
+    """A tied job of three stages, of which the first one stops before it posts the last sum, and the others save."""
+    job = Job(stages=3, accumulation=1, script=(), model="tied", config={"paci": {"timeout": 3.0}})
+    schedule, _ = torch_job.build(job)
+    feed = deepspeed_job.Feed(jobs.data("tied"))
+    for action in ("train", "train", "train", "drain"):
+        if action == "drain" and dist.get_rank() == 0:
+            for gradient in schedule._ties.gradients.values():
+                gradient._post = lambda count: time.sleep(600 * count)
+        torch_job.act(schedule, job, dist.get_rank(), action, feed, {})
+    schedule.state_dict()
+
+
+def test_a_state_that_one_stage_does_not_save_is_an_error_that_names_it():
+    misses, *_, waits = ranks.gather_outcomes(saved_alone, 3, timeout=60.0, grace=2.0)
+    assert misses.ended == "killed", misses
+    assert waits.raised[:1] == (LinkError.__name__,), waits.error
+    said = "LinkError: stage 2 (rank 2) summed the gradients of a tied weight over the stages that hold it (rank 0)"
+    assert said in waits.error

@@ -21,7 +21,9 @@ def stage():
     spec = PipelineSpec(stages=3, accumulation=1)
     with mock.patch.object(dist, "get_process_group_ranks", return_value=[0, 2]):
         tied = TiedGradient(None, (0, 2), spec, timedelta(seconds=1))
-    return DeferredState(torch.device("cpu"), None, {"embedding": tied}, Prediction(mock.Mock(), 1))
+    return DeferredState(
+        0, torch.device("cpu"), timedelta(seconds=1), None, {"embedding": tied}, Prediction(mock.Mock(), 1)
+    )
 
 
 def test_a_stage_goes_on_as_the_one_that_gave_the_state(stage):

@@ -128,7 +128,9 @@ class Assembly:
         self.spikes = None
         if spike is not None and replicas is not None:
             self.spikes = SpikeGuard(*spike, self._spec, self._stage, replicas, self._timeout, loss)
-        self.deferred = DeferredState(self._device, self.norms, tied, prediction, reports, self.spikes)
+        self.deferred = DeferredState(
+            self._stage, self._device, self._timeout, self.norms, tied, prediction, reports, self.spikes
+        )
         self.links = Links(
             pipelines,
             self._device,

@@ -81,7 +81,7 @@ class ModelStream:
             )
         self._device, self._timeout = device, timeout = next(self._model.parameters()).device, timeout
         shares = getattr(call.get("pg_collection"), "embd", None) or groups.embedding()
-        self._ties = ties = Ties(self._model, shares, spec, timeout)
+        self._ties = ties = Ties(self._model, stage, shares, spec, timeout)
         self._assembly = Assembly(
             spec,
             stage,

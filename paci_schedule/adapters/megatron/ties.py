@@ -14,6 +14,7 @@ import torch.distributed as dist
 from paci_schedule.adapters.megatron.hooks import loaded
 from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.runtime.deferred.tied import TiedGradient
+from paci_schedule.runtime.waiting import waiting
 
 __all__ = ["Ties", "tied_embedding", "unwrapped"]
 
@@ -41,6 +42,7 @@ class Ties:
 
     Args:
         model: the stage's chunk.
+        stage: this rank's.
         group: the ranks that hold a copy of the embedding.
         spec: the pipeline.
         timeout: how long the other stages may take where the pipe is empty.
@@ -51,8 +53,14 @@ class Ties:
     """
 
     def __init__(
-        self, model: torch.nn.Module, group: dist.ProcessGroup | None, spec: PipelineSpec, timeout: timedelta
+        self,
+        model: torch.nn.Module,
+        stage: int,
+        group: dist.ProcessGroup | None,
+        spec: PipelineSpec,
+        timeout: timedelta,
     ) -> None:
+        self._stage, self._timeout = stage, timeout
         is_tied, weight = tied_embedding(model)
         self._weight: Any = weight  # Megatron's DDP gives it its `main_grad`
         self.stages = [(0, spec.stages - 1)] if is_tied else []
@@ -86,4 +94,6 @@ class Ties:
             scale()
         for tied in self.gradients.values():
             exchange = tied.exchange_now if now else tied.exchange
-            exchange(self._weight.main_grad)
+            doing = "summed the gradients of the embedding over"
+            with waiting(self._stage, doing, "the stages that hold it", tied.ranks, self._timeout):
+                exchange(self._weight.main_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from paci_schedule.runtime.deferred.norms import CarriedNorms
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.deferred.tied import TiedGradient
 from paci_schedule.runtime.spikes import NOTHING_JUDGED, SpikeGuard
+from paci_schedule.runtime.waiting import waiting
 
 __all__ = ["DeferredState"]
 
@@ -24,7 +26,9 @@ class DeferredState:
     are the losses that the next ones are compared with.
 
     Args:
+        stage: this rank's.
         device: where the stage computes.
+        timeout: how long the other stages may take where the pipe is empty.
         norms: gradient norms that travel with the messages; None where each stage clips by its own norm, or not at all.
         tied: the gradients of this stage's copies of tied weights, by the names that they are saved under.
         prediction: of the stage's weights; None for none.
@@ -34,7 +38,9 @@ class DeferredState:
 
     def __init__(
         self,
+        stage: int,
         device: torch.device,
+        timeout: timedelta,
         norms: CarriedNorms | None,
         tied: Mapping[str, TiedGradient],
         prediction: Prediction | None,
@@ -42,6 +48,7 @@ class DeferredState:
         spikes: SpikeGuard | None = None,
     ) -> None:
         self.norms, self.tied, self.reports, self.spikes = norms, tied, reports, spikes
+        self._stage, self._timeout = stage, timeout
         self._device, self._prediction = device, prediction
 
     def respec(self, spec: PipelineSpec) -> None:
@@ -71,11 +78,14 @@ class DeferredState:
             tied: for each tied weight the sums that wait to be applied, oldest first;
             factor: what the newest update was clipped by; None where nothing is predicted or clipped;
             spikes: as of `SpikeGuard.state`; None where nobody judges the losses.
+
+        Raises:
+            LinkError: another stage with a tied weight did not answer in time.
         """
         factor = None if self._prediction is None else self._prediction.factor
         return {
             "norms": [] if self.norms is None else self.norms.state(),
-            "tied": {name: gradient.pending() for name, gradient in self.tied.items()},
+            "tied": {name: self._pending(gradient) for name, gradient in self.tied.items()},
             "factor": None if factor is None else factor.item(),
             "spikes": None if self.spikes is None else self.spikes.state(),
         }
@@ -101,3 +111,8 @@ class DeferredState:
         for name, gradient in self.tied.items():
             gradient.load_pending([total.to(self._device) for total in tied.get(name, [])])
         return [name for name, sums in tied.items() if sums and name not in self.tied]
+
+    def _pending(self, gradient: TiedGradient) -> list[torch.Tensor]:
+        doing = "summed the gradients of a tied weight over"
+        with waiting(self._stage, doing, "the stages that hold it", gradient.ranks, self._timeout):
+            return gradient.pending()
