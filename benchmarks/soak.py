@@ -234,11 +234,13 @@ def main() -> None:
             with taking:
                 total.update(counted)
 
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        for end in [pool.submit(work) for _ in range(arguments.workers)]:
-            end.result()
-    for what, count in sorted(total.items()):
-        print(f"{count:7} {what}")
+    try:
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            for end in [pool.submit(work) for _ in range(arguments.workers)]:
+                end.result()
+    finally:  # what was counted until a loss counts, too
+        for what, count in sorted(total.items()):
+            print(f"{count:7} {what}", flush=True)
     last = next(seeds) - 1
     print(f"nothing lost, in {time.monotonic() - started:.0f} s, seeds {arguments.first_seed} to {last}")
 

@@ -145,6 +145,12 @@ class MasterUpdater(Updater):
             pieces.append(torch.zeros(1, dtype=pieces[0].dtype))
         return torch.cat(pieces)
 
+    def square(self, gradients: list[torch.Tensor], counted: list[bool]) -> torch.Tensor:
+        # BF16_Optimizer adds them up group by group.
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters)}
+        order = [numbers[parameter] for group in self.groups for parameter in group]
+        return super().square([gradients[number] for number in order], [counted[number] for number in order])
+
     def factor(self, norm: torch.Tensor) -> torch.Tensor:
         return self.clip / norm  # in PyTorch the reciprocal of the norm, times a Python number
 
