@@ -45,7 +45,7 @@ def deepspeed_job(seed: int, stages: int, length: int) -> Job:
         # A rate that is set while the stages are at different updates makes the copies of a tied weight differ.
         script=_drained(script, {"rate"} if job["model"] == "tied" else set()),
         model=job["model"],
-        optimizer=job["optimizer"],
+        optimizer=_steady(job["optimizer"], job["clip"]),
         precision=precision,
         clip=job["clip"],
         warmup=draw.random() < 0.5,
@@ -58,6 +58,8 @@ def torch_job(seed: int, stages: int, length: int) -> Job:
     """A job of so many stages for torch.distributed.pipelining, with a sequence of so many calls, or a few more."""
     draw = random.Random(seed)
     job = _settings(draw, stages)
+    # The reference adds up the norms of tied weights first, as DeepSpeed does.
+    clip = 0.0 if job["model"] == "tied" else job["clip"]
     script = _script(
         draw,
         length,
@@ -74,10 +76,8 @@ def torch_job(seed: int, stages: int, length: int) -> Job:
         # Micro-batches in flight are an error there, when anything is saved or loaded.
         script=_drained(script, {"save", "load"} | ({"rate"} if job["model"] == "tied" else set())),
         model=job["model"],
-        # SGD that nothing clips may diverge; the reference leaves out what is not finite, as DeepSpeed does.
-        optimizer="adamw" if job["optimizer"] == "sgd" and not job["clip"] else job["optimizer"],
-        # The reference adds up the norms of tied weights first, as DeepSpeed does.
-        clip=0.0 if job["model"] == "tied" else job["clip"],
+        optimizer=_steady(job["optimizer"], clip),
+        clip=clip,
         warmup=draw.random() < 0.5,
         config={"paci": {**job["paci"], "extra_in_flight": draw.choice([0, 0, 1])}},
     )
@@ -136,6 +136,11 @@ def _settings(draw: random.Random, stages: int) -> dict[str, Any]:
         "optimizer": draw.choice(["adamw", "sgd", "groups", "nadam"]),
         "schedules": ["paci", "1f1b"] if flushes else ["paci"],
     }
+
+
+def _steady(optimizer: str, clip: float) -> str:
+    """Another optimizer in the place of SGD that nothing clips: it may diverge, until its norms are not finite."""
+    return "adamw" if optimizer == "sgd" and not clip else optimizer
 
 
 def _drained(script: tuple[str, ...], names: set[str]) -> tuple[str, ...]:
