@@ -155,19 +155,21 @@ def test_a_training_loop_on_megatron_core_alone_has_flags_for_its_ends_too(tmp_p
 
 def test_a_megatron_bridge_script_is_switched_also_where_it_starts_itself_again(tmp_path):
     """As run_recipe.py does with the environment of a recipe; no flag of Megatron-LM's is added to its overrides."""
-    script = tmp_path / "recipe.py"
+    script = tmp_path / "here" / "recipe.py"
+    script.parent.mkdir()
     script.write_text(
-        "# imports megatron.bridge\n"
+        "# imports megatron.bridge.training\n"
         "import os, sys; from megatron.core.pipeline_parallel import schedules\n"
         "dispatcher = schedules.forward_backward_pipelining_without_interleaving.dispatcher\n"
         "print(os.environ.get('AGAIN'), sys.argv[1:], dispatcher.default, dispatcher.options, flush=True)\n"
         "if 'AGAIN' not in os.environ:\n"
-        "    command = [sys.executable, __file__, *sys.argv[1:]]\n"
+        "    command = [sys.executable, os.path.realpath(__file__), *sys.argv[1:]]\n"
         "    os.execvpe(sys.executable, command, {**os.environ, 'AGAIN': 'yes'})\n"
     )
-    write(tmp_path, {"megatron/training/__init__.py": ""})
+    write(tmp_path, {"here/megatron/training/__init__.py": ""})
+    (tmp_path / "there").symlink_to("here")
     flags = ["--pipeline-schedule", "paci", "train.train_iters=9", "--paci-clip=stage"]
-    done = launch("paci_schedule.launch", str(script), *flags)
+    done = launch("paci_schedule.launch", str(tmp_path / "there" / "recipe.py"), *flags)
     said = "['train.train_iters=9'] paci {'clip': 'stage'}"
     assert done.stdout.splitlines() == [f"None {said}", f"yes {said}"], done.stderr[-2000:]
 

@@ -5,12 +5,13 @@ deepspeed --module paci_schedule.launch train.py --deepspeed_config ds_config.js
 torchrun --nproc-per-node 8 -m paci_schedule.launch pretrain_gpt.py --pipeline-schedule paci --num-layers 24 ...
 
 A script that is given --deepspeed... is a DeepSpeed job, and only DeepSpeed is registered with.  DeepSpeed reads the
-schedule from its config.  A script that names megatron.bridge is a Megatron-Bridge job.  Any other script beside which,
-or on PYTHONPATH, the folder megatron/training of Megatron-LM is found is a Megatron-LM job.  With both only
-Megatron-core is registered with.  They have no flag for a schedule, so the launcher takes the following flags out of
-the script's arguments.  To Megatron-LM's it adds --rerun-mode disabled with another schedule than 1f1b, unless the user
-chose a mode.  A script that names megatron.core itself, and not DeepSpeed, is a training loop of one's own: it may have
-the last two flags too.  For every other script the launcher registers with what is installed.
+schedule from its config.  A script that names megatron.bridge.training or megatron.bridge.recipes is a Megatron-Bridge
+job.  Any other script beside which, or on PYTHONPATH, the folder megatron/training of Megatron-LM is found is a
+Megatron-LM job.  For these two kinds of job only Megatron-core is registered with.  Neither has a flag for a schedule,
+so the launcher takes the following flags out of the script's arguments.  To those of a Megatron-LM job it adds
+--rerun-mode disabled with another schedule than 1f1b, unless the user chose a mode.  A script that names megatron.core
+itself, and not DeepSpeed, is a training loop of one's own: it may have the last two flags too.  For every other script
+the launcher registers with what is installed.
 
     --pipeline-schedule {1f1b,paci}    [1f1b]
     --paci-clip {global,stage}         whose norm --clip-grad limits [global]
@@ -32,6 +33,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import runpy
 import sys
 from functools import partial
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         rest += without_reruns(rest)
     sys.argv = [script, *leading, *rest]
     if kind == "Megatron-Bridge":
-        os.execvpe = partial(_started_again, os.execvpe, script, given)
+        os.execvpe = partial(_started_again, os.execvpe, os.path.realpath(script), given)
     # Here, so that a word about a wrong argument does not wait for torch.
     from paci_schedule.runtime.build_lock import watch_build_locks
     from paci_schedule.runtime.shared_gpu import share_gpus
@@ -108,7 +110,7 @@ def _kind_of(script: str, arguments: list[str]) -> str:
         return "DeepSpeed"
     with open(script, encoding="utf-8", errors="replace") as file:
         text = file.read()
-    if "megatron.bridge" in text:
+    if re.search(r"megatron\.bridge\.(training|recipes|diffusion)\b", text):  # and not only its conversions
         return "Megatron-Bridge"
     if os.path.isdir(found_in("megatron.training") or ""):
         return "Megatron-LM"
@@ -116,13 +118,19 @@ def _kind_of(script: str, arguments: list[str]) -> str:
     return "own loop" if is_own_loop else ""
 
 
-def _started_again(stock: Any, script: str, given: list[str], file: str, command: list[str], environment: Any) -> None:
+def _started_again(stock: Any, script: str, given: list[str], file: Any, args: Any, env: Any) -> None:
     """Stands in for `os.execvpe`, by which Megatron-Bridge's run_recipe.py starts itself again in the environment of
-    a recipe: the launcher starts it then, too."""
-    python, again, *_ = command
-    if os.path.abspath(again) == os.path.abspath(script):
-        command = [python, "-m", "paci_schedule.launch", again, *given]
-    stock(file, command, environment)
+    a recipe: the launcher starts it then, too.
+
+    Args:
+        stock: Python's own.
+        script: the real path of the training script.
+        given: its arguments, ours among them.
+        file, args, env: as of `os.execvpe`.
+    """
+    if len(args) > 1 and os.path.realpath(args[1]) == script:
+        args = [args[0], "-m", "paci_schedule.launch", args[1], *given]
+    stock(file, args, env)
 
 
 def without_reruns(arguments: list[str]) -> list[str]:

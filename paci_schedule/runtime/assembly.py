@@ -125,6 +125,7 @@ class Assembly:
         """
         early_receives, records = self._early_receives, self._record is not None
         self._ranks = sorted(pipeline[self._stage] for pipeline in pipelines)
+        self._pipeline = next(pipeline for pipeline in pipelines if dist.get_rank() in pipeline)
         self.spikes = None
         if spike is not None and replicas is not None:
             self.spikes = SpikeGuard(*spike, self._spec, self._stage, replicas, self._timeout, loss)
@@ -201,13 +202,17 @@ class Assembly:
             self.runner.schedule = chosen
 
     @contextmanager
-    def accounted(self) -> Iterator[None]:
+    def accounted(self, flushed: bool = False) -> Iterator[None]:
         """What runs inside waits for no rank longer than the timeout.
 
         If an error ends it, and runs are recorded, all ranks write where they stand.
 
+        Args:
+            flushed: whether a schedule of the framework's own flushes, so that the runner does not know of it.
+
         Raises:
-            LinkError: another rank of this stage is gone or did not answer, in place of the transport's error.
+            LinkError: another rank of this stage, or under a flush of this pipeline, is gone or did not answer, in
+                place of the transport's error.
         """
         try:
             with impatient(self._timeout):
@@ -215,8 +220,7 @@ class Assembly:
         except (DataEndedError, CheckpointError):  # which end nothing, and which every rank raises
             raise
         except Exception as raised:
-            doing = f"worked (at {self.runner.at} or after it) together with"
-            error = named(raised, self._stage, doing, "the other ranks of this stage", self._ranks, self._timeout)
+            error = self._named(raised, flushed or self.runner.flushing)
             if self._account is not None and error is not self._accounted:
                 self._accounted = error
                 self.write_recording()
@@ -224,6 +228,14 @@ class Assembly:
             if error is raised:
                 raise
             raise error from raised
+
+    def _named(self, error: Exception, flushed: bool) -> Exception:
+        at = self.runner.at
+        doing = "worked together with" if flushed or at is None else f"worked (at {at} or after it) together with"
+        peers, ranks = "the other ranks of this stage", self._ranks
+        if flushed:
+            peers, ranks = f"the other stages and {peers}", sorted({*ranks, *self._pipeline})
+        return named(error, self._stage, doing, peers, ranks, self._timeout)
 
     def _lost(self, error: LinkError) -> None:
         if self._account is not None:

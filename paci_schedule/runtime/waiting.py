@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -32,9 +32,12 @@ The watchdog counts from when the host posted an operation, the lookout from whe
 margin lets the lookout speak first, unless the host has run ahead of its device by more than that.
 """
 
-# What gloo and NCCL write.  Whatever else fails while a collective may be under way is an error of its own.
+# What gloo and NCCL write of another rank.  Whatever else fails while a collective may be under way, such as tensors
+# that do not fit together, is an error of its own.
 _TRANSPORT = re.compile(
-    r"gloo|nccl|operation timed out|pair closure|connection (closed|reset|refused)|communicator.* abort", re.IGNORECASE
+    r"gloo/transport|gloo connect|nccl ?error|nccl (communicator|operation)|nccl watchdog|ncclRemoteError"
+    r"|(operation|work|wait) (ran )?time(d| ?out)|pair closure|connection (closed|reset|refused)|communicator.* abort",
+    re.IGNORECASE,
 )
 
 
@@ -126,12 +129,11 @@ def impatient(timeout: timedelta) -> Iterator[None]:
 
     The groups have their own timeouts again afterwards: what else a training script does in them may take longer.
     """
-    told = [each for group in list(_world.pg_map) for each in shorten_timeout(group, timeout)]
-    try:
+    with ExitStack() as told:
+        for group in list(_world.pg_map):
+            for backend, before in shorten_timeout(group, timeout):
+                told.callback(backend._set_default_timeout, before)
         yield
-    finally:
-        for backend, before in told:
-            backend._set_default_timeout(before)
 
 
 @contextmanager

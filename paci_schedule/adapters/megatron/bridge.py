@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
-from paci_schedule.adapters.megatron.hooks import loaded
+from paci_schedule.adapters.megatron.hooks import loaded, replace, stock_of
 from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
 from paci_schedule.adapters.megatron.publishing import folder_of
 from paci_schedule.adapters.megatron.reported import carry
@@ -34,6 +34,7 @@ from paci_schedule.runtime.waiting import together
 __all__ = ["Bridge", "loops"]
 
 _TRAIN, _UTILITIES = "megatron.bridge.training.train", "megatron.bridge.training.utils.train_utils"
+_LOCALS = ("global_state", "checkpoint_manager", "start_iteration")  # of its train()
 _LOOPS = {_TRAIN, "megatron.bridge.training.train_megatron_mimo"}
 _REDUCTIONS = (
     "reduce_max_stat_across_model_parallel_group",
@@ -73,6 +74,7 @@ _CONFIG = (
     _key("model.dist_train.use_dist_train", "not tried yet: modules on other ranks have another communicator"),
     _key("model.moe_expert_rank_capacity_factor", "an overflow runs an iteration again, with micro-batches in flight"),
     _key("train.train_sync_interval", "the host would wait for the device, and so for messages; leave it out"),
+    _key("checkpoint.async_save", "not tried yet: who waits for a writer that is gone would not say so; leave it off"),
     _key("checkpoint.custom_manager_class", "only Bridge's own checkpoints hold what PACI defers; leave it out"),
     _key("checkpoint.ckpt_format", "not tried yet; use 'torch_dist'", lambda value: value in (None, "torch_dist")),
     _key("checkpoint.non_persistent_ckpt_type", "not tried yet; use 'global'", lambda value: value in (None, "global")),
@@ -85,11 +87,12 @@ class Bridge(Job):
     Args:
         state: its GlobalState.
         manager: its CheckpointManager.
+        start: iterations that it had done when its training loop began.
     """
 
-    def __init__(self, state: Any, manager: Any) -> None:
+    def __init__(self, state: Any, manager: Any, start: int) -> None:
         super().__init__(_Settings(state))
-        self._state, self._manager = state, manager
+        self._state, self._manager, self._start = state, manager, start
 
     @classmethod
     def running(cls) -> Bridge | None:
@@ -98,7 +101,7 @@ class Bridge(Job):
         for frame in _callers():
             if frame.f_code is code:
                 _be_heard()
-                return cls(frame.f_locals["global_state"], frame.f_locals["checkpoint_manager"])
+                return cls(*(frame.f_locals[name] for name in _LOCALS))
         return None
 
     @property
@@ -134,7 +137,7 @@ class Bridge(Job):
             carry(train, carried, utilities)
 
     def keep_deferred(self, deferred: Deferred, stage: int, meetings: Meetings, timeout: timedelta) -> None:
-        stock = self._manager.save
+        stock = stock_of(self._manager, "save")
 
         def save(context: Any, *rest: Any, **named: Any) -> None:
             write = deferred()
@@ -142,14 +145,14 @@ class Bridge(Job):
             with together(stage, "saved a checkpoint", timeout), _also(write, folder_of(root, self.iteration)):
                 stock(context, *rest, **named)
 
-        self._manager.save = save
+        replace(self._manager, "save", save)
 
     def loaded(self) -> Path | None:
-        if not (self.args.load and self.iteration):
+        if not (self.args.load and self._start):  # it may have skipped iterations since
             return None
         roots = [Path(self.args.load), *self._transient_folders()]
         # Bridge also takes the folder of one checkpoint.
-        folders = [folder / OURS for folder in (*(folder_of(root, self.iteration) for root in roots), roots[0])]
+        folders = [folder / OURS for folder in (*(folder_of(root, self._start) for root in roots), roots[0])]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def writers(self) -> tuple[Any, Any]:

@@ -96,10 +96,16 @@ class Dispatcher:
             return untouched()
         if stream is None:
             options = self._options(first)
-            # What was loaded is a state of PACI, and a flush applies what waits in it.
-            stream = ModelStream(_chunks(model), group, options, "paci" if name == "1f1b" else name, call)
-            if first in self.states:
-                stream.load_state(self.states.pop(first))
+            state = self.states.pop(first, None)
+            try:
+                stream = ModelStream(_chunks(model), group, options, name, call)
+            except UnsupportedError as error:
+                if name != "1f1b":
+                    raise
+                logger.warning("the state of PACI that was loaded is not applied: %s", error)
+                return untouched()
+            if state is not None:  # a flush applies what waits in it
+                stream.load_state(state)
             setattr(first, _STREAM, stream)
         if name == "1f1b" or stream.begin_batch():
             return stream.flush_batch(untouched, call["num_microbatches"])

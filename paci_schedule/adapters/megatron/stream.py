@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class ModelStream:
         self._reports = None if job is None else job.reports(device)
         self._assembly.connect(
             self._compute,
-            schedule(name, leading=True),
+            schedule("paci" if name == "1f1b" else name, leading=True),  # whose calls before it is applied may flush
             pipelines,
             ties.gradients,
             ties.stages,
@@ -126,7 +127,7 @@ class ModelStream:
         self._between_calls = ExitStack()
         owner: Any = owner_of(self._config)
         if owner is not None:
-            owner.step = self._assembly.accounted()(owner.step)
+            owner.step = partial(self._step, owner.step)
         clip = None if owner is None else owner.config.clip_grad
         copied = 0 if prediction is None else copied_bytes(optimizers(self._config))
         line = start_line(schedule(name), spec, options, framework=FRAMEWORK, clip=clip, copied_bytes=copied)
@@ -205,7 +206,8 @@ class ModelStream:
         self._respec(num_microbatches)
         self._sums.flush(True)
         self._last()  # asked before every call, for an end that others decide
-        with self._assembly.accounted(), self._timed("trained under 1f1b"), self._ties.exchanging(now=True):
+        flushed, timed = self._assembly.accounted(flushed=True), self._timed("trained under 1f1b")
+        with flushed, timed, self._ties.exchanging(now=True):
             reduced = stock()
         self._runner.count_flushed(schedule("1f1b"))
         self._loss = None
@@ -256,6 +258,11 @@ class ModelStream:
             rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
         before = self._resumed_at + self._calls - self._runner.meter.version
         return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
+
+    def _step(self, stock: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """The optimizer's step, which the training loop takes between two calls."""
+        with self._assembly.accounted(flushed=self._sums.flushing):
+            return stock(*args, **named)
 
     def _timed(self, doing: str) -> AbstractContextManager[None]:
         return timed_messages(doing, self._runner.stage, self._device, self._timeout)

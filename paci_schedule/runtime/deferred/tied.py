@@ -54,7 +54,8 @@ class TiedGradient:
         stages: the stages that hold a copy.
         spec: the pipeline.
         timeout: how long the other stages may take under a flush, and where the pipe is empty.  Else a sum may be under
-            way for as long as the training loop does something else, and the group's own timeout holds.
+            way for as long as the training loop does something else, and the timeout holds that the group had when the
+            sum was posted.
 
     Attributes:
         ranks: of the group.
