@@ -35,6 +35,15 @@ def test_different_options_are_refused_on_both_ranks():
         assert 'clip in config.paci is "global" on rank 0; "stage" on rank 1' in outcome.error
 
 
+def train_until_it_fails(job, build_stage):
+    """Print how long the last call took."""
+    begun = []
+    try:
+        megatron_job.train(job, lambda _: begun.append(time.monotonic()), build_stage)
+    finally:
+        print(f"waited {time.monotonic() - begun[-1]:.1f}")
+
+
 def hang(job, doing):
     """Rank 0 stands still in the forward of its evaluation, or of a call under 1F1B."""
     megatron_job.prepare()
@@ -51,11 +60,7 @@ def hang(job, doing):
             model.module.register_forward_pre_hook(stop)
         return model, optimizer
 
-    begun = []
-    try:
-        megatron_job.train(job, lambda _: begun.append(time.monotonic()), build_stage)
-    finally:
-        print(f"waited {time.monotonic() - begun[-1]:.1f}")
+    train_until_it_fails(job, build_stage)
 
 
 JOBS = {
@@ -93,11 +98,7 @@ def lose_replica(job, how, at):
             optimizer.prepare_grads = lambda: (lose(), stock())[1]
         return model, optimizer
 
-    begun = []
-    try:
-        megatron_job.train(job, lambda _: begun.append(time.monotonic()), build_stage)
-    finally:
-        print(f"waited {time.monotonic() - begun[-1]:.1f}")
+    train_until_it_fails(job, build_stage)
 
 
 @pytest.mark.parametrize(("how", "at"), [("dies", "forward"), ("hangs", "forward"), ("hangs", "update")])

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
-from paci_schedule.adapters.megatron.hooks import loaded, replace, stock_of
+from paci_schedule.adapters.megatron.hooks import gone, loaded, replace, stock_of
 from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
 from paci_schedule.adapters.megatron.publishing import folder_of
 from paci_schedule.adapters.megatron.reported import carry
@@ -123,10 +123,7 @@ class Bridge(Job):
     def reasons(self) -> Iterator[str]:
         yield from reasons(JOB, self.args)
         yield from reasons(_CONFIG, self._state.cfg)
-        for module, names in _REBOUND.items():
-            for name in names:
-                if not hasattr(loaded(module), name):
-                    yield f"{module}.{name} is gone in this Megatron-Bridge: use version 0.7"
+        yield from gone(_REBOUND, "Megatron-Bridge", "version 0.7")
 
     def keep_inside(self, carried: CarriedReports | None) -> None:
         train, utilities = loaded(_TRAIN), loaded(_UTILITIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from paci_schedule.adapters.probing import TORCH_HOOKS, found_in, look_up, require
 from paci_schedule.adapters.versions import MEGATRON_CORE
 
-__all__ = ["TESTED", "check_installed", "loaded", "probe", "replace", "stock_of"]
+__all__ = ["TESTED", "check_installed", "gone", "loaded", "probe", "replace", "stock_of"]
 
 TESTED = SpecifierSet(MEGATRON_CORE)
 
@@ -80,3 +81,17 @@ def replace(module: Any, name: str, ours: Any) -> None:
     """Put a function of ours in the place of Megatron-LM's own."""
     setattr(ours, _STOCK, stock_of(module, name))
     setattr(module, name, ours)
+
+
+def gone(rebound: Mapping[str, Iterable[str]], project: str, supported: str) -> Iterator[str]:
+    """Which names a project's training loop has no more that are to get another meaning, each with what to do.
+
+    Args:
+        rebound: of every module the names.
+        project: "Megatron-LM".
+        supported: what has them: "version 0.7".
+    """
+    for module, names in rebound.items():
+        for name in names:
+            if not hasattr(loaded(module), name):
+                yield f"{module}.{name} is gone in this {project}: use {supported}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paci_schedule.adapters.megatron.background import REPLACED, watch_writers
-from paci_schedule.adapters.megatron.hooks import TESTED, loaded, replace, stock_of
+from paci_schedule.adapters.megatron.hooks import TESTED, gone, loaded, replace, stock_of
 from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
 from paci_schedule.adapters.megatron.publishing import RENAMED, Publishing, beside, folder_of, named
 from paci_schedule.adapters.megatron.reported import carry
@@ -68,10 +68,7 @@ class MegatronLM(Job):
 
     def reasons(self) -> Iterator[str]:
         yield from reasons(JOB, self.args)
-        for module, names in _REBOUND.items():
-            for name in names:
-                if not hasattr(loaded(module), name):
-                    yield f"{module}.{name} is gone in this Megatron-LM: use a version in {TESTED}"
+        yield from gone(_REBOUND, "Megatron-LM", f"a version in {TESTED}")
 
     def keep_inside(self, carried: CarriedReports | None) -> None:
         training = loaded(_LOOP)
