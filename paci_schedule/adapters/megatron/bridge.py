@@ -139,7 +139,8 @@ class Bridge(Job):
         def save(context: Any, *rest: Any, **named: Any) -> None:
             write = deferred()
             root = self._transient_folders()[0] if context.non_persistent_ckpt else Path(self.args.save)
-            with together(stage, "saved a checkpoint", timeout), _also(write, folder_of(root, self.iteration)):
+            also, given = _also(write, folder_of(root, self.iteration)), self.args.as_given()
+            with together(stage, "saved a checkpoint", timeout), also, given:
                 stock(context, *rest, **named)
 
         replace(self._manager, "save", save)
@@ -178,6 +179,7 @@ class _Settings:
         parts = [state.train_state, *(getattr(state.cfg, name) for name in _PARTS)]
         transformer = getattr(state.cfg.model, "transformer", None)
         vars(self)["parts"] = [*parts, transformer] if transformer else parts
+        vars(self)["given"] = []  # before each setting: the part, the name, the value
 
     def __getattr__(self, name: str) -> Any:
         there = _OTHERS.get(name, name)
@@ -189,6 +191,20 @@ class _Settings:
     def __setattr__(self, name: str, value: Any) -> None:
         for part in vars(self)["parts"]:
             if hasattr(part, name):
+                vars(self)["given"].append((part, name, getattr(part, name)))
+                setattr(part, name, value)
+
+    @contextmanager
+    def as_given(self) -> Iterator[None]:
+        """While it lasts, the config is the user's own, for Bridge writes it into every checkpoint."""
+        given = vars(self)["given"]
+        ours = [(part, name, getattr(part, name)) for part, name, _ in given]
+        for part, name, value in reversed(given):
+            setattr(part, name, value)
+        try:
+            yield
+        finally:
+            for part, name, value in ours:
                 setattr(part, name, value)
 
 
