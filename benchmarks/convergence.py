@@ -4,7 +4,8 @@
         --variants flush,paci,paci:every --results runs.jsonl
     python -m benchmarks.convergence --results runs.jsonl
 
-A *variant* is a schedule, for PACI with its prediction behind a colon, and the prediction's reach behind another.
+A *variant* is a schedule, for PACI with its prediction behind a colon, the prediction's reach behind another, and the
+number of the first updates that run under a flush behind a third.
 Every run is a line of the results; a run that has a line already is not repeated, so that a study can be interrupted,
 extended and shared between processes.  Without a text nothing is run.  At the end the table of all results is printed,
 in Markdown.
@@ -53,7 +54,7 @@ _COLUMNS = (
     *("minus flush's", "sooner at flush's loss", "ideal"),
 )
 _SHOWN = "stages", "accumulation", "optimizer", "dtype"
-_VARIANT = "schedule", "prediction", "prediction_reach"
+_VARIANT = "schedule", "prediction", "prediction_reach", "flush_warmup_steps"
 _SETTINGS = *_SHAPE, "context", "micro_batch", *_VARIANT, "length", "lr", "warm_up", "seed"
 
 
@@ -110,7 +111,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def _read(results: Path) -> list[Run]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [{"flush_warmup_steps": 0, **json.loads(line)} for line in lines]  # which older results do not name
 
 
 def _key(run: Run) -> tuple[Any, ...]:
@@ -235,8 +237,10 @@ def _speed_up(flush: Sequence[Run], runs: Sequence[Run]) -> list[str]:
 
 def _ideal_time(run: Run) -> float:
     """In forwards and backwards of a micro-batch, if all stages are equally long and updates cost nothing."""
-    bubble = run["stages"] - 1 if REHEARSABLE[run["schedule"]].schedule.flushes else 0
-    return run["micro_batches"] * run["length"] * (1 + bubble / run["accumulation"])
+    micro_batches = run["micro_batches"] * run["length"]
+    flushes = REHEARSABLE[run["schedule"]].schedule.flushes
+    flushed = micro_batches / run["accumulation"] if flushes else run["flush_warmup_steps"]
+    return micro_batches + flushed * (run["stages"] - 1)
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:

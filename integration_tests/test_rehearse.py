@@ -12,6 +12,8 @@ from testing.jobs import Job
 PACI = ("train x5", "drain")
 FLUSH = ("schedule=1f1b", "train x4")
 SLACK = {"paci": {"extra_in_flight": 2}}
+WARM_UP = {"paci": {"flush_warmup_steps": 2}}
+WARM_PREDICTED = {"paci": {"flush_warmup_steps": 2, "prediction": "every", "prediction_reach": 1.5}}
 
 JOBS = {
     "P=2 a=1": Job(stages=2, accumulation=1, script=PACI, warmup=True),
@@ -21,6 +23,7 @@ JOBS = {
     "P=2 a=3, flush": Job(stages=2, accumulation=3, script=FLUSH, warmup=True),
     "P=2 a=2, flush, clipping": Job(stages=2, accumulation=2, script=FLUSH, clip=0.6, warmup=True),
     "P=2 a=2, tuples, clipping": Job(stages=2, accumulation=2, script=PACI, model="pairs", clip=1.4),
+    "P=2 a=3, flushed warm-up, clipping": Job(stages=2, accumulation=3, script=PACI, clip=0.6, config=WARM_UP),
     "P=3 a=1, clipping": Job(stages=3, accumulation=1, script=PACI, clip=0.9, optimizer="sgd"),
     "P=3 a=2": Job(stages=3, accumulation=2, script=PACI, warmup=True),
     "P=3 a=2, slack, clipping": Job(stages=3, accumulation=2, script=PACI, clip=0.6, config=SLACK),
@@ -32,6 +35,10 @@ JOBS = {
     "P=4 a=2, clipping": Job(stages=4, accumulation=2, script=PACI, clip=0.7, warmup=True),
     "P=4 a=3": Job(stages=4, accumulation=3, script=PACI, warmup=True),
     "P=4 a=4, clipping": Job(stages=4, accumulation=4, script=PACI, clip=0.6),
+    "P=4 a=2, flushed warm-up, clipping": Job(stages=4, accumulation=2, script=PACI, clip=0.6, config=WARM_UP),
+    "P=3 a=3, flushed warm-up, prediction, clipping": Job(
+        stages=3, accumulation=3, script=PACI, clip=0.6, warmup=True, optimizer="adam", config=WARM_PREDICTED
+    ),
     "P=4 a=2, flush": Job(stages=4, accumulation=2, script=FLUSH, warmup=True),
 }
 
@@ -65,6 +72,7 @@ def rehearsed(job, look=lambda stages: None):
         clip=job.clip,
         prediction=job.options.get("prediction", "off"),
         prediction_reach=job.options.get("prediction_reach", 1.0),
+        flush_warmup_steps=job.options.get("flush_warmup_steps", 0),
         schedulers=schedulers,
     ):
         updates.append(update)

@@ -134,6 +134,8 @@ def test_the_same_seed_gives_the_same_run_and_another_another(paci, text):
         ("--prediction sometimes", "prediction='sometimes'"),
         ("--prediction 0", "prediction=0"),
         ("--prediction every:far", "prediction='every:far'"),
+        ("--prediction every:1:2:3", "prediction='every:1:2:3'"),
+        ("--prediction every:1:-2", "flush_warmup_steps=-2: must be a whole number of updates of at least 0"),
         ("--prediction every:9", "prediction_reach=9.0: must be a number above 0 and at most 4"),
         ("--prediction window:1.5", "prediction_reach=1.5 with prediction='window'"),
         ("--model huge", "model='huge'"),
@@ -194,17 +196,21 @@ def test_the_model_does_not_look_ahead():
 
 
 def test_the_ideal_time_of_a_flush_has_its_bubble_in_it():
-    assert batches_of("flush", settings(stages=8, accumulation=8, updates=1500, layers=8)) == 800
-    assert batches_of("paci", settings(updates=1500)) == 1500
+    eight = settings(stages=8, accumulation=8, updates=1500, layers=8)
+    assert batches_of(Variant("flush"), eight) == 800
+    assert batches_of(Variant("paci"), eight) == 1500
+    assert batches_of(Variant("paci", flush_warmup_steps=80), eight) == 1500 - 80 * 7 / 8
+    assert batches_of(Variant("paci", flush_warmup_steps=9000), eight) == 800
 
 
 def test_predictions_are_for_paci_only():
     spec = PipelineSpec(stages=4, accumulation=4)
-    assert variants(spec, ["pipedream", "paci"], ["off", "3", "every:1.5"]) == [
+    assert variants(spec, ["pipedream", "paci"], ["off", "3", "every:1.5", "off:1:40"]) == [
         Variant("pipedream"),
         Variant("paci"),
         Variant("paci", 3),
         Variant("paci", "every", 1.5),
+        Variant("paci", "off", 1.0, 40),
     ]
     with pytest.raises(ConfigError):
         variants(spec, ["paci"], ["-1"])

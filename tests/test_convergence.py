@@ -30,6 +30,7 @@ def a_run(validation, schedule="flush", prediction="off", length=1.0, lr=0.01, s
         "schedule": schedule,
         "prediction": prediction,
         "prediction_reach": 1.0,
+        "flush_warmup_steps": 0,
         "length": length,
         "lr": lr,
         "warm_up": 400,
@@ -76,6 +77,12 @@ def test_sooner_counts_the_shortest_run_that_comes_to_flushs_loss():
     assert rows([flush, *longer])[1]["sooner at flush's loss"] == f"{1.875 / 1.1:.3f}"
     assert rows([flush, longer[0]])[1]["sooner at flush's loss"] == "not reached"
     assert rows([flush, a_run(2.0, "paci")])[1]["sooner at flush's loss"] == "1.875"
+
+
+def test_what_is_flushed_counts_in_the_ideal_time():
+    _, row = rows([a_run(2.0), a_run(2.0, "paci", "every", flush_warmup_steps=80)])
+    assert row["prediction"] == "every:1:80"
+    assert row["ideal"] == row["sooner at flush's loss"] == f"{800 * 15 / (800 * 8 + 80 * 7):.3f}"
 
 
 def test_other_models_and_texts_are_other_tables():

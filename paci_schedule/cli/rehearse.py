@@ -122,7 +122,7 @@ def rehearse(
     corpus = Text(text, settings.context, _device(settings.device), vocabulary)
     total = 0
     for variant in asked:
-        fewer = batches_of(variant.schedule, settings)
+        fewer = batches_of(variant, settings)
         total += settings.updates + (fewer if fewer != settings.updates else 0)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

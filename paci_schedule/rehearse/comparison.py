@@ -11,7 +11,7 @@ from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run
 from paci_schedule.rehearse.variant import Variant
 
-__all__ = ["Comparison", "batches_of", "compare", "slots", "variants"]
+__all__ = ["Comparison", "batches_of", "compare", "ends", "variants"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Comparison:
     Attributes:
         equal_tokens: the run that sees as much data as all others.
         equal_time: the run that would take as long as all others if all stages took equally long and a prediction cost
-            nothing.  Its learning rate decays over its own length.  For a schedule without a bubble it is the same run.
+            nothing.  Its learning rate decays over its own length.  Without a bubble it is the same run.
     """
 
     equal_tokens: Trial
@@ -41,15 +41,20 @@ def variants(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence
     return found
 
 
-def slots(schedule: str, settings: Settings) -> float:
-    """The least time of a batch, in forwards plus backwards of a micro-batch: a, or with a flush a + P - 1."""
-    bubble = settings.stages - 1 if REHEARSABLE[schedule].schedule.flushes else 0
-    return settings.accumulation + bubble
+def ends(variant: Variant, settings: Settings, batches: int) -> list[int]:
+    """The least time at which each of so many batches is done, in forwards plus backwards of a micro-batch.
+
+    A batch takes a of them, and with a flush a + P - 1.
+    """
+    flushed = batches if REHEARSABLE[variant.schedule].schedule.flushes else variant.flush_warmup_steps
+    bubble = settings.stages - 1
+    return [number * settings.accumulation + min(number, flushed) * bubble for number in range(1, batches + 1)]
 
 
-def batches_of(schedule: str, settings: Settings) -> int:
-    """How many batches the schedule can do while a schedule without a bubble does all of them; at least 1."""
-    return max(1, round(settings.updates * settings.accumulation / slots(schedule, settings)))
+def batches_of(variant: Variant, settings: Settings) -> int:
+    """How many batches the variant can do while a schedule without a bubble does all of them; at least 1."""
+    time = settings.updates * settings.accumulation
+    return max(1, sum(end <= time for end in ends(variant, settings, settings.updates)))
 
 
 def compare(settings: Settings, text: Text, asked: Sequence[Variant], tick: Callable[[], None]) -> list[Comparison]:
@@ -57,7 +62,7 @@ def compare(settings: Settings, text: Text, asked: Sequence[Variant], tick: Call
     found = []
     for variant in asked:
         whole = run(settings, text, variant, settings.updates, tick)
-        fewer = batches_of(variant.schedule, settings)
+        fewer = batches_of(variant, settings)
         part = whole if fewer == settings.updates else run(settings, text, variant, fewer, tick)
         found.append(Comparison(whole, part))
     return found

@@ -8,7 +8,8 @@ update v of stage s, with look-ahead d and a micro-batches in an update, stage r
 * floor(max(0, m - d_r) / a) - 1, for r < s: that norm came down with activation m, which is the last forward of stage s
   before the update.  That is v - ceil((d_r - d_s + 1) / a) until the pipe is drained.
 
-Updates before the first count as zero, and so do norms of other stages that are not finite.
+Updates before the first count as zero, and so do norms of other stages that are not finite.  Where the first updates
+run under a flush, m counts from its end, and the norms of its last update are known everywhere.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ class Norms:
 
     Args:
         spec: the pipeline; its accumulation is that of the updates.
-        exact: True where every stage waits for the norms of all others, as under a flush.
+        flushed: the number of updates under a flush, in which every stage waits for the norms of all others; None for
+            all.
     """
 
-    def __init__(self, spec: PipelineSpec, exact: bool) -> None:
-        self._spec, self._exact = spec, exact
+    def __init__(self, spec: PipelineSpec, flushed: int | None) -> None:
+        self._spec, self._flushed = spec, flushed
         self._squares: list[dict[int, torch.Tensor]] = [{} for _ in range(spec.stages)]
 
     def put(self, stage: int, update: int, square: torch.Tensor) -> None:
@@ -43,11 +45,11 @@ class Norms:
 
     def is_complete(self, update: int) -> bool:
         """Whether a stage may go on with its update."""
-        return not self._exact or all(update in squares for squares in self._squares)
+        return not self._is_exact(update) or all(update in squares for squares in self._squares)
 
     def total(self, stage: int, update: int, last_forward: int) -> torch.Tensor:
         """The squared norm over all stages that the stage's update is clipped by, fp32[]."""
-        if self._exact:  # in one order, so that all stages scale by the same factor
+        if self._is_exact(update):  # in one order, so that all stages scale by the same factor
             return torch.stack([squares[update] for squares in self._squares]).sum()
         own = self._squares[stage][update]
         others = [
@@ -61,4 +63,8 @@ class Norms:
         """The newest update of another stage whose norm has reached this stage."""
         if other > stage:
             return update - 1
-        return max(0, last_forward - self._spec.look_ahead(other)) // self._spec.accumulation - 1
+        began = (self._flushed or 0) * self._spec.accumulation
+        return max(began, last_forward - self._spec.look_ahead(other)) // self._spec.accumulation - 1
+
+    def _is_exact(self, update: int) -> bool:
+        return self._flushed is None or update < self._flushed

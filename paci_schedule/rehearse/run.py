@@ -31,7 +31,7 @@ from paci_schedule.rehearse.owners import as_lists, check_owners
 from paci_schedule.rehearse.stage import Stage
 from paci_schedule.rehearse.stash import Stash
 
-__all__ = ["REHEARSABLE", "Update", "rehearse"]
+__all__ = ["REHEARSABLE", "Update", "check_warmup", "rehearse"]
 
 _ENDLESS = 1 << 40  # batches; their number is known only when they end
 
@@ -94,6 +94,7 @@ def rehearse(
     extra_in_flight: int | tuple[int, ...] = 0,
     prediction: str | int = "off",
     prediction_reach: float = 1.0,
+    flush_warmup_steps: int = 0,
     clip: float = 0.0,
     schedulers: Sequence[Any] | None = None,
 ) -> Iterator[Update]:
@@ -114,6 +115,7 @@ def rehearse(
             (`predict.prediction`).
         prediction_reach: how far along the expected update the predicted weights lie, with "every": 1 is the next
             weights, 1.5 half an update further.
+        flush_warmup_steps: how many of the first updates run under "flush"; only for "paci".
         clip: the largest global gradient norm; 0 for no clipping.  Under "flush" the norm is exact; under the others,
             the parts of other stages are as old as the norms that messages carry (`rehearse.norms`).
         schedulers: learning-rate schedules, given like `optimizers`; they are stepped after each update.
@@ -141,6 +143,7 @@ def rehearse(
             f"prediction={prediction!r} with schedule={schedule!r}: its backwards read the weights of their forwards, "
             "so there is nothing to predict; switch prediction off, or take paci"
         )
+    check_warmup(flush_warmup_steps, schedule)
     owned = as_lists("optimizers", optimizers, len(stages))
     check_owners(stages, owned)
     stepped = as_lists("schedulers", [[]] * len(stages) if schedulers is None else schedulers, len(stages))
@@ -162,18 +165,29 @@ def rehearse(
                 None if interval is None else Prediction(SteppedWeights(owned[number]), interval, prediction_reach),
             )
         )
-    norms = Norms(replace(spec, accumulation=per_update), kind.schedule.flushes)
-    return _Rehearsal(spec, kind.schedule, built, norms, float(clip)).run(batches)
+    norms = Norms(replace(spec, accumulation=per_update), None if kind.schedule.flushes else flush_warmup_steps)
+    return _Rehearsal(spec, kind.schedule, flush_warmup_steps, built, norms, float(clip)).run(batches)
+
+
+def check_warmup(steps: object, schedule: str) -> None:
+    """Raises ConfigError unless so many of the first updates can run under a flush."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ConfigError(f"flush_warmup_steps={steps!r}: must be a whole number of updates of at least 0")
+    if steps and schedule != "paci":
+        raise ConfigError(f"flush_warmup_steps={steps} with schedule={schedule!r}: has no meaning; take paci, or 0")
 
 
 class _Rehearsal:
     """All stages, and the data that flows between them."""
 
-    def __init__(self, spec: PipelineSpec, schedule: Schedule, stages: list[Stage], norms: Norms, clip: float) -> None:
-        self._spec, self._schedule, self._stages, self._norms, self._clip = spec, schedule, stages, norms, clip
+    def __init__(
+        self, spec: PipelineSpec, schedule: Schedule, flushed: int, stages: list[Stage], norms: Norms, clip: float
+    ) -> None:
+        self._spec, self._schedule, self._flushed = spec, schedule, flushed
+        self._stages, self._norms, self._clip = stages, norms, clip
 
     def run(self, batches: Iterable[Sequence[tuple[Any, Any]]]) -> Iterator[Update]:
-        calls = [self._schedule.calls(self._spec, stage.number, _ENDLESS) for stage in self._stages]
+        calls = [self._calls(stage.number, _ENDLESS) for stage in self._stages]
         count = 0
         try:
             for batch in batches:
@@ -191,9 +205,20 @@ class _Rehearsal:
             for stage in self._stages:
                 stage.close()
 
+    def _calls(self, stage: int, count: int) -> Iterator[Iterable[Op]]:
+        """The calls of a stage that take `count` batches, and those that drain the pipe; the first ones may flush."""
+        yield from OneFOneB().calls(self._spec, stage, min(self._flushed, count))
+        for call in self._schedule.calls(self._spec, stage, max(0, count - self._flushed)):
+            yield map(self._after_warmup, call)
+
+    def _after_warmup(self, op: Op) -> Op:
+        """The op, with micro-batches and updates counted from the start of training."""
+        before = self._flushed if op.kind is OpKind.STEP else self._flushed * self._spec.accumulation
+        return op._replace(index=op.index + before)
+
     def _after(self, count: int, stage: int) -> Iterator[Iterable[Op]]:
         """The calls that are left for a stage when `count` batches have been taken."""
-        calls = () if self._schedule.flushes else self._schedule.calls(self._spec, stage, count)
+        calls = () if self._schedule.flushes else self._calls(stage, count)
         return itertools.islice(calls, count, None)
 
     def _admit(self, batch: Sequence[tuple[Any, Any]], number: int) -> None:
