@@ -1,4 +1,4 @@
-"""A training loop of one's own around ms-swift's trainer, which knows nothing of ms-swift's: python own_loop.py ARGUMENTS...
+"""python own_loop.py ARGUMENTS...: a training loop of one's own, in the place of ms-swift's.
 
 The pipe is empty at every --save_steps.  The last rank writes the losses where ms-swift would.
 """
