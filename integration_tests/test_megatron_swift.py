@@ -179,7 +179,6 @@ def test_without_drift_the_run_is_the_stock_schedules_to_the_last_digit(train):
 
 
 REFUSED = {
-    "--tuner_type (tuner_type='lora')": "--tuner_type lora",
     "--async_save (async_save=True)": "--async_save true",
     "--freeze_parameters (freeze_parameters=['decoder.layers'])": "--freeze_parameters decoder.layers",
     "--streaming true with --num_train_epochs 1": "--streaming true --num_train_epochs 1",
