@@ -33,12 +33,17 @@ def install() -> None:
         block.layer_specs = [deepcopy(each) for each in block.layer_specs]
         for layer in block.layer_specs:
             parts = layer.submodules
-            parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+            parts.input_layernorm = IdentityOp
             parts.self_attention.submodules.core_attention = Attention
-            parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = _normed()
+            parts.self_attention.submodules.linear_qkv = _normed()
+            if hasattr(parts.mlp.submodules, "linear_fc1"):  # experts have their norm before the router
+                parts.pre_mlp_layernorm = IdentityOp
+                parts.mlp.submodules.linear_fc1 = _normed()
         return block
 
     register.get_gpt_decoder_block_spec = local_spec
+    bridge: Any = import_module("mcore_bridge.bridge")
+    bridge.GPTBridge._set_moe_state = lambda *_, **__: {}  # experts in one matrix: these here keep what they began with
 
 
 def _normed() -> type:

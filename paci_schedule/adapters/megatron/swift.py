@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paci_schedule.adapters.megatron.alongside import save_alongside
+from paci_schedule.adapters.megatron.averages import carry_averages
 from paci_schedule.adapters.megatron.callers import calling, locals_of
 from paci_schedule.adapters.megatron.hooks import gone, loaded
 from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
@@ -65,7 +66,6 @@ _ARGUMENTS = (
     ),
     flag("sequence_packing_scheduler", "--sequence_packing_scheduler", "not tried yet; leave it out"),
     flag("mtp_num_layers", "--mtp_num_layers", "not tried yet; leave it out"),
-    flag("num_experts", "a --model with experts", "its metrics are summed over all stages, and that was not tried yet"),
 )
 
 _OTHERS = {
@@ -122,6 +122,8 @@ class Swift(Job):
         for module, names in _REBOUND.items():
             for name in names:
                 setattr(loaded(module), name, as_it_is)
+        if carried is not None:
+            carry_averages(self._trainer, carried)
 
     def keep_deferred(self, deferred: Deferred, stage: int, meetings: Meetings, timeout: timedelta) -> None:
         save_alongside(self._trainer, "save_checkpoint", self._folder, deferred, stage, timeout)
