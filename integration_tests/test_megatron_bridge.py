@@ -12,6 +12,7 @@ import re
 import subprocess
 
 import pytest
+import yaml
 
 from testing.megatron_lm import ROOT, logged, pretrained
 from testing.ranks import free_port
@@ -166,6 +167,8 @@ def test_a_signal_ends_the_job_where_the_pipe_is_empty(tmp_path):
     last = 2 + 2 * 1 + 4  # two iterations were done
     assert max(cut) == last
     assert (tmp_path / "cut" / "latest_checkpointed_iteration.txt").read_text() == str(last)
+    written = yaml.safe_load((tmp_path / "cut" / f"iter_{last:07}" / "run_config.yaml").read_text())
+    assert written["model"]["barrier_with_L1_time"] is True  # which is off while the job runs
     resumed = logged(trained("paci", "train.train_iters=11", f"checkpoint.load={tmp_path}/cut"))
     whole = [f"checkpoint.save={tmp_path}/whole", f"checkpoint.save_interval={last}", "train.train_iters=11"]
     assert cut | resumed == logged(trained("paci", *whole))
@@ -183,3 +186,14 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_key(tmp_path):
     assert "cannot run this job" in said
     assert [key for key in keys if key.rpartition(".")[2] + "=" not in said] == []
     assert logged(said) == {}
+
+
+def test_the_limit_of_time_ends_the_job_and_stays_in_its_config(tmp_path):
+    """The config that Bridge writes into the checkpoint is the user's, so that a job that is built from it does not end
+    at every multiple of that iteration, and has the same limit."""
+    saves = [f"checkpoint.save={tmp_path}", "checkpoint.save_interval=1000", "train.train_iters=1000"]
+    said = trained("paci", *saves, "train.exit_duration_in_mins=0.05")
+    last = max(logged(said))
+    assert f"--exit-duration-in-mins 0.05: this job ends after iteration {last}" in said
+    written = yaml.safe_load((tmp_path / f"iter_{last:07}" / "run_config.yaml").read_text())["train"]
+    assert (written["exit_duration_in_mins"], written["exit_interval"]) == (0.05, None)

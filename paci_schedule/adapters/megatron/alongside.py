@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing
 
 from paci_schedule.adapters.megatron.hooks import replace, stock_of
 from paci_schedule.adapters.megatron.job import Deferred
+from paci_schedule.adapters.megatron.renamed import Renamed
 from paci_schedule.runtime.publication import OURS
 from paci_schedule.runtime.waiting import together
 
@@ -19,21 +20,28 @@ __all__ = ["save_alongside"]
 
 
 def save_alongside(
-    owner: Any, name: str, folder: Callable[..., Path], deferred: Deferred, stage: int, timeout: timedelta
+    owner: Any,
+    name: str,
+    folder: Callable[..., Path],
+    settings: Renamed,
+    deferred: Deferred,
+    stage: int,
+    timeout: timedelta,
 ) -> None:
     """Let every checkpoint hold what is deferred.
 
     Args:
         owner, name: the method that saves one.
         folder: that of the checkpoint, of the method's arguments.
+        settings: of the job; what is saved of them is as the user gave it.
         deferred, stage, timeout: as of `Job.keep_deferred`.
     """
     stock = stock_of(owner, name)
 
     def save(*rest: Any, **named: Any) -> None:
         write = deferred()
-        saving = together(stage, "saved a checkpoint", timeout)
-        with saving, _also(write, folder(*rest, **named)):
+        saving, also = together(stage, "saved a checkpoint", timeout), _also(write, folder(*rest, **named))
+        with saving, also, settings.as_given():
             stock(*rest, **named)
 
     replace(owner, name, save)

@@ -60,7 +60,7 @@ _CONFIG = (
         lambda value: value != "batch",
     ),
     _key("peft", "not tried yet: a stage may have nothing to train; train all weights"),
-    _key("inprocess_restart.enabled", "it makes new process groups in a process that keeps PACI's links; leave it off"),
+    _key("inprocess_restart.enabled", "not tried yet with this loop; let torchrun start the job again"),
     _key("ft.enable_ft_package", "not tried yet; leave it off"),
     _key("nvrx_straggler.enabled", "each rank may end the job in an iteration of its own; leave it off"),
     _key("straggler.log_straggler", "not tried yet: it waits for all ranks; leave it off"),
@@ -125,7 +125,10 @@ class Bridge(Job):
             carry(train, carried, utilities)
 
     def keep_deferred(self, deferred: Deferred, stage: int, meetings: Meetings, timeout: timedelta) -> None:
-        save_alongside(self._manager, "save", self._folder, deferred, stage, timeout)
+        save_alongside(self._manager, "save", self._folder, self.args, deferred, stage, timeout)
+
+    def before_restart(self, let_go: Callable[[], None]) -> None:
+        """Nothing: such a restart is refused."""
 
     def loaded(self) -> Path | None:
         if not (self.args.load and self._start):  # it may have skipped iterations since

@@ -136,6 +136,10 @@ class ModelCompute:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
         self._is_gathered = True
 
+    def let_go(self) -> None:
+        """Forget the micro-batches in flight."""
+        self._live.clear()
+
     def losses(self, micro_batch: int) -> torch.Tensor:
         return self._losses.pop(micro_batch)
 

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from paci_schedule.adapters.probing import TORCH_HOOKS, found_in, look_up, require
 from paci_schedule.adapters.versions import MEGATRON_CORE
 
-__all__ = ["TESTED", "check_installed", "gone", "loaded", "probe", "replace", "stock_of"]
+__all__ = ["TESTED", "check_installed", "gone", "loaded", "probe", "put_back", "replace", "stock_of"]
 
 TESTED = SpecifierSet(MEGATRON_CORE)
 
@@ -81,6 +81,12 @@ def replace(module: Any, name: str, ours: Any) -> None:
     """Put a function of ours in the place of Megatron-LM's own."""
     setattr(ours, _STOCK, stock_of(module, name))
     setattr(module, name, ours)
+
+
+def put_back(module: Any, names: Iterable[str]) -> None:
+    """Give the names of a module their own meaning again, where `replace` has given them another one."""
+    for name in names:
+        setattr(module, name, stock_of(module, name))
 
 
 def gone(rebound: Mapping[str, Iterable[str]], project: str, supported: str) -> Iterator[str]:

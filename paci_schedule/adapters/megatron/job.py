@@ -83,6 +83,14 @@ class Job(ABC):
         """
 
     @abstractmethod
+    def before_restart(self, let_go: Callable[[], None]) -> None:
+        """Let it forget this model where it restarts in the same process: the next one needs its memory.
+
+        Args:
+            let_go: of the micro-batches in flight, whose graphs keep a model alive.
+        """
+
+    @abstractmethod
     def loaded(self) -> Path | None:
         """The folder of what was deferred in the checkpoint that the job began with; None where it began anew."""
 

@@ -7,14 +7,14 @@ job.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paci_schedule.adapters.megatron.background import REPLACED, watch_writers
-from paci_schedule.adapters.megatron.hooks import TESTED, gone, loaded, replace, stock_of
+from paci_schedule.adapters.megatron.hooks import TESTED, gone, loaded, put_back, replace, stock_of
 from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
 from paci_schedule.adapters.megatron.publishing import RENAMED, Publishing, beside, folder_of, named
 from paci_schedule.adapters.megatron.reported import carry
@@ -27,6 +27,7 @@ from paci_schedule.runtime.publication import OURS
 __all__ = ["MegatronLM"]
 
 _LOOP, _SAVING = "megatron.training.training", "megatron.training.checkpointing"
+_FORGETS = "destroy_global_state"
 _REBOUND = {
     _LOOP: (
         "reduce_max_stat_across_model_parallel_group",
@@ -35,6 +36,7 @@ _REBOUND = {
         "calc_params_l2_norm",
         "training_log",
         "maybe_finalize_async_save",
+        _FORGETS,
     ),
     _SAVING: (*RENAMED, REPLACED),
 }
@@ -89,6 +91,17 @@ class MegatronLM(Job):
 
         replace(training, "save_checkpoint", save_checkpoint)
         watch_writers(self.args, stage, timeout)
+
+    def before_restart(self, let_go: Callable[[], None]) -> None:
+        training = loaded(_LOOP)
+        stock = stock_of(training, _FORGETS)
+
+        def destroy_global_state() -> None:
+            let_go()
+            put_back(training, _REBOUND[_LOOP])
+            stock()
+
+        replace(training, _FORGETS, destroy_global_state)
 
     def loaded(self) -> Path | None:
         args = self.args

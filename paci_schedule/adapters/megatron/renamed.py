@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["Renamed"]
@@ -19,6 +20,7 @@ class Renamed:
 
     def __init__(self, parts: Sequence[Any], others: Mapping[str, str], absent: Mapping[str, Any]) -> None:
         vars(self).update(_parts=parts, _others=others, _absent=absent)
+        vars(self)["_given"] = []  # before each setting: the part, the name, the value
 
     def __getattr__(self, name: str) -> Any:
         there = self._others.get(name, name)
@@ -32,4 +34,17 @@ class Renamed:
     def __setattr__(self, name: str, value: Any) -> None:
         for part in self._parts:
             if hasattr(part, name):
+                self._given.append((part, name, getattr(part, name)))
+                setattr(part, name, value)
+
+    @contextmanager
+    def as_given(self) -> Iterator[None]:
+        """While it lasts, the settings are the user's own, for frameworks write them into every checkpoint."""
+        ours = [(part, name, getattr(part, name)) for part, name, _ in self._given]
+        for part, name, value in reversed(self._given):
+            setattr(part, name, value)
+        try:
+            yield
+        finally:
+            for part, name, value in ours:
                 setattr(part, name, value)

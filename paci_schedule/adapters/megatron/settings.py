@@ -121,12 +121,6 @@ JOB = (
         "--optimizer-cuda-graph",
         "a captured update would replay the other stages' norms of that moment; leave it off",
     ),
-    flag(
-        "inprocess_restart",
-        "--inprocess-restart",
-        "it makes new process groups in a process that keeps PACI's links and the micro-batches in them; let torchrun "
-        "start the job again from its checkpoint (--max-restarts), which costs the start of a process more",
-    ),
     flag("adlr_autoresume", "--adlr-autoresume", "it ends the job between two planned ends; use --exit-interval"),
     flag("save_dgrads_interval", "--save-dgrads-interval", "it would record micro-batches of two batches"),
     flag("save_activations_interval", "--save-activations-interval", "as --save-dgrads-interval; leave it off"),

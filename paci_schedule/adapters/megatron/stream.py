@@ -137,6 +137,7 @@ class ModelStream:
             job.make_local(self._config, self._reports)
             sharded = is_sharded(self._config)
             keep_deferred(job, self._model, self._deferred, self.settle, sharded, self._meetings, timeout)
+            job.before_restart(self._compute.let_go)
 
     def train_batch(
         self,

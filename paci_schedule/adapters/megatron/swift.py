@@ -7,7 +7,7 @@ found there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,10 @@ class Swift(Job):
             carry_averages(self._trainer, carried)
 
     def keep_deferred(self, deferred: Deferred, stage: int, meetings: Meetings, timeout: timedelta) -> None:
-        save_alongside(self._trainer, "save_checkpoint", self._folder, deferred, stage, timeout)
+        save_alongside(self._trainer, "save_checkpoint", self._folder, self.args, deferred, stage, timeout)
+
+    def before_restart(self, let_go: Callable[[], None]) -> None:
+        """Nothing: ms-swift has no such restart."""
 
     def loaded(self) -> Path | None:
         start = self._trainer._start_iteration
