@@ -6,36 +6,32 @@ Nothing here imports Megatron-Bridge.  Its loop keeps the state of the job in no
 
 from __future__ import annotations
 
-import inspect
 import logging
 import operator
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from megatron.core import dist_checkpointing
-
-from paci_schedule.adapters.megatron.hooks import gone, loaded, replace, stock_of
+from paci_schedule.adapters.megatron.alongside import save_alongside
+from paci_schedule.adapters.megatron.callers import calling, locals_of
+from paci_schedule.adapters.megatron.hooks import gone, loaded
 from paci_schedule.adapters.megatron.job import Deferred, Job, as_it_is
 from paci_schedule.adapters.megatron.publishing import folder_of
+from paci_schedule.adapters.megatron.renamed import Renamed
 from paci_schedule.adapters.megatron.reported import carry
 from paci_schedule.adapters.megatron.settings import JOB
 from paci_schedule.adapters.refusal import Refusal, reasons
 from paci_schedule.runtime.deferred.reports import CarriedReports
 from paci_schedule.runtime.meeting import Meetings
 from paci_schedule.runtime.publication import OURS
-from paci_schedule.runtime.waiting import together
 
-__all__ = ["Bridge", "loops"]
+__all__ = ["Bridge", "untried"]
 
 _TRAIN, _UTILITIES = "megatron.bridge.training.train", "megatron.bridge.training.utils.train_utils"
 _LOCALS = ("global_state", "checkpoint_manager", "start_iteration")  # of its train()
-_LOOPS = {_TRAIN, "megatron.bridge.training.train_megatron_mimo"}
+_LOOPS = (_TRAIN, "megatron.bridge.training.train_megatron_mimo")
 _REDUCTIONS = (
     "reduce_max_stat_across_model_parallel_group",
     "logical_and_across_model_parallel_group",
@@ -91,26 +87,21 @@ class Bridge(Job):
     """
 
     def __init__(self, state: Any, manager: Any, start: int) -> None:
-        super().__init__(_Settings(state))
+        super().__init__(_settings(state))
         self._state, self._manager, self._start = state, manager, start
 
     @classmethod
     def running(cls) -> Bridge | None:
         """The job whose training loop calls; None outside of one."""
-        code = getattr(getattr(sys.modules.get(_TRAIN), "train", None), "__code__", None)
-        for frame in _callers():
-            if frame.f_code is code:
-                _be_heard()
-                return cls(*(frame.f_locals[name] for name in _LOCALS))
-        return None
+        found = locals_of(_TRAIN, "train")
+        if found is None:
+            return None
+        _be_heard()
+        return cls(*(found[name] for name in _LOCALS))
 
     @property
     def iteration(self) -> int:
         return self._state.train_state.step
-
-    @property
-    def finished(self) -> int:
-        return self.iteration
 
     @property
     def started(self) -> float:
@@ -134,16 +125,7 @@ class Bridge(Job):
             carry(train, carried, utilities)
 
     def keep_deferred(self, deferred: Deferred, stage: int, meetings: Meetings, timeout: timedelta) -> None:
-        stock = stock_of(self._manager, "save")
-
-        def save(context: Any, *rest: Any, **named: Any) -> None:
-            write = deferred()
-            root = self._transient_folders()[0] if context.non_persistent_ckpt else Path(self.args.save)
-            also, given = _also(write, folder_of(root, self.iteration)), self.args.as_given()
-            with together(stage, "saved a checkpoint", timeout), also, given:
-                stock(context, *rest, **named)
-
-        replace(self._manager, "save", save)
+        save_alongside(self._manager, "save", self._folder, self.args, deferred, stage, timeout)
 
     def before_restart(self, let_go: Callable[[], None]) -> None:
         """Nothing: such a restart is refused."""
@@ -159,6 +141,11 @@ class Bridge(Job):
     def writers(self) -> tuple[Any, Any]:
         return self._state.tensorboard_logger, self._state.wandb_logger
 
+    def _folder(self, context: Any, *_: Any, **__: Any) -> Path:
+        """Of the checkpoint that its manager saves now."""
+        root = self._transient_folders()[0] if context.non_persistent_ckpt else Path(self.args.save)
+        return folder_of(root, self.iteration)
+
     def _transient_folders(self) -> list[Path]:
         """Where non-persistent checkpoints are saved, and where else they may have been loaded from."""
         args = self.args
@@ -172,49 +159,21 @@ _OTHERS = {"curr_iteration": "step", "iteration": "step", "num_experts": "num_mo
 """The names of Megatron-LM's arguments that are others in Megatron-Bridge."""
 
 
-class _Settings:
-    """The config and the state of a Megatron-Bridge job under the names that Megatron-LM's arguments have.
-
-    Most have the same name, in one of the parts of the config.  A value is set in all parts that have one.
-    """
-
-    def __init__(self, state: Any) -> None:
-        parts = [state.train_state, *(getattr(state.cfg, name) for name in _PARTS)]
-        transformer = getattr(state.cfg.model, "transformer", None)
-        vars(self)["parts"] = [*parts, transformer] if transformer else parts
-        vars(self)["given"] = []  # before each setting: the part, the name, the value
-
-    def __getattr__(self, name: str) -> Any:
-        there = _OTHERS.get(name, name)
-        for part in vars(self)["parts"]:
-            if hasattr(part, there):
-                return getattr(part, there)
-        raise AttributeError(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        for part in vars(self)["parts"]:
-            if hasattr(part, name):
-                vars(self)["given"].append((part, name, getattr(part, name)))
-                setattr(part, name, value)
-
-    @contextmanager
-    def as_given(self) -> Iterator[None]:
-        """While it lasts, the config is the user's own, for Bridge writes it into every checkpoint."""
-        given = vars(self)["given"]
-        ours = [(part, name, getattr(part, name)) for part, name, _ in given]
-        for part, name, value in reversed(given):
-            setattr(part, name, value)
-        try:
-            yield
-        finally:
-            for part, name, value in ours:
-                setattr(part, name, value)
+def _settings(state: Any) -> Renamed:
+    """Most have the same name, in one of the parts of the config."""
+    parts = [state.train_state, *(getattr(state.cfg, name) for name in _PARTS)]
+    transformer = getattr(state.cfg.model, "transformer", None)
+    return Renamed([*parts, transformer] if transformer else parts, _OTHERS, {})
 
 
-def loops() -> list[str]:
-    """The functions of Megatron-Bridge's training loops that call, by their full names."""
-    names = ((frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in _callers())
-    return [f"{module}.{name}" for module, name in names if module in _LOOPS]
+def untried() -> Iterator[str]:
+    """Why a training loop of Megatron-Bridge's that calls, and is not its `train`, cannot run under PACI."""
+    if loop := calling(*_LOOPS):
+        yield (
+            f"{loop}: not tried yet; it sums over all stages in every iteration.  Train with Megatron-Bridge's "
+            "pretrain or finetune, or with a loop of your own, whose ends config.paci = {'train_iters': n, "
+            "'drain_interval': n} plans"
+        )
 
 
 def _be_heard() -> None:
@@ -223,28 +182,3 @@ def _be_heard() -> None:
     for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
         if logger.name.startswith("paci_schedule"):
             logger.filters = [each for each in logger.filters if getattr(each, "__name__", "") != "warning_filter"]
-
-
-def _callers() -> Iterator[FrameType]:
-    frame = inspect.currentframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-@contextmanager
-def _also(write: Any, folder: Path) -> Iterator[None]:
-    """While it lasts, what is ours is written into a checkpoint's folder too, before anything names the checkpoint."""
-    stock = dist_checkpointing.save
-
-    def save(state: Any, target: Any, *rest: Any, **named: Any) -> Any:
-        done = stock(state, target, *rest, **named)
-        if Path(target) == folder:
-            write(folder / OURS)
-        return done
-
-    dist_checkpointing.save = save
-    try:
-        yield
-    finally:
-        dist_checkpointing.save = stock

@@ -26,7 +26,7 @@ _METRICS = 8  # that a mixture of experts reports of every layer, at most
 
 
 class Job(ABC):
-    """A job with a training loop of Megatron-LM or of Megatron-Bridge.
+    """A job with a training loop of Megatron-LM, of Megatron-Bridge or of ms-swift.
 
     Attributes:
         args: its settings and what it has done, by the names of Megatron-LM's arguments; they can be set.
@@ -41,23 +41,32 @@ class Job(ABC):
         """Iterations that the job has done, asked while it trains."""
 
     @property
-    @abstractmethod
     def finished(self) -> int:
         """The same, asked after the update of an iteration, where the job decides whether to end."""
+        return self.iteration
 
     @property
-    @abstractmethod
     def started(self) -> float:
-        """When it started to train, in seconds as of `time.time`."""
+        """When it started to train, in seconds as of `time.time`; asked where its time is limited."""
+        return 0.0
 
     @property
-    @abstractmethod
     def signal_handler(self) -> Any:
         """What hears the signal that ends the job, if it is to hear one."""
+        return None
+
+    @property
+    def tokens(self) -> int | None:
+        """Of a micro-batch; None where that is not always the same."""
+        return self.args.seq_length * self.args.micro_batch_size
 
     @abstractmethod
     def reasons(self) -> Iterator[str]:
         """Why it cannot run under PACI."""
+
+    def worded(self, reason: str) -> str:
+        """A reason with the flags that users of this framework write; it is given with Megatron-LM's."""
+        return reason
 
     @abstractmethod
     def keep_inside(self, carried: CarriedReports | None) -> None:

@@ -19,8 +19,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from paci_schedule.adapters.megatron import groups
-from paci_schedule.adapters.megatron.bridge import loops as bridge_loops
+from paci_schedule.adapters.megatron import bridge, groups, swift
 from paci_schedule.adapters.megatron.job import Job
 from paci_schedule.adapters.megatron.options import PaciOptions
 from paci_schedule.adapters.megatron.prediction import reasons as prediction_reasons
@@ -67,6 +66,7 @@ def check_supported(
         UnsupportedError: on every rank, with every reason of any of them, so that none is left waiting.
     """
     found = chain(_reasons(chunks, config, options, job, call), prediction_reasons(chunks[0], config, options))
+    found = found if job is None else map(job.worded, found)
     refuse_together(found, "'paci' cannot run this job; change what follows, or use '1f1b'")
     pipelines = [ranks] * dist.get_world_size()
     dist.all_gather_object(pipelines, ranks)
@@ -82,12 +82,9 @@ def _reasons(
         yield from reasons(DDP, ddp)
     if job is not None:
         yield from job.reasons()
-    elif calling := bridge_loops():
-        yield (
-            f"{calling[0]}: not tried yet; it sums over all stages in every iteration.  Train with Megatron-Bridge's "
-            "pretrain or finetune, or with a loop of your own, whose ends config.paci = {'train_iters': n, "
-            "'drain_interval': n} plans"
-        )
+    else:
+        yield from bridge.untried()
+        yield from swift.untried()
     if len(chunks) > 1:
         yield f"a model of {len(chunks)} chunks (virtual pipeline stages): PACI runs one chunk on each rank"
     for kind in dict.fromkeys(map(type, [*chains(config), *optimizers(config)])):

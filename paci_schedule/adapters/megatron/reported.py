@@ -13,7 +13,7 @@ from paci_schedule.adapters.megatron import groups
 from paci_schedule.adapters.megatron.hooks import replace, stock_of
 from paci_schedule.runtime.deferred.reports import CarriedReports, ReportGroup
 
-__all__ = ["carry"]
+__all__ = ["StandingIn", "carry", "of_the_pipeline", "with_groups"]
 
 _IN_A_COLLECTION = {
     "_MODEL_PARALLEL_GROUP": "mp",
@@ -23,6 +23,7 @@ _IN_A_COLLECTION = {
 """The names of the groups in `parallel_state`, and in a ProcessGroupCollection."""
 
 StandingIn = Mapping[str, ReportGroup]
+"""The groups that take the place of Megatron-core's, by the names that these have in `parallel_state`."""
 
 
 def carry(loop: Any, carried: CarriedReports, utilities: Any = None) -> None:
@@ -40,12 +41,16 @@ def carry(loop: Any, carried: CarriedReports, utilities: Any = None) -> None:
             carried, state.get_expert_tensor_model_pipeline_parallel_group(), groups.experts()
         ),
     }
-    metrics = {"_PIPELINE_MODEL_PARALLEL_GROUP": ReportGroup(carried, groups.pipeline(), None)}
-    for name, standing_in in (("calc_params_l2_norm", norm), ("training_log", metrics)):
-        replace(loop, name, partial(_with_groups, standing_in, utilities, stock_of(loop, name)))
+    for name, standing_in in (("calc_params_l2_norm", norm), ("training_log", of_the_pipeline(carried))):
+        replace(loop, name, partial(with_groups, standing_in, utilities, stock_of(loop, name)))
 
 
-def _with_groups(
+def of_the_pipeline(carried: CarriedReports) -> StandingIn:
+    """What stands in for the group of the stages."""
+    return {"_PIPELINE_MODEL_PARALLEL_GROUP": ReportGroup(carried, groups.pipeline(), None)}
+
+
+def with_groups(
     standing_in: StandingIn,
     utilities: Any,
     stock: Callable[..., Any],
@@ -53,7 +58,13 @@ def _with_groups(
     pg_collection: Any = None,
     **named: Any,
 ) -> Any:
-    """Call `stock` with other groups in the place of Megatron-core's."""
+    """Call `stock` with other groups in the place of Megatron-core's.
+
+    Args:
+        standing_in: these groups.
+        utilities: as of `carry`.
+        stock: which is called with the other arguments.
+    """
     state: Any = parallel_state
     real = {name: getattr(state, name) for name in standing_in}
     if pg_collection is not None:

@@ -27,6 +27,7 @@ from paci_schedule.adapters.megatron.prediction import build_prediction
 from paci_schedule.adapters.megatron.refusals import check_supported
 from paci_schedule.adapters.megatron.skipping import leave_out_nonfinite
 from paci_schedule.adapters.megatron.stage_local import StageSums, is_sharded, optimizers, owner_of
+from paci_schedule.adapters.megatron.swift import Swift
 from paci_schedule.adapters.megatron.ties import Ties
 from paci_schedule.adapters.megatron.working import copied_bytes
 from paci_schedule.adapters.start_line import say, start_line
@@ -66,7 +67,7 @@ class ModelStream:
         call: dict[str, Any],
     ) -> None:
         self._model, self._config = chunks[0], get_model_config(chunks[0])
-        self._job = job = MegatronLM.running() or Bridge.running()
+        self._job = job = MegatronLM.running() or Bridge.running() or Swift.running()
         timeout = timedelta(seconds=options.timeout)
         self._meetings = Meetings(group.rank(), timeout)
         settings = _settings(options, name, group.size(), call["num_microbatches"])
@@ -254,9 +255,8 @@ class ModelStream:
     def stage_figures(self) -> list[dict[str, float] | None]:
         """See `paci_schedule.adapters.megatron.stage_figures`."""
         rates = {"micro_batches_per_second": 1}
-        if self._job is not None:
-            args = self._job.args
-            rates = {"tokens_per_second": args.seq_length * args.micro_batch_size * groups.replicas().size()}
+        if self._job is not None and self._job.tokens is not None:
+            rates = {"tokens_per_second": self._job.tokens * groups.replicas().size()}
         before = self._resumed_at + self._calls - self._runner.meter.version
         return [each and each.told(before, **rates) for each in self._assembly.bulletin.read()]
 

@@ -1,0 +1,1 @@
+"""What the tests need so that ms-swift's own command trains on the CPU: a model, data, and what is absent there."""
