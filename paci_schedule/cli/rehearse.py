@@ -46,7 +46,7 @@ MODELS = {
     default="off,every",
     metavar="WHEN[,WHEN...]",
     help="When paci predicts weights for stale forwards: off, window, every, or k for every k-th; a reach may follow, "
-    "as in every:1.5 (default off,every).",
+    "as in every:1.5, and then a number of first updates to flush, as in every:1.5:40 (default off,every).",
 )
 @click.option(
     "--model",
