@@ -188,6 +188,16 @@ def test_what_cannot_run_is_refused_by_the_name_of_its_key(tmp_path):
     assert logged(said) == {}
 
 
+def test_a_resumed_run_finds_its_state_where_the_first_iterations_are_skipped(tmp_path):
+    """The state is that of the checkpoint, and not of the first iteration that trains."""
+    common = ["train.train_iters=8", "checkpoint.save_interval=4", "train.iterations_to_skip=[5,6]"]
+    whole = logged(trained("paci", *common, f"checkpoint.save={tmp_path}"))
+    said = trained("paci", *common, f"checkpoint.load={tmp_path}", "checkpoint.ckpt_step=4")
+    assert "begins with nothing deferred" not in said
+    assert sorted(whole) == sorted({*range(1, 5), *logged(said)})
+    assert logged(said) == {iteration: line for iteration, line in whole.items() if iteration > 4}
+
+
 def test_the_limit_of_time_ends_the_job_and_stays_in_its_config(tmp_path):
     """The config that Bridge writes into the checkpoint is the user's, so that a job that is built from it does not end
     at every multiple of that iteration, and has the same limit."""

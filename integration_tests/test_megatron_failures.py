@@ -114,6 +114,20 @@ def test_a_lost_replica_ends_the_others_within_the_timeout(how, at):
     assert "together with the other ranks of this stage (rank 3) and got no answer" in beside
 
 
+def test_under_a_flush_a_lost_replica_is_named_among_all_that_are_waited_for():
+    """Megatron-core's own schedule does not tell at which op it is, and waits for other stages too."""
+    flushed = {"train_iters": 5, "timeout": 4, "flush_warmup_steps": 5}
+    job = GptJob(calls=5, data_parallel=2, distributed_optimizer=True, paci=flushed)
+    outcomes = gather_outcomes(lose_replica, 4, (job, "hangs", "update"), timeout=120, grace=8)
+    assert outcomes.pop(3).ended == "killed"
+    for outcome in outcomes:
+        assert outcome.raised[:1] == ("LinkError",), outcome.error
+        assert float(outcome.output.rsplit("waited ", 1)[1].split()[0]) < 30
+    beside = outcomes[2].error.rpartition("LinkError: ")[2]
+    named = "the other stages and the other ranks of this stage (ranks 0, 3)"
+    assert beside.startswith(f"stage 1 (rank 2) worked together with {named} and got no answer"), beside
+
+
 @pytest.mark.parametrize(
     ("content", "says"), [("", "is empty"), ("1" * 200, "more than 100 bytes"), ("a folder", "no regular file")]
 )
