@@ -47,8 +47,8 @@ def test_the_programme_compares_schedules_at_their_own_rates(capsys):
     }
     exec(block("python"), names)
     found = names["found"]
-    assert len(found) == 4 * 3 * 2
-    assert len(set(found.values())) == len(found)
+    assert len(found) == 5 * 3 * 2
+    assert len({loss for variant, loss in found.items() if not variant[3]}) == 4 * 3 * 2
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(found)  # the first update of each
     assert {line.split()[0] for line in lines} == {"flush", "paci"}
@@ -56,14 +56,18 @@ def test_the_programme_compares_schedules_at_their_own_rates(capsys):
 
 def test_the_json_trains_with_predictions(text, tmp_path):
     config = tmp_path / "ds_config.json"
-    config.write_text(block("json"))
+    given = json.loads(block("json"))
+    given["paci"]["flush_warmup_steps"] -= 1999  # of three updates
+    config.write_text(json.dumps(given))
     log = train(tmp_path / "run", *text, "--deepspeed-config", str(config), "--updates", "3")
     start = log[0]
-    assert (start["schedule"], start["prediction"]) == ("paci", json.loads(block("json"))["paci"]["prediction"])
+    assert (start["schedule"], start["prediction"]) == ("paci", given["paci"]["prediction"])
     assert [stage["max_drift"] for stage in log[-1]["stages"]] == [1, 0]
 
 
-@pytest.mark.parametrize("flag", ["pipeline_schedule", "paci_prediction", "paci_prediction_reach"])
+@pytest.mark.parametrize(
+    "flag", ["pipeline_schedule", "paci_prediction", "paci_prediction_reach", "paci_flush_warmup_steps"]
+)
 def test_the_flags_of_megatron_are_ours(flag):
     (line,) = re.findall(r"pretrain_gpt\.py \\\n(.*?)\n\n", DOCUMENT, re.DOTALL)
     ours, _ = launch.our_flags(Options).parse_known_args(shlex.split(line.replace("\\\n", " ").replace("...", "")))
@@ -72,5 +76,6 @@ def test_the_flags_of_megatron_are_ours(flag):
         "pipeline_schedule": wanted["pipeline_schedule"],
         "paci_prediction": wanted["paci"]["prediction"],
         "paci_prediction_reach": wanted["paci"]["prediction_reach"],
+        "paci_flush_warmup_steps": wanted["paci"]["flush_warmup_steps"],
     }
     assert getattr(ours, flag) == expected[flag]
