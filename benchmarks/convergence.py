@@ -53,7 +53,7 @@ _COLUMNS = (
     *("text", "P", "a", "optimizer", "dtype", "schedule", "prediction", "rate (of)", "seeds", "validation loss"),
     *("minus flush's", "sooner at flush's loss", "ideal"),
 )
-_SHOWN = "stages", "accumulation", "optimizer", "dtype"
+_SHOWN = "stages", "accumulation", "width", "optimizer", "dtype"
 _VARIANT = "schedule", "prediction", "prediction_reach", "flush_warmup_steps"
 _SETTINGS = *_SHAPE, "context", "micro_batch", *_VARIANT, "length", "lr", "warm_up", "seed"
 
@@ -95,7 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=400, help="micro-batches until the rate is reached")
     parser.add_argument("--seeds", type=_numbers, default=[0])
     parser.add_argument(
-        "--plot", type=Path, help="draw these variants with this P, a, optimizer and dtype at their best rates"
+        "--plot", type=Path, help="draw these variants with this P, a, width, optimizer and dtype at their best rates"
     )
     parser.add_argument("--plot-text", metavar="NAME", help="of the runs to draw [that of the first run]")
     parser.add_argument("--threads", type=int, default=1)
@@ -164,6 +164,7 @@ def table(runs: Iterable[Run]) -> Iterator[str]:
     for shape, several in by_shape.items():
         named = dict(zip(_SHAPE, shape, strict=True))
         text = f"{named['text']}{', BPE ' + str(named['vocabulary']) if named['vocabulary'] else ''}"
+        text += f", {named['width']} wide" if named["width"] != MODELS["tiny"]["width"] else ""
         head = [text, named["stages"], named["accumulation"], named["optimizer"], named["dtype"]]
         yield from ("| " + " | ".join(map(str, [*head, *row])) + " |" for row in _rows(several))
 

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the runs and the plot")
-    parser.add_argument("--updates", type=int, default=560, help="of each run")
+    parser.add_argument("--updates", type=int, default=540, help="of each run")
     args, passed_on = parser.parse_known_args(arguments)
 
     gpus = torch.cuda.device_count()

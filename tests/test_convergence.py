@@ -93,6 +93,10 @@ def test_other_models_and_texts_are_other_tables():
     ]
 
 
+def test_another_width_is_said():
+    assert [row["text"] for row in rows([a_run(2.0), a_run(1.9, width=144)])] == ["text", "text, 144 wide"]
+
+
 def test_the_document_has_the_table_of_its_results():
     docs = Path(__file__).resolve().parent.parent / "docs"
     table = "\n".join(convergence.table(convergence._read(docs / "convergence.jsonl")))
