@@ -32,8 +32,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from paci_schedule.cli.rehearse import MODELS
+from paci_schedule.core.spec import PipelineSpec
 from paci_schedule.draw.dark import follow_the_reader
-from paci_schedule.rehearse import REHEARSABLE
+from paci_schedule.rehearse.comparison import ideal_time
 from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, run
 from paci_schedule.rehearse.variant import Variant
@@ -136,7 +137,7 @@ def _parsed(variant: str) -> Variant:
 
 def _train(wanted: Run, path: Path) -> dict[str, Any]:
     """Run it; what it came to, beside its settings."""
-    updates = round(wanted["micro_batches"] * wanted["length"] / wanted["accumulation"])
+    updates = _batches(wanted)
     named = {field.name for field in fields(Settings)} - {"updates", "device"}
     settings = Settings(updates=updates, device="cpu", **{name: wanted[name] for name in named})
     text = Text(path, settings.context, torch.device("cpu"), wanted["vocabulary"])
@@ -225,23 +226,23 @@ def _named(rate: tuple[float, int]) -> str:
 def _speed_up(flush: Sequence[Run], runs: Sequence[Run]) -> list[str]:
     """How much sooner the mean loss is flush's, in ideal time, by the shortest run that gets there; and the ideal."""
     base = {each["seed"]: each for each in flush if each["length"] == 1}
-    reached = []
+    variant, whole, reached = _variant(runs[0]), {**runs[0], "length": 1}, []
+    flushing, streaming = (_ideal_time(whole, each) for each in (Variant("flush"), variant))
     for length in sorted({each["length"] for each in runs}):
         found = {each["seed"]: each for each in runs if each["length"] == length}
         both = sorted(set(base) & set(found))
         if both and sum(found[seed]["validation"] - base[seed]["validation"] for seed in both) <= 0:
-            reached.append(_ideal_time(base[both[0]]) / _ideal_time(found[both[0]]))
-    whole = {**runs[0], "length": 1}
-    ideal = _ideal_time({**whole, "schedule": "flush"}) / _ideal_time(whole)
-    return [f"{max(reached):.3f}" if reached else "not reached", f"{ideal:.3f}"]
+            reached.append(flushing / _ideal_time(found[both[0]], variant))
+    return [f"{max(reached):.3f}" if reached else "not reached", f"{flushing / streaming:.3f}"]
 
 
-def _ideal_time(run: Run) -> float:
-    """In forwards and backwards of a micro-batch, if all stages are equally long and updates cost nothing."""
-    micro_batches = run["micro_batches"] * run["length"]
-    flushes = REHEARSABLE[run["schedule"]].schedule.flushes
-    flushed = micro_batches / run["accumulation"] if flushes else run["flush_warmup_steps"]
-    return micro_batches + flushed * (run["stages"] - 1)
+def _ideal_time(run: Run, variant: Variant) -> int:
+    """The least time of a run, if it were one of this variant."""
+    return ideal_time(variant, PipelineSpec(stages=run["stages"], accumulation=run["accumulation"]), _batches(run))
+
+
+def _batches(run: Run) -> int:
+    return round(run["micro_batches"] * run["length"] / run["accumulation"])
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -264,7 +265,7 @@ def _figure(runs: Sequence[Run]) -> Figure:
         label = _NAMES[variant.schedule] + ("" if variant.prediction == "off" else f", prediction {variant.when}")
         ends = [(number + 1) / len(first["curve"]) for number in range(len(first["curve"]))]
         amount = first["micro_batches"] * first["micro_batch"] * first["context"] * 1e-6
-        duration = _ideal_time(first) / first["micro_batches"]
+        duration = _ideal_time(first, variant) / first["micro_batches"]
         tokens.plot([end * amount for end in ends], first["curve"], label=label)
         time.plot([end * duration for end in ends], first["curve"], label=label)
     lowest = min(min(each["curve"]) for each in runs)

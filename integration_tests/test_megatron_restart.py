@@ -4,7 +4,6 @@ MEGATRON_LM_CHECKOUT names the checkout, and nvidia-resiliency-ext must be there
 """
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.pretraining import CHECKOUTS, ROOT, logged, pretrain
+from integration_tests.pretraining import CHECKOUTS, logged, pretrain
 from paci_schedule.adapters.frameworks import exists
-from testing.megatron_lm import FURTHER, MADE_UP, MODEL
+from testing.megatron_lm import MADE_UP, MODEL, surroundings
 from testing.ranks import free_port
 
 pytestmark = [
@@ -90,12 +89,7 @@ def restarted(checkout, folder, *, fate, rank, ranks):
     job += ["--inprocess-restart", "--inprocess-granularity", "rank", "--inprocess-active-world-size", "2"]
     command = [sys.executable, "-m", "testing.megatron_cpu", "paci_schedule.launch", str(script)]
     command += ["--pipeline-schedule", "paci", "--pipeline-model-parallel-size", "2", *MODEL, *MADE_UP, *job]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    rendezvous = {
         "TORCH_CPP_LOG_LEVEL": "error",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_ports()),
@@ -103,22 +97,18 @@ def restarted(checkout, folder, *, fate, rank, ranks):
         "LOCAL_WORLD_SIZE": str(ranks),
     }
     said = [(folder / f"rank{each}.txt").open("w+") for each in range(ranks)]
-    started = [
-        subprocess.Popen(
-            [*command, "--distributed-backend", "gloo"],
-            env={**environment, "RANK": str(each), "LOCAL_RANK": str(each)},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        for each, file in enumerate(said)
-    ]
-    deadline = time.monotonic() + 240
-    try:
+    with surroundings(checkout) as environment:
+        started = [
+            subprocess.Popen(
+                [*command, "--distributed-backend", "gloo"],
+                env={**environment, **rendezvous, "RANK": str(each), "LOCAL_RANK": str(each)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for each, file in enumerate(said)
+        ]
+        deadline = time.monotonic() + 240
         codes = [each.wait(deadline - time.monotonic()) for each in started]
-    finally:
-        for each in started:
-            subprocess.run(["pkill", "-KILL", "-s", str(each.pid)], check=False)  # it has a process that watches it
     texts = []
     for file in said:
         file.seek(0)

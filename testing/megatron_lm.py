@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from testing.ranks import on_gpus
 
-__all__ = ["ROOT", "logged", "pretrained"]
+__all__ = ["ROOT", "logged", "pretrained", "surroundings"]
 
 ROOT = Path(__file__).resolve().parents[1]
 FURTHER = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -64,14 +65,6 @@ def pretrained(
     if not on_gpus(stages * replicas):
         module = ["testing.megatron_cpu", *module]
         flags += ["--distributed-backend", "gloo"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        **({"MEGATRON_CPU_TRACE": str(trace)} if trace else {}),
-    }
     command = [
         sys.executable,
         "-m",
@@ -89,17 +82,32 @@ def pretrained(
         *([] if real_data else MADE_UP),
         *flags,
     ]
-    mark = environment["PACI_TEST_RUN"] = uuid.uuid4().hex
+    traced = {"MEGATRON_CPU_TRACE": str(trace)} if trace else {}
     # Into a file: the writer of a rank that was killed lives on, and would keep a pipe open.
     with tempfile.TemporaryFile("w+") as said:
-        try:
+        with surroundings(checkout) as environment:
             ended = subprocess.run(
-                command, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=300, check=False
+                command, env=environment | traced, stdout=said, stderr=subprocess.STDOUT, timeout=300, check=False
             )
-        finally:
-            _end_what_is_left(mark)
         said.seek(0)
         return subprocess.CompletedProcess(command, ended.returncode, said.read())
+
+
+@contextlib.contextmanager
+def surroundings(checkout: str) -> Iterator[dict[str, str]]:
+    """The environment of the ranks of a job; what they leave behind is ended."""
+    mark = uuid.uuid4().hex
+    try:
+        yield {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), checkout, *FURTHER]),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "PACI_TEST_RUN": mark,
+        }
+    finally:
+        _end_what_is_left(mark)
 
 
 def _end_what_is_left(mark: str) -> None:

@@ -11,7 +11,7 @@ from paci_schedule.rehearse.text import Text
 from paci_schedule.rehearse.trial import Settings, Trial, run
 from paci_schedule.rehearse.variant import Variant
 
-__all__ = ["Comparison", "batches_of", "compare", "ends", "variants"]
+__all__ = ["Comparison", "batches_of", "compare", "ideal_time", "variants"]
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,19 @@ def variants(spec: PipelineSpec, schedules: Sequence[str], predictions: Sequence
     return found
 
 
-def ends(variant: Variant, settings: Settings, batches: int) -> list[int]:
-    """The least time at which each of so many batches is done, in forwards plus backwards of a micro-batch.
+def ideal_time(variant: Variant, spec: PipelineSpec, batches: int) -> int:
+    """The least time of the first so many batches, in forwards plus backwards of a micro-batch.
 
     A batch takes a of them, and with a flush a + P - 1.
     """
-    flushed = batches if REHEARSABLE[variant.schedule].schedule.flushes else variant.flush_warmup_steps
-    bubble = settings.stages - 1
-    return [number * settings.accumulation + min(number, flushed) * bubble for number in range(1, batches + 1)]
+    flushed = batches if REHEARSABLE[variant.schedule].schedule.flushes else min(batches, variant.flush_warmup_steps)
+    return batches * spec.accumulation + flushed * (spec.stages - 1)
 
 
 def batches_of(variant: Variant, settings: Settings) -> int:
     """How many batches the variant can do while a schedule without a bubble does all of them; at least 1."""
     time = settings.updates * settings.accumulation
-    return max(1, sum(end <= time for end in ends(variant, settings, settings.updates)))
+    return max(1, sum(ideal_time(variant, settings.spec, each) <= time for each in range(1, settings.updates + 1)))
 
 
 def compare(settings: Settings, text: Text, asked: Sequence[Variant], tick: Callable[[], None]) -> list[Comparison]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from paci_schedule.errors import ConfigError
-from paci_schedule.rehearse.comparison import Comparison, ends
+from paci_schedule.rehearse.comparison import Comparison, ideal_time
 from paci_schedule.rehearse.trial import Settings, Trial
 
 __all__ = ["draw"]
@@ -28,9 +29,8 @@ def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
     for each in found:
         variant = each.equal_tokens.variant
         label = variant.schedule + ("" if variant.prediction == "off" else f", prediction {variant.when}")
-        seen = [number * batch * 1e-6 for number in range(1, each.equal_tokens.updates + 1)]
-        tokens.plot(*_line(each.equal_tokens, seen), label=label)
-        time.plot(*_line(each.equal_time, ends(variant, settings, each.equal_time.updates)), label=label)
+        tokens.plot(*_line(each.equal_tokens, lambda batches: batches * batch * 1e-6), label=label)
+        time.plot(*_line(each.equal_time, partial(ideal_time, variant, settings.spec)), label=label)
     tokens.set(xlabel="tokens (millions)", ylabel="training loss (nats)", title="the same data")
     time.set(xlabel="time (forward and backward of a micro-batch on a stage)", title="the same ideal time")
     for axis in (tokens, time):
@@ -42,8 +42,8 @@ def draw(found: Sequence[Comparison], settings: Settings, path: Path) -> None:
         raise ConfigError(f"output={str(path)!r}: cannot be written ({error}); name a .png or .svg file") from None
 
 
-def _line(trial: Trial, at: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The mean loss of each piece of the run, at the end of the piece; `at` has a place for each of its batches."""
+def _line(trial: Trial, place: Callable[[int], float]) -> tuple[list[float], list[float]]:
+    """The mean loss of each piece of the run, at the end of the piece: the place of so many batches."""
     each = -(-len(trial.losses) // _POINTS)
     ends = range(each, len(trial.losses) + 1, each)
-    return [at[end - 1] for end in ends], [sum(trial.losses[end - each : end]) / each for end in ends]
+    return [place(end) for end in ends], [sum(trial.losses[end - each : end]) / each for end in ends]

@@ -51,6 +51,11 @@ class Settings:
     seed: int
     device: str
 
+    @property
+    def spec(self) -> PipelineSpec:
+        """The pipeline."""
+        return PipelineSpec(stages=self.stages, accumulation=self.accumulation)
+
     def __post_init__(self) -> None:
         for name in ("context", "micro_batch", "updates"):
             if getattr(self, name) < 1:
@@ -115,7 +120,7 @@ def run(settings: Settings, text: Text, variant: Variant, updates: int, tick: Ca
     )
     stages = [stage.to(settings.device, _DTYPES[settings.dtype]) for stage in stages]
     optimizers = [_optimizers(settings, stage) for stage in stages]
-    spec = PipelineSpec(stages=settings.stages, accumulation=settings.accumulation)
+    spec = settings.spec
     per_batch = spec.accumulation // REHEARSABLE[variant.schedule].schedule.micro_batches_per_update(spec)
     share = _share(updates * per_batch, settings.warm_up * per_batch // settings.accumulation)
     schedulers = [[torch.optim.lr_scheduler.LambdaLR(each, share) for each in several] for several in optimizers]

@@ -10,6 +10,8 @@ from paci_schedule.rehearse.run import REHEARSABLE, check_warmup
 
 __all__ = ["Variant"]
 
+_DEFAULTS = ("off", "1", "0")  # of a prediction, its reach and the updates that are flushed, as they are written
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -36,11 +38,9 @@ class Variant:
     def parse(cls, schedule: str, prediction: str) -> Variant:
         """Parse the prediction of a command line, where a reach may follow a colon, and then the number of the first
         updates that are flushed, as in "every:1.5:40"."""
-        when, *rest = prediction.split(":")
-        reach, steps, *more = *rest, *("1", "0")[len(rest) :]
+        parts = prediction.split(":")
         try:
-            if more:
-                raise ValueError
+            when, reach, steps = [*parts, *_DEFAULTS[len(parts) :]]
             far, flushed = float(reach), int(steps)
         except ValueError:
             raise ConfigError(
@@ -52,7 +52,7 @@ class Variant:
     @property
     def when(self) -> str:
         """The prediction, as `parse` reads it."""
-        reach, steps = f":{self.prediction_reach:g}", f":{self.flush_warmup_steps}"
-        if self.flush_warmup_steps:
-            return f"{self.prediction}{reach}{steps}"
-        return f"{self.prediction}{reach if self.prediction_reach != 1 else ''}"
+        parts = [str(self.prediction), f"{self.prediction_reach:g}", str(self.flush_warmup_steps)]
+        while len(parts) > 1 and parts[-1] == _DEFAULTS[len(parts) - 1]:
+            parts.pop()
+        return ":".join(parts)
